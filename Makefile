@@ -1,0 +1,44 @@
+# Every target that needs Python sets up .venv by itself; .venv/.stamp says when that was last done.
+
+PYTHON ?= python3
+# Threads of a CPU run. More than the machine has cores makes everything slower.
+THREADS ?= 2
+VENV := .venv
+STAMP := $(VENV)/.stamp
+BIN := $(VENV)/bin
+LIMIT_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo teacher benchmark clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install fewstep with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fewstep needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; say which: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP) ## run the tests (CPU is enough)
+	$(LIMIT_THREADS) $(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff check, ruff format --check, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+demo: $(STAMP) ## distil the embedded teacher on this machine and open the result with stock diffusers
+	$(LIMIT_THREADS) $(BIN)/python scripts/demo.py
+
+teacher: $(STAMP) ## train the embedded digits teacher again
+	$(LIMIT_THREADS) $(BIN)/python scripts/make_digits_teacher.py
+
+benchmark: $(STAMP) ## measure and write a benchmark record
+	$(LIMIT_THREADS) $(BIN)/python scripts/benchmark.py
+
+clean: ## remove build products and caches; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print | xargs rm -rf

@@ -1,0 +1,1 @@
+"""Autoregressive video students."""

@@ -1,0 +1,1 @@
+"""Continuous-time consistency and flow-map students."""

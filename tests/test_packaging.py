@@ -1,0 +1,163 @@
+"""What is installed is what is in the tree, and it lives beside the Hugging Face package `kernels`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOT_PACKAGED = {"scripts", "tests"}
+TIMEOUT_SECONDS = 120
+
+
+def run_python(*arguments: str, cwd: Path, path: tuple[Path, ...] = ()) -> str:
+    """Standard output of the interpreter run in `cwd` with `path` as PYTHONPATH; the test fails if it fails."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
+    return result.stdout.strip()
+
+
+def code_files(root: Path, files: list[Path]) -> list[str]:
+    """Python files of the package, as paths below the root."""
+    places = [path.relative_to(root) for path in files if path.suffix == ".py"]
+    return [place.as_posix() for place in places if place.parts[0] not in NOT_PACKAGED]
+
+
+@pytest.fixture(scope="module")
+def project(repository: Path) -> dict[str, Any]:
+    return tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def wheel(repository: Path, repository_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel built from a copy of the tree, so that neither the tree nor the editable install is touched."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in repository_files:
+        copy = folder / "tree" / path.relative_to(repository)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    command = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "tree"))
+    run_python(*command, cwd=folder)
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture
+def stub_kernels(tmp_path: Path) -> Path:
+    """A folder with a distribution that has the name and the entry function of the Hugging Face package."""
+    folder = tmp_path / "stub"
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "kernels" / "__init__.py").write_text("def get_kernel(name):\n    return 'stub ' + name\n")
+    information = folder / "kernels-0.18.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    return folder
+
+
+def test_every_code_folder_is_in_packages(
+    repository: Path, repository_files: list[Path], project: dict[str, Any]
+) -> None:
+    setup = project["tool"]["setuptools"]
+    folders = {str(Path(place).parent) for place in code_files(repository, repository_files)}
+    mapped = {folder: f"fewstep.{folder.replace('/', '.')}" for folder in folders | {"kernels"}}
+    assert len(folders - {"."}) >= 6
+    assert "." not in folders
+    missing = set(mapped.values()) - set(setup["packages"])
+    assert len(missing) == 0, f"not in packages of pyproject.toml: {sorted(missing)}"
+    for package in setup["packages"]:
+        folder = setup["package-dir"][package]
+        assert package == f"fewstep.{folder.replace('/', '.')}"
+        assert (repository / folder).is_dir(), folder
+    assert sorted(setup["package-dir"]) == sorted(setup["packages"])
+
+
+def test_type_checkers_see_every_package(repository: Path, project: dict[str, Any]) -> None:
+    expected = {package.split(".")[1] for package in project["tool"]["setuptools"]["packages"]}
+    links = sorted((repository / ".typing" / "fewstep").iterdir())
+    assert {link.name for link in links} == expected
+    for link in links:
+        assert link.resolve() == repository / link.name
+        assert (repository / link.name / "py.typed").is_file()
+
+
+def test_kernels_cannot_shadow(repository: Path) -> None:
+    assert not (repository / "kernels" / "__init__.py").exists()
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin is None)"
+    assert run_python("-S", "-c", code, cwd=repository, path=(repository,)) == "True"
+
+
+@pytest.mark.parametrize("stub_first", [True, False])
+def test_get_kernel_is_the_installed_one(repository: Path, stub_kernels: Path, stub_first: bool) -> None:
+    path = (stub_kernels, repository) if stub_first else (repository, stub_kernels)
+    code = "from kernels import get_kernel; print(get_kernel('x'))"
+    # Not in the root: `python -c` would put it first.
+    assert run_python("-c", code, cwd=stub_kernels.parent, path=path) == "stub x"
+
+
+@pytest.mark.parametrize("with_stub", [True, False])
+def test_diffusers_and_transformers_beside_the_folder(repository: Path, stub_kernels: Path, with_stub: bool) -> None:
+    code = """if True:
+        import importlib.metadata as m
+        import diffusers, transformers
+        from diffusers.utils.import_utils import is_kernels_available as first
+        from transformers.utils import is_kernels_available as second
+        installed = bool(list(m.distributions(name="kernels")))
+        print(installed, bool(first()), bool(second("0.1", "9.9")))
+    """
+    # The root comes first on the path: the worse case for a package installed under the same name.
+    path = (repository, stub_kernels) if with_stub else (repository,)
+    installed, diffusers_says, transformers_says = run_python("-c", code, cwd=repository, path=path).split()
+    assert diffusers_says == transformers_says == installed
+    assert installed == "True" or not with_stub
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path, repository: Path, repository_files: list[Path]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    code = {f"fewstep/{place}" for place in code_files(repository, repository_files)}
+    assert {name for name in names if name.endswith(".py")} == code
+    top = {place.split("/")[1] for place in code} | {"kernels"}
+    assert {name for name in names if name.endswith("py.typed")} == {f"fewstep/{folder}/py.typed" for folder in top}
+    assert {name.split("/")[0] for name in names} == {"fewstep"}
+    assert {name.split("/")[1] for name in names} == top
+    templates = [
+        f"fewstep/{path.relative_to(repository).as_posix()}"
+        for path in repository_files
+        if path.suffix == ".html" and path.relative_to(repository).parts[0] == "evaluation"
+    ]
+    assert len(set(templates) - names) == 0
+
+
+def test_wheel_works_from_elsewhere(wheel: Path, tmp_path: Path, project: dict[str, Any]) -> None:
+    target = tmp_path / "site"
+    command = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    run_python(*command, cwd=tmp_path)
+    code = """if True:
+        import importlib.metadata
+        import fewstep.causal_video, fewstep.consistency, fewstep.core.embedded, fewstep.dmd, fewstep.evaluation
+        from fewstep.core import grids
+        print(grids.__file__)
+        print(fewstep.evaluation.__file__)
+        print(grids.step_grid(2))
+        print(importlib.metadata.version("fewstep"))
+    """
+    file, other, grid, version = run_python("-c", code, cwd=tmp_path, path=(target,)).splitlines()
+    assert Path(file) == target / "fewstep" / "core" / "grids.py"
+    assert Path(other) == target / "fewstep" / "evaluation" / "__init__.py"
+    assert grid == "(1.0, 0.5)"
+    assert version == project["project"]["version"]
