@@ -1,0 +1,105 @@
+"""Exponential moving average of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """fp32 running average of the trainable parameters and floating buffers of a module (fp64 ones stay fp64).
+
+    shadow <- decay shadow + (1 - decay) live, from `start_step` on; before that the shadow is the live weights. What is
+    trainable is decided once, at construction; freezing a parameter for a while later changes nothing. Give the bare
+    module, not a distributed wrapper.
+
+    Raises:
+        ValueError: decay is outside [0, 1), or start_step is negative.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, start_step: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}; 0 keeps the live weights")
+        if start_step < 0:
+            raise ValueError(f"start_step must not be negative, got {start_step}")
+        self.decay = decay
+        self.start_step = start_step
+        self._module = module
+        trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        floating = {name for name, buffer in module.named_buffers() if buffer.dtype.is_floating_point}
+        live = _tensors(module)
+        self._shadow = {name: _averaged(tensor) for name, tensor in live.items() if name in trainable | floating}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the live weights after optimizer step `step` (counted from 0)."""
+        live = _tensors(self._module)
+        for name, shadow in self._shadow.items():
+            if shadow.device != live[name].device:
+                shadow = self._shadow[name] = shadow.to(live[name].device)
+            if step < self.start_step:
+                shadow.copy_(live[name])
+            else:
+                shadow.lerp_(live[name].to(shadow.dtype), 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average into a module of the same structure, rounded to its dtypes; other weights stay.
+
+        Raises:
+            ValueError: the module lacks an averaged tensor or holds it in another shape.
+        """
+        target = _tensors(module)
+        for name, shadow in self._shadow.items():
+            if name not in target or target[name].shape != shadow.shape:
+                found = "no such tensor" if name not in target else f"shape {tuple(target[name].shape)}"
+                raise ValueError(f"the average holds {name} {tuple(shadow.shape)}, the module has {found}")
+        for name, shadow in self._shadow.items():
+            target[name].copy_(shadow)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Use the averaged weights in `module` inside the block; the live ones return bit for bit, also on an error."""
+        target = _tensors(module)
+        kept = {name: target[name].detach().clone() for name in self._shadow if name in target}
+        try:
+            self.copy_to(module)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    target[name].copy_(tensor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged tensors by parameter name: tensors only, so safetensors can hold it. They are not copies."""
+        return dict(self._shadow)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: names or shapes differ from those averaged here.
+        """
+        missing, unexpected = sorted(self._shadow.keys() - state.keys()), sorted(state.keys() - self._shadow.keys())
+        if missing or unexpected:
+            raise ValueError(
+                f"EMA state does not fit: {len(missing)} missing {missing[:3]}, "
+                f"{len(unexpected)} unexpected {unexpected[:3]}; was it saved from another network or LoRA setting?"
+            )
+        for name, shadow in self._shadow.items():
+            if state[name].shape != shadow.shape:
+                raise ValueError(f"EMA state {name} has shape {tuple(state[name].shape)}, not {tuple(shadow.shape)}")
+        for name, shadow in self._shadow.items():
+            shadow.copy_(state[name])
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _averaged(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()

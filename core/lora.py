@@ -1,0 +1,103 @@
+"""Low-rank adapters on a diffusers network, through peft (LoRA, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+@runtime_checkable
+class AdapterNetwork(Protocol):
+    """The adapter methods of a diffusers model."""
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = ...) -> None: ...
+
+    def fuse_lora(self, lora_scale: float = ..., safe_fusing: bool = ..., adapter_names: Any = ...) -> None: ...
+
+    def unload_lora(self) -> None: ...
+
+
+def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Freeze a diffusers network and add trainable adapters W + (alpha / rank) B A to its target layers, in place.
+
+    The output does not change, since B starts at zero. A is uniform with the bound 1 / sqrt(fan_in), drawn from `seed`
+    alone: every process gets the same adapters and the global generator is not touched. Adapters are fp32 whatever the
+    network is.
+
+    Args:
+        network: a diffusers model without adapters.
+        rank: inner width, at least 1.
+        alpha: the update is scaled by alpha / rank; positive.
+        targets: names of layers, or ends of their dotted names, such as "to_q" or "attn.to_out.0".
+        seed: decides A.
+
+    Raises:
+        ValueError: the network takes no adapters or has some, an argument is out of range, or a target has no layer.
+    """
+    if not isinstance(network, AdapterNetwork):
+        raise ValueError(f"{type(network).__name__} has no add_adapter: LoRA needs a diffusers model")
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"LoRA needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
+    if _lora_layers(network):
+        raise ValueError("the network has adapters already: merge them first with merge_lora")
+    names = [name for name, _ in network.named_modules()]
+    unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unmatched or not targets:
+        raise ValueError(f"LoRA targets {unmatched or list(targets)} match no layer of {type(network).__name__}")
+    network.requires_grad_(False)
+    # peft initialises from the global generator before the weights are set below.
+    with torch.random.fork_rng(devices=[]):
+        # peft annotates lora_alpha as int and divides it by the rank as a number.
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
+        network.add_adapter(config, ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for name in _lora_layers(network):
+        _initialise(network.get_submodule(name), generator)
+
+
+def merge_lora(network: nn.Module) -> None:
+    """Add the adapters to the weights they sit on and remove them, in place; names and classes are as before again.
+
+    The weights stay frozen as `add_lora` left them.
+
+    Raises:
+        ValueError: the network has no adapters, or merging would make a weight not finite.
+    """
+    if not isinstance(network, AdapterNetwork) or not _lora_layers(network):
+        raise ValueError("the network has no LoRA adapters to merge")
+    network.fuse_lora(safe_fusing=True)
+    network.unload_lora()
+
+
+def lora_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank].
+
+    diffusers' `save_lora_weights` takes this. The scale alpha / rank is not in it.
+
+    Raises:
+        ValueError: the network has no adapters.
+    """
+    if not _lora_layers(network):
+        raise ValueError("the network has no LoRA adapters")
+    return get_peft_model_state_dict(network, adapter_name=ADAPTER)
+
+
+def _lora_layers(network: nn.Module) -> list[str]:
+    return sorted(name for name, module in network.named_modules() if isinstance(module, LoraLayer))
+
+
+@torch.no_grad()
+def _initialise(layer: nn.Module, generator: torch.Generator) -> None:
+    down = layer.get_submodule(f"lora_A.{ADAPTER}").float().get_parameter("weight")
+    up = layer.get_submodule(f"lora_B.{ADAPTER}").float().get_parameter("weight")
+    bound = 1 / math.sqrt(down[0].numel())
+    down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
+    up.zero_()
