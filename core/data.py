@@ -1,0 +1,136 @@
+"""Prompts and latents for training, in an order that depends on the seed and the sample's number alone.
+
+Shapes: latents [N, C, H, W]. Sample number = training step * global batch size + place in the global batch, so a resumed
+run reads on where it stopped and two processes read what one process would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.randomness import shared_integer
+from fewstep.core.teacher import Teacher
+
+ENCODE_BATCH = 64
+LATENTS_FILE, PROMPTS_FILE = "latents.safetensors", "prompts.txt"
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """Prompts of a text file, one a line; blank lines are dropped.
+
+    Raises ValueError when the file is missing, is not UTF-8 text, or holds no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"prompt file {path} does not exist; give a text file with one prompt a line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8 text; save it as UTF-8, one prompt a line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompt; write one prompt a line")
+    return prompts
+
+
+@lru_cache(maxsize=8)
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order in which an epoch visits `count` rows: a permutation given by (seed, epoch)."""
+    key = shared_integer(seed, epoch, "epoch_order", 2**31)
+    return tuple(torch.randperm(count, generator=torch.Generator().manual_seed(key)).tolist())
+
+
+def rows_of_samples(samples: Sequence[int], count: int, seed: int) -> list[int]:
+    """The dataset row of each sample number: every epoch visits every row once, in its own order."""
+    return [epoch_order(count, seed, sample // count)[sample % count] for sample in samples]
+
+
+class PromptConditions:
+    """Prompts with their embeddings: encoded once and kept when `cache`, else encoded per batch.
+
+    Height and width in pixels are told to networks that are conditioned on them (SDXL). Raises ValueError without prompts.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        prompts: Sequence[str],
+        *,
+        cache: bool,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("no prompts given; at least one is needed")
+        self.teacher = teacher
+        self.prompts = tuple(prompts)
+        self.height, self.width = height, width
+        self.cached: Condition | None = None
+        if cache:
+            starts = range(0, len(self.prompts), ENCODE_BATCH)
+            self.cached = Condition.cat([self._encode(self.prompts[at : at + ENCODE_BATCH]) for at in starts])
+
+    def _encode(self, prompts: Sequence[str]) -> Condition:
+        return self.teacher.encode(list(prompts), height=self.height, width=self.width)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, rows: Sequence[int]) -> Condition:
+        """The condition of the prompts at these rows."""
+        if self.cached is not None:
+            return self.cached.index(torch.tensor(rows, device=self.cached.tokens.device))
+        return self._encode([self.prompts[row] for row in rows])
+
+    def of_samples(self, samples: Sequence[int], seed: int) -> Condition:
+        """The condition of these sample numbers: every epoch visits every prompt once."""
+        return self.rows(rows_of_samples(samples, len(self), seed))
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] that they were made from."""
+
+    latents: Tensor
+    prompts: tuple[str, ...]
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.prompts) or not self.prompts:
+            raise ValueError(f"{len(self.latents)} latents and {len(self.prompts)} prompts; give one prompt per latent")
+        if self.noise is not None and self.noise.shape != self.latents.shape:
+            raise ValueError(f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `latents.safetensors` and `prompts.txt` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"latents": self.latents.contiguous()}
+        if self.noise is not None:
+            tensors["noise"] = self.noise.contiguous()
+        save_file(tensors, folder / LATENTS_FILE)
+        (folder / PROMPTS_FILE).write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentDataset:
+        """Read a folder that `save` wrote. Raises ValueError that names what is missing or broken."""
+        folder = Path(folder)
+        file = folder / LATENTS_FILE
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; make it with scripts/encode_latents.py or make_teacher_pairs.py")
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}); write it again") from error
+        if "latents" not in tensors:
+            raise ValueError(f"{file} holds {sorted(tensors)}; a tensor named 'latents' is needed")
+        return cls(tensors["latents"], read_prompts(folder / PROMPTS_FILE), tensors.get("noise"))

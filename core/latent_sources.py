@@ -1,0 +1,101 @@
+"""Where latents come from: the teacher's own samples (pairs of noise and result), or a folder of pictures.
+
+Shapes: latents and noise [N, C, h, w], pixels [N, 3, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import functional as vision
+from tqdm import tqdm
+
+from fewstep.core.data import LatentDataset
+from fewstep.core.randomness import sample_noise
+from fewstep.core.teacher import Teacher
+
+
+def teacher_pairs(
+    teacher: Teacher,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int = 64,
+) -> LatentDataset:
+    """Noise and what the teacher's ODE makes of it, for the regression loss of DMD1 (arXiv:2311.18828, Sec. 3.3).
+
+    Pair i has prompt i modulo their number and noise of (seed, i). Raises ValueError when count is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; at least one pair is needed")
+    device = teacher.null_condition.tokens.device
+    chosen = [prompts[index % len(prompts)] for index in range(count)]
+    noise, latents = [], []
+    for start in tqdm(range(0, count, batch_size), desc="teacher pairs"):
+        rows = range(start, min(start + batch_size, count))
+        eps = sample_noise(seed, rows, teacher.latent_shape(), stream="teacher_pairs", device=device)
+        condition = teacher.encode([chosen[row] for row in rows])
+        noise.append(eps.cpu())
+        latents.append(teacher.sample(eps, condition, steps=steps, guidance=guidance).cpu())
+    return LatentDataset(torch.cat(latents), tuple(chosen), torch.cat(noise))
+
+
+def read_captions(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures and captions named by `metadata.jsonl`, one object a line with `file_name` and `text`.
+
+    Raises ValueError that names the line when the file is missing, a line is no such object, or a picture is missing.
+    """
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; write one line per picture: {{'file_name': ..., 'text': ...}}")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            picture, text = folder / record["file_name"], str(record["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} line {number} must be a JSON object with file_name and text: {error!r}") from error
+        if not picture.is_file():
+            raise ValueError(f"{file} line {number} names {picture}, which does not exist")
+        rows.append((picture, text))
+    if not rows:
+        raise ValueError(f"{file} names no picture")
+    return rows
+
+
+@torch.no_grad()
+def encode_image_folder(
+    teacher: Teacher, folder: str | Path, *, height: int, width: int, batch_size: int = 16
+) -> LatentDataset:
+    """Latents of the pictures of a folder, resized to cover height x width (pixels) and cut to their centre.
+
+    Raises ValueError when captions or pictures are missing or unreadable.
+    """
+    rows = read_captions(Path(folder))
+    device = teacher.null_condition.tokens.device
+    latents = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="latents"):
+        batch = rows[start : start + batch_size]
+        pixels = torch.stack([read_picture(path, height, width) for path, _ in batch]).to(device)
+        latents.append(teacher.encode_pixels(pixels).float().cpu())
+    return LatentDataset(torch.cat(latents), tuple(text for _, text in rows))
+
+
+def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
+    """One picture as [3, height, width] in [0, 1]. Raises ValueError when the file is no picture."""
+    try:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+            scale = max(height / picture.height, width / picture.width)
+            size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
+            resized = vision.resize(picture, size, vision.InterpolationMode.LANCZOS)
+            return vision.to_tensor(vision.center_crop(resized, [height, width]))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no picture that PIL can read") from error

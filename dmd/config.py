@@ -1,0 +1,148 @@
+"""Settings of a DMD run. No torch here, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fewstep.core.config import OptimizerConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model to distil."""
+
+    path: str
+    """Diffusers directory or hub id of the teacher pipeline."""
+    guidance: float = 1.0
+    """Guidance weight w of the real score, u + w (c - u); 1 is no guidance."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the frozen teacher is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The few-step generator."""
+
+    optimizer: OptimizerConfig
+    """Optimizer of the student."""
+    steps: int = 1
+    """Network calls per sample."""
+    shift: float = 1.0
+    """Time shift of the step grid."""
+    sampler: Literal["sde", "ode"] = "sde"
+    """'sde' re-noises the prediction with fresh noise at each step, 'ode' takes Euler steps."""
+    lora_rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    lora_alpha: float = 64.0
+    """Scale of the adapters, which are multiplied by lora_alpha / lora_rank."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations again in the backward pass."""
+    ema_decay: float = 0.99
+    """Decay of the weight average per student update."""
+    ema_start: int = 0
+    """Student updates before averaging begins."""
+    init: str | None = None
+    """Safetensors file of student weights to start from (an export's transformer or unet); empty is the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreConfig:
+    """The network that follows the student's distribution."""
+
+    optimizer: OptimizerConfig
+    """Optimizer of the fake score and its discriminator heads."""
+    updates_per_student_update: int = 5
+    """Fake-score updates for each student update (two-time-scale rule of DMD2)."""
+    lora_rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    lora_alpha: float = 64.0
+    """Scale of the adapters."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations again in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the student minimises."""
+
+    objective: Literal["dmd", "sid", "f_distill"] = "dmd"
+    """'dmd' (reverse KL), 'sid' (score identity) or 'f_distill' (reweighted by a density ratio; needs the GAN)."""
+    divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"] = "js"
+    """Divergence of f_distill."""
+    sid_alpha: float = 1.0
+    """Alpha of SiD."""
+    score_shift: float = 1.0
+    """Time shift of the times at which the scores are compared."""
+    fake_shift: float = 1.0
+    """Time shift of the times at which the fake score is trained."""
+    t_min: float = 0.02
+    """Smallest time at which the scores are compared and the fake score is trained."""
+    t_max: float = 0.98
+    """Largest such time."""
+    gan_weight: float = 0.0
+    """Weight of the student's adversarial loss; 0 turns the discriminator off. Needs data.latents."""
+    discriminator_weight: float = 0.01
+    """Weight of the discriminator loss beside the fake-score loss."""
+    regression_weight: float = 0.0
+    """Weight of the regression on teacher pairs (DMD1); needs data.pairs and a one-step student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the run reads."""
+
+    prompts: str
+    """Text file, one prompt a line."""
+    cache_prompts: bool = True
+    """Encode every prompt once before training; turn off when the embeddings do not fit into memory."""
+    latents: str | None = None
+    """Folder of real latents (scripts/encode_latents.py), for the GAN."""
+    pairs: str | None = None
+    """Folder of teacher pairs (scripts/make_teacher_pairs.py), for the regression loss."""
+    height: int | None = None
+    """Pixel height of the samples; empty is the teacher's own."""
+    width: int | None = None
+    """Pixel width of the samples; empty is the teacher's own."""
+    sample_count: int = 10
+    """Columns of the sample grid: the first prompts of the file, with fixed seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdConfig:
+    """Distribution matching distillation (DMD2, arXiv:2405.14867) of a teacher into a few-step student."""
+
+    teacher: TeacherConfig
+    """The model to distil."""
+    data: DataConfig
+    """What the run reads."""
+    run: RunConfig
+    """Where and how long the run goes."""
+    student: StudentConfig
+    """The few-step generator."""
+    fake_score: FakeScoreConfig
+    """The network that follows the student's distribution."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What the student minimises."""
+    method: Literal["dmd"] = "dmd"
+    """Name of the method, kept with the export."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_settings(config: DmdConfig) -> None:
+    """Raise ValueError for settings that cannot work together, with what to change."""
+    student, loss, data = config.student, config.loss, config.data
+    if student.steps < 1:
+        raise ValueError(f"student.steps is {student.steps}; it must be at least 1")
+    if config.fake_score.updates_per_student_update < 1:
+        raise ValueError("fake_score.updates_per_student_update must be at least 1 (DMD2 uses 5)")
+    if not 0.0 < loss.t_min < loss.t_max < 1.0:
+        raise ValueError(f"loss.t_min {loss.t_min} and loss.t_max {loss.t_max} must satisfy 0 < t_min < t_max < 1")
+    if loss.gan_weight > 0 and data.latents is None:
+        raise ValueError("loss.gan_weight needs real data; set data.latents to a folder from scripts/encode_latents.py")
+    if loss.objective == "f_distill" and loss.gan_weight == 0:
+        raise ValueError("loss.objective f_distill reads density ratios off the discriminator; set loss.gan_weight > 0")
+    if loss.regression_weight > 0 and (data.pairs is None or student.steps != 1):
+        raise ValueError("loss.regression_weight needs data.pairs and student.steps 1 (DMD1 is a one-step method)")

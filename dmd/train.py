@@ -1,0 +1,173 @@
+"""The training loop of distribution matching distillation (DMD2, arXiv:2405.14867, Algorithm 1)."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.health import HealthMonitor
+from fewstep.core.randomness import shared_integer
+from fewstep.core.roles import frozen
+from fewstep.core.run_directory import RunDirectory
+from fewstep.core.trainer import Trainer
+from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.loss import regression_loss
+from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
+from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
+from fewstep.dmd.watch import Watch, describe_run
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One slice of a step: the student's samples x0 [B, C, h, w] without graph, their condition and random numbers."""
+
+    x0: Tensor
+    condition: Condition
+    draw: Draw
+
+
+def train_dmd(config: DmdConfig) -> int:
+    """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
+
+    Each step rolls the student out on noise. Every `updates_per_student_update`-th step the student is updated, and in
+    every step the fake score is, on the same samples. For several student steps the input of the gradient step is what
+    the student itself produces (backward simulation), up to a step drawn at random and shared by all processes.
+
+    Raises:
+        ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
+    """
+    data = DmdData.read(config)
+    with ExitStack() as stack:
+        run = config.run
+        if run.dry_run:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            config = replace(config, run=replace(run, directory=folder, resume=None))
+        directory = RunDirectory(Path(config.run.directory), resume=config.run.resume)
+        trainer = Trainer(config.run, directory)
+        stack.callback(trainer.close)
+        setup = build_setup(config, data, trainer)
+        trainer.note(describe_run(config, setup, trainer))
+        if run.dry_run:
+            train_step(config, setup, trainer)
+            trainer.note("dry run: one step was made, nothing is kept")
+            return 0
+        if trainer.is_main:
+            directory.write_config(config)
+        monitor = HealthMonitor()
+        if directory.resume_path is not None:
+            monitor.load_state(trainer.resume(directory.resume_path)["health"])
+        return training_loop(config, setup, trainer, monitor=monitor)
+
+
+def training_loop(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, monitor: HealthMonitor) -> int:
+    """Steps until the run is over or interrupted, with metrics, samples and checkpoints on the way."""
+    watch = Watch(config, setup, trainer, monitor)
+    if trainer.step == 0:
+        watch.save_samples()
+    while not trainer.should_stop():
+        metrics = train_step(config, setup, trainer)
+        trainer.advance()
+        watch.look_at(trainer.log(metrics))
+        if trainer.sample_due:
+            watch.save_samples()
+        if trainer.checkpoint_due:
+            trainer.save({"health": monitor.state()})
+    return trainer.finish({"health": monitor.state()})
+
+
+def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
+    """One step: the student's turn when it is due, then the fake score's, on the same samples. Returns its metrics."""
+    student_due = trainer.step % config.fake_score.updates_per_student_update == 0
+    slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
+    batches: list[Batch] = []
+    records: list[dict[str, Tensor]] = []
+    for number, indices in enumerate(slices):
+        draw = Draw(config.run.seed, indices, trainer.device)
+        condition = setup.prompts.of_samples(indices, config.run.seed)
+        with trainer.sync(setup.student_role, number == len(slices) - 1), torch.set_grad_enabled(student_due):
+            x0 = student_samples(config, setup, trainer, condition=condition, draw=draw)
+            if student_due:
+                records.append(student_backward(config, setup, trainer, x0=x0, condition=condition, draw=draw))
+        batches.append(Batch(x0.detach(), condition, draw))
+    metrics: dict[str, float | Tensor] = {**mean_records(records)}
+    if student_due:
+        metrics["student_grad_norm"] = trainer.update(setup.student_role)
+
+    records = []
+    for number, batch in enumerate(batches):
+        with trainer.sync(setup.fake_role, number == len(batches) - 1):
+            records.append(fake_score_backward(config, setup, trainer, batch=batch))
+    metrics |= mean_records(records)
+    metrics["fake_grad_norm"] = trainer.update(setup.fake_role)
+    return metrics
+
+
+def student_samples(
+    config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, condition: Condition, draw: Draw
+) -> Tensor:
+    """The student's x0 [B, C, h, w] for one slice, with a graph where gradients are on.
+
+    The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
+    """
+    grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
+    noise = draw.noise(setup.latent_shape, "noise")
+    renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
+    # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
+    wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
+    return setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0
+
+
+def student_backward(
+    config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, x0: Tensor, condition: Condition, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the student's gradients for one slice; returns what to log."""
+    with frozen(setup.fake_score):
+        turn = student_turn(
+            x0,
+            condition,
+            teacher=setup.teacher,
+            fake_score=setup.fake_score,
+            guidance=config.teacher.guidance,
+            loss=config.loss,
+            draw=draw,
+        )
+        trainer.check_finite("student loss", turn.loss)
+        trainer.backward(turn.loss)
+    record = {"student_loss": turn.loss.detach(), **turn.log()}
+    if setup.pairs is not None:
+        rows, target, pair_condition = setup.pairs.rows(draw.indices, trainer.device)
+        noise = setup.pairs.noise(rows, trainer.device)
+        paired = setup.student.rollout(noise, pair_condition, (), 0, setup.student_role.wrapped).x0
+        regression = regression_loss(paired, target)
+        trainer.check_finite("regression loss", regression)
+        trainer.backward(config.loss.regression_weight * regression)
+        record["regression_loss"] = regression.detach()
+    return record
+
+
+def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, batch: Batch) -> dict[str, Tensor]:
+    """Add the fake score's gradients for one slice; returns what to log."""
+    real = None if setup.real is None else setup.real.rows(batch.draw.indices, trainer.device)[1:]
+    wrapped = setup.fake_role.wrapped
+    turn = fake_score_turn(
+        batch.x0, batch.condition, fake_score=wrapped, loss=config.loss, draw=batch.draw, real=real
+    )
+    trainer.check_finite("fake score loss", turn.loss)
+    trainer.backward(turn.loss)
+    record = {"fake_score_loss": turn.flow_loss.detach()}
+    if turn.discriminator_loss is not None:
+        record["discriminator_loss"] = turn.discriminator_loss.detach()
+    return record
+
+
+def mean_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over the slices of a step."""
+    if not records:
+        return {}
+    return {name: torch.stack([record[name] for record in records]).mean() for name in records[0]}

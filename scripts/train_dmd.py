@@ -1,0 +1,20 @@
+"""Distil a teacher by DMD: accelerate launch scripts/train_dmd.py --config configs/dmd/digits_1step.yaml"""
+
+from __future__ import annotations
+
+import sys
+
+from fewstep.core.config import parse_config
+from fewstep.dmd.config import DmdConfig
+
+
+def main() -> None:
+    config, _ = parse_config(DmdConfig, sys.argv[1:], prog="train_dmd.py", description=__doc__ or "")
+
+    from fewstep.dmd.train import train_dmd
+
+    sys.exit(train_dmd(config))
+
+
+if __name__ == "__main__":
+    main()
