@@ -1,0 +1,113 @@
+"""A diffusers network that speaks rectified flow: teacher, fake score and student are this class in three roles.
+
+Legend: B batch; x_t, velocity, x0 [B, C, h, w]; t [B] in [0, 1], 1 is noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import Family, network_dtype
+from fewstep.core.paths import x0_from_velocity
+
+
+class Denoiser(nn.Module):
+    """A network and the family that says how to call it.
+
+    Everything around the network is fp32, fp64 where the network is: x_t, t and what follows from them are cast to the
+    network's dtype only as its inputs, and the velocity comes back in fp32 or fp64.
+
+    Args:
+        network: the transformer or U-Net of a diffusers pipeline; the family prepares it in place.
+        family: see `build_family`.
+    """
+
+    def __init__(self, network: nn.Module, family: Family) -> None:
+        super().__init__()
+        family.prepare_network(network)
+        self.network = network
+        self.family = family
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """velocity = eps - x0, [B, C, h, w], fp32 or fp64."""
+        dtype = torch.promote_types(network_dtype(self.network), torch.float32)
+        return self.family.velocity(self.network, x_t.to(dtype), t.to(dtype), condition)
+
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x0 = x_t - t velocity, fp32 or fp64."""
+        velocity = self(x_t, t, condition)
+        return x0_from_velocity(x_t.to(velocity.dtype), velocity, t.to(velocity.dtype))
+
+    def velocity_and_features(
+        self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The velocity, and the features [B, C, N] of the family's `feature_modules` from the same call.
+
+        Raises:
+            ValueError: the network has no such blocks.
+        """
+        modules = self.family.feature_modules(self.network, blocks)
+        captured: list[Tensor | None] = [None] * len(modules)
+
+        def capture(place: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                captured[place] = self.family.feature_map(output)
+
+            return hook
+
+        handles = [module.register_forward_hook(capture(place)) for place, module in enumerate(modules)]
+        try:
+            velocity = self.forward(x_t, t, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        features = [feature for feature in captured if feature is not None]
+        assert len(features) == len(modules), "a feature module was not called by its network"
+        return velocity, features
+
+    def copy(self, *, trainable: bool = True) -> Denoiser:
+        """A copy with its own weights; all of them require gradients, or none. The family is shared."""
+        network = copy.deepcopy(self.network)
+        network.requires_grad_(trainable)
+        return Denoiser(network, self.family)
+
+
+def guided_velocity(
+    denoiser: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    null_condition: Condition,
+    guidance: float,
+) -> Tensor:
+    """Classifier-free guidance u + guidance (c - u), where 1 is none (arXiv:2207.12598, Eq. 6, with w = guidance - 1).
+
+    One network call: on the doubled batch [unconditional, conditional], or on the batch itself when guidance is 1. The
+    size that SDXL is told belongs to the picture and not to the prompt, so the unconditional side is told the same.
+
+    Args:
+        denoiser: a `Denoiser` or a wrapper with its call.
+        x_t: [B, C, h, w].
+        t: [B].
+        condition: batch B.
+        null_condition: batch 1 or B.
+        guidance: any number.
+
+    Raises:
+        ValueError: the two conditions do not fit together.
+    """
+    if guidance == 1:
+        return denoiser(x_t, t, condition)
+    null_condition = null_condition.expand(condition.batch_size)
+    if condition.time_ids is not None:
+        null_condition = replace(null_condition, time_ids=condition.time_ids)
+    both = Condition.cat([null_condition, condition])
+    unconditional, conditional = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,145 @@
+"""What the rest of the package asks of one kind of diffusers model, and the latent scaling that all kinds share.
+
+Legend: B batch, C channels, N positions of a feature map; latents [B, C, h, w]; pixels [B, 3, H, W] in [0, 1]; t [B] is
+canonical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from fewstep.core.condition import Condition
+
+
+class Family(Protocol):
+    """How one kind of network is called in canonical coordinates, and how its pipeline encodes and decodes.
+
+    A family holds constants of the pipeline (a noise table, a time scale) and no weights; one object serves teacher,
+    fake score and student. `pipeline` and `network` are of the classes that the family is for.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Ends of the names of the layers that get adapters."""
+        ...
+
+    def network(self, pipeline: Any) -> nn.Module:
+        """The denoising network of the pipeline."""
+        ...
+
+    def prepare_network(self, network: Any) -> None:
+        """Change in place what `velocity` relies on; the network still works in its stock pipeline."""
+        ...
+
+    def velocity(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """eps - x0 [B, C, h, w] in the dtype of x_t, fp32 or fp64; the cast to the network's dtype is inside."""
+        ...
+
+    def initial_state(self, noise: Tensor, t: float) -> Tensor:
+        """The canonical state at t that stands for what the stock pipeline starts from when it is given `noise`."""
+        ...
+
+    def feature_modules(self, network: Any, blocks: Sequence[int] | None) -> list[nn.Module]:
+        """Modules whose outputs are discriminator features; `blocks` None picks the family's own."""
+        ...
+
+    def feature_channels(self, network: Any, blocks: Sequence[int] | None) -> list[int]:
+        """C of each feature map of `feature_modules`."""
+        ...
+
+    def feature_map(self, output: Any) -> Tensor:
+        """Features [B, C, N] from the output of one of `feature_modules`."""
+        ...
+
+    def encode_prompts(
+        self, pipeline: Any, prompts: list[str], *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """Embeddings of the prompts; height and width in pixels matter only to networks that are told the size."""
+        ...
+
+    def encode_null(self, pipeline: Any, *, height: int | None = None, width: int | None = None) -> Condition:
+        """The unconditional side of guidance in the stock pipeline when no negative prompt is given; batch 1."""
+        ...
+
+    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1]."""
+        ...
+
+    def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents at the scale of the network: a draw with `generator`, the mode of the posterior without."""
+        ...
+
+    def latent_shape(self, pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of that size in pixels; None is the pipeline's own size."""
+        ...
+
+    def teacher_grid(self, pipeline: Any, steps: int) -> tuple[float, ...]:
+        """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out."""
+        ...
+
+
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """Dtype of the first floating parameter.
+
+    Raises:
+        ValueError: the network has none.
+    """
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    raise ValueError(f"{type(network).__name__} has no floating parameter, so it has no dtype to call it in")
+
+
+def _scale_and_shift(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(a, b) with raw = a latents + b, as the stock pipelines have it: per channel where the config has statistics."""
+    config = vae.config
+    mean, std = config["latents_mean"], config["latents_std"]
+    if mean is None or std is None:
+        return 1 / config["scaling_factor"], config["shift_factor"] or 0.0
+    view = (1, -1, 1, 1)
+    std, mean = (torch.as_tensor(values).to(latents).view(view) for values in (std, mean))
+    return std / config["scaling_factor"], mean
+
+
+def vae_decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [0, 1], fp32 at least, from latents at the scale of the network."""
+    scale, shift = _scale_and_shift(vae, latents)
+    raw = (latents * scale + shift).to(vae.dtype)
+    pixels = vae.decode(raw, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+    return (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+
+def vae_encode(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Latents at the scale of the network, fp32 at least, from pixels [B, 3, H, W] in [0, 1].
+
+    Raises:
+        ValueError: the pixels are no picture batch of three channels.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels must be [B, 3, H, W], got shape {tuple(pixels.shape)}")
+    posterior = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
+    raw = posterior.mode() if generator is None else posterior.sample(generator)
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    scale, shift = _scale_and_shift(vae, raw)
+    return (raw - shift) / scale
+
+
+def pixel_size(default: tuple[int, int], height: int | None, width: int | None, *, multiple: int) -> tuple[int, int]:
+    """(height, width) in pixels with the default filled in.
+
+    Raises:
+        ValueError: one is not a positive multiple of `multiple`.
+    """
+    size = (default[0] if height is None else height, default[1] if width is None else width)
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value < 1 or value % multiple:
+            raise ValueError(f"{name} must be a positive multiple of {multiple} pixels for this model, got {value}")
+    return size

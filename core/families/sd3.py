@@ -1,0 +1,179 @@
+"""Stable Diffusion 3 and 3.5: MMDiT transformers that speak rectified flow already (arXiv:2403.03206).
+
+Legend: B batch, N text tokens, D width of a token, M image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import network_dtype, pixel_size, vae_decode, vae_encode
+from fewstep.core.families.sd3_attention import KeyBiasJointAttention
+from fewstep.core.grids import validate_grid
+
+# Length of the T5 part in the stock pipeline; without T5 it appends as many zero tokens.
+T5_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Sd3Family:
+    """SD3 in canonical coordinates: the network's output is the velocity, its time is `time_scale` t.
+
+    Without T5 the stock pipeline appends 256 zero tokens to the text. They are identical and stay so in every block, so
+    conditions hold one of them with a count of 256 (see `KeyBiasJointAttention`).
+
+    Attributes:
+        time_scale: the network's time at t = 1, the scheduler's `num_train_timesteps`.
+    """
+
+    time_scale: int
+    name: str = "sd3"
+    lora_targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+    )
+
+    @staticmethod
+    def from_pipeline(pipeline: StableDiffusion3Pipeline) -> Sd3Family:
+        """The family of a pipeline. Raises ValueError when its scheduler is no FlowMatchEulerDiscreteScheduler."""
+        return Sd3Family(time_scale=_require_flow_scheduler(pipeline).config["num_train_timesteps"])
+
+    def network(self, pipeline: StableDiffusion3Pipeline) -> SD3Transformer2DModel:
+        return pipeline.transformer
+
+    def prepare_network(self, network: SD3Transformer2DModel) -> None:
+        """Give every block the attention that knows token counts; without counts it is the stock attention."""
+        network.set_attn_processor(KeyBiasJointAttention())
+
+    def velocity(self, network: SD3Transformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output at time `time_scale` t. Raises ValueError when the condition has no pooled text."""
+        if condition.pooled is None:
+            raise ValueError("SD3 needs pooled text embeddings, and the condition has none: encode with the SD3 family")
+        dtype = network_dtype(network)
+        counts = condition.token_counts
+        output = network(
+            hidden_states=x_t.to(dtype),
+            timestep=t.expand(x_t.shape[0]) * self.time_scale,
+            encoder_hidden_states=condition.tokens.to(dtype),
+            pooled_projections=condition.pooled.to(dtype),
+            joint_attention_kwargs=None if counts is None else {"key_bias": counts.to(x_t).log()},
+            return_dict=False,
+        )[0]
+        return output.to(x_t.dtype)
+
+    def initial_state(self, noise: Tensor, t: float) -> Tensor:
+        """The noise itself: the stock pipeline does not rescale it, wherever its grid starts."""
+        return noise
+
+    def feature_modules(self, network: SD3Transformer2DModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
+        """The chosen transformer blocks, by default the middle one.
+
+        Raises:
+            ValueError: a block does not exist, or is named twice.
+        """
+        count = len(network.transformer_blocks)
+        chosen = [count // 2] if blocks is None else list(blocks)
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
+            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
+        return [network.transformer_blocks[block] for block in chosen]
+
+    def feature_channels(self, network: SD3Transformer2DModel, blocks: Sequence[int] | None) -> list[int]:
+        return [network.inner_dim] * len(self.feature_modules(network, blocks))
+
+    def feature_map(self, output: Any) -> Tensor:
+        """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]."""
+        return output[1].transpose(1, 2)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        prompts: list[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Condition:
+        """Tokens [B, N, D] and pooled text; SD3 is not told the size. Without T5 one counted zero token ends them."""
+        has_t5 = pipeline.text_encoder_3 is not None
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,  # pyright: ignore[reportArgumentType]
+            prompt_3=None,  # pyright: ignore[reportArgumentType]
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS if has_t5 else 1,
+        )
+        assert tokens is not None
+        # A T5 of zero weights stands for none, because stock loading insists on the component (`zero_t5` in export_components).
+        if has_t5 and tokens[:, -T5_TOKENS:].any():
+            return Condition(tokens, pooled)
+        if has_t5:
+            tokens = tokens[:, : tokens.shape[1] - T5_TOKENS + 1]
+        counts = torch.ones(tokens.shape[1], device=tokens.device)
+        counts[-1] = T5_TOKENS
+        return Condition(tokens, pooled, token_counts=counts)
+
+    def encode_null(
+        self, pipeline: StableDiffusion3Pipeline, *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """The empty prompt."""
+        return self.encode_prompts(pipeline, [""])
+
+    def decode_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
+        return vae_decode(pipeline.vae, latents)
+
+    def encode_pixels(
+        self, pipeline: StableDiffusion3Pipeline, pixels: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return vae_encode(pipeline.vae, pixels, generator)
+
+    def latent_shape(
+        self, pipeline: StableDiffusion3Pipeline, height: int | None, width: int | None
+    ) -> tuple[int, int, int]:
+        """(C, h, w). Raises ValueError when a side is no multiple of the pixels that a patch covers."""
+        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+        side = config.sample_size * factor
+        height, width = pixel_size((side, side), height, width, multiple=factor * config.patch_size)
+        return config.in_channels, height // factor, width // factor
+
+    def teacher_grid(self, pipeline: StableDiffusion3Pipeline, steps: int) -> tuple[float, ...]:
+        """The sigmas of the pipeline's own scheduler.
+
+        Raises:
+            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
+        """
+        config = _require_flow_scheduler(pipeline).config
+        if config["use_dynamic_shifting"] or config["stochastic_sampling"] or config["invert_sigmas"]:
+            raise ValueError(
+                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
+                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
+            )
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        scheduler.set_timesteps(steps)
+        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
+        validate_grid(times)
+        return times
+
+
+def _require_flow_scheduler(pipeline: StableDiffusion3Pipeline) -> FlowMatchEulerDiscreteScheduler:
+    if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"SD3 needs a FlowMatchEulerDiscreteScheduler, this pipeline has {type(pipeline.scheduler).__name__}: "
+            "replace scheduler/scheduler_config.json by the original model's"
+        )
+    return pipeline.scheduler

@@ -1,0 +1,211 @@
+"""Stable Diffusion 1.5 and XL: U-Nets that predict eps or v on a DDPM noise table.
+
+Legend: B batch, N text tokens, T length of the table. The state of the table's path is x = alpha x0 + sigma eps with
+alpha^2 + sigma^2 = 1; the canonical state is x_t = x / (alpha + sigma) at t = sigma / (alpha + sigma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import network_dtype, pixel_size, vae_decode, vae_encode
+from fewstep.core.grids import validate_grid
+from fewstep.core.paths import VariancePreserving, expand_time, from_flow_state
+
+UnetPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+# An fp32 t fixes the timestep to about 1e-4 near the noisy end; what lies this close to an integer was meant to be it.
+INDEX_ROUNDING = 1e-3
+# The same stand-in for zero that diffusers' EulerDiscreteScheduler puts at the end of a table with zero terminal SNR.
+SMALLEST_ALPHAS_CUMPROD = 2.0**-24
+
+
+@dataclass(frozen=True)
+class UnetFamily:
+    """A U-Net on a noise table in canonical coordinates.
+
+    The table ends at `last_time` < 1 (0.936 for Stable Diffusion), while a student starts at t = 1. Beyond the table
+    the network gets the last timestep and an input of the norm that the path has at t, and its output is read with the
+    table's last alpha and sigma: x0 = (x - sigma eps) / alpha, velocity = (x_t - x0) / t. At t = 1 this is the one-step
+    rule of DMD2 (arXiv:2405.14867, Sec. 4): unit noise enters at the last timestep. At `last_time` it meets the exact
+    conversion continuously. Before the table's first time only the timestep is clamped.
+
+    Attributes:
+        path: the noise table.
+        prediction: what the network predicts: "epsilon" or "v_prediction" (v = alpha eps - sigma x0, arXiv:2202.00512).
+        has_size_condition: whether pooled text and six size numbers are given to the network, as in SDXL.
+    """
+
+    path: VariancePreserving
+    prediction: Literal["epsilon", "v_prediction"]
+    has_size_condition: bool
+    name: str = "unet"
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    @staticmethod
+    def from_pipeline(pipeline: UnetPipeline) -> UnetFamily:
+        """The family of a pipeline, with the noise table of its scheduler's config.
+
+        Raises:
+            ValueError: the network predicts neither eps nor v, predicts eps at a timestep without any signal, or takes
+                other conditions than those of SD1.5 and SDXL.
+        """
+        scheduler = _ddim_scheduler(pipeline)
+        prediction = scheduler.config["prediction_type"]
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"the scheduler's prediction_type must be epsilon or v_prediction, got {prediction!r}")
+        table = scheduler.alphas_cumprod.double()
+        if table[-1] <= 0 and prediction == "epsilon":
+            raise ValueError(
+                "the noise table has zero terminal SNR, where an eps prediction says nothing about x0: set "
+                "rescale_betas_zero_snr to false, or prediction_type to v_prediction if the network predicts v"
+            )
+        kind = pipeline.unet.config.addition_embed_type
+        if kind not in (None, "text_time"):
+            raise ValueError(f"the U-Net's addition_embed_type must be null or text_time, got {kind!r}")
+        path = VariancePreserving(table.clamp(min=SMALLEST_ALPHAS_CUMPROD))
+        return UnetFamily(path, prediction, has_size_condition=kind == "text_time")
+
+    @property
+    def last_time(self) -> float:
+        """The canonical time of the table's last entry."""
+        return self.path.flow_time_range[1]
+
+    def network(self, pipeline: UnetPipeline) -> UNet2DConditionModel:
+        return pipeline.unet
+
+    def prepare_network(self, network: UNet2DConditionModel) -> None:
+        """Nothing to change."""
+
+    def velocity(self, network: UNet2DConditionModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """See the class. Raises ValueError when an SDXL condition lacks pooled text or time_ids."""
+        t = t.expand(x_t.shape[0])
+        x, time = from_flow_state(self.path, x_t, t)
+        dtype = network_dtype(network)
+        output = network(
+            x.to(dtype),
+            snap_to_integer(time),
+            encoder_hidden_states=condition.tokens.to(dtype),
+            added_cond_kwargs=self._size_condition(condition, dtype),
+            return_dict=False,
+        )[0].to(x_t.dtype)
+        last = self.last_time
+        on_table = t.clamp(max=last)
+        scale = self.path.scale_at_flow_time(on_table)
+        alpha, sigma = expand_time((1 - on_table) * scale, x), expand_time(on_table * scale, x)
+        if self.prediction == "epsilon":
+            eps, x0 = output, (x - sigma * output) / alpha
+        else:
+            eps, x0 = sigma * x + alpha * output, alpha * x - sigma * output
+        # The clamp keeps the branch that is not taken finite, and with it the gradient of torch.where.
+        beyond = (x_t - x0) / expand_time(t.clamp(min=last), x)
+        return torch.where(expand_time(t, x) <= last, eps - x0, beyond)
+
+    def initial_state(self, noise: Tensor, t: float) -> Tensor:
+        """noise / (alpha + sigma): the stock pipeline feeds unit noise at whichever timestep its grid starts."""
+        time = torch.tensor([t], dtype=torch.float64)
+        return noise / float(self.path.scale_at_flow_time(time))
+
+    def feature_modules(self, network: UNet2DConditionModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
+        """The middle block (DMD2, arXiv:2405.14867, Sec. 4.3). Raises ValueError for any choice of blocks."""
+        if blocks is not None:
+            raise ValueError(
+                f"a U-Net gives features of its middle block alone: leave blocks unset, got {list(blocks)}"
+            )
+        return [network.mid_block]
+
+    def feature_channels(self, network: UNet2DConditionModel, blocks: Sequence[int] | None) -> list[int]:
+        return [network.config["block_out_channels"][-1]] * len(self.feature_modules(network, blocks))
+
+    def feature_map(self, output: Any) -> Tensor:
+        """Feature maps [B, C, h, w] as [B, C, h w]."""
+        return output.flatten(2)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: UnetPipeline, prompts: list[str], *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """Tokens [B, N, D]; for SDXL also pooled text and the size: original and target size as given, no crop."""
+        if not isinstance(pipeline, StableDiffusionXLPipeline):
+            tokens, _ = pipeline.encode_prompt(
+                prompts,  # pyright: ignore[reportArgumentType]
+                pipeline.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+            return Condition(tokens)
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            prompts,  # pyright: ignore[reportArgumentType]
+            do_classifier_free_guidance=False,
+        )
+        size = self._pixel_size(pipeline, height, width)
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=tokens.device)
+        return Condition(tokens, pooled, time_ids=time_ids.expand(len(prompts), -1))
+
+    def encode_null(self, pipeline: UnetPipeline, *, height: int | None = None, width: int | None = None) -> Condition:
+        """The empty prompt, or zeros where the pipeline's `force_zeros_for_empty_prompt` says so (SDXL base)."""
+        empty = self.encode_prompts(pipeline, [""], height=height, width=width)
+        if not isinstance(pipeline, StableDiffusionXLPipeline) or not pipeline.config["force_zeros_for_empty_prompt"]:
+            return empty
+        assert empty.pooled is not None
+        return Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled), time_ids=empty.time_ids)
+
+    def decode_latents(self, pipeline: UnetPipeline, latents: Tensor) -> Tensor:
+        return vae_decode(pipeline.vae, latents)
+
+    def encode_pixels(self, pipeline: UnetPipeline, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return vae_encode(pipeline.vae, pixels, generator)
+
+    def latent_shape(self, pipeline: UnetPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w). Raises ValueError when a side is no multiple of what the autoencoder and the U-Net halve away."""
+        height, width = self._pixel_size(pipeline, height, width)
+        factor = pipeline.vae_scale_factor
+        return pipeline.unet.config.in_channels, height // factor, width // factor
+
+    def teacher_grid(self, pipeline: UnetPipeline, steps: int) -> tuple[float, ...]:
+        """Times of DDIM (arXiv:2010.02502) with the timestep spacing of the pipeline's scheduler.
+
+        A deterministic DDIM step is an Euler step here: x_t = x0 + t (eps - x0) is affine in t for fixed x0 and eps.
+        """
+        scheduler = _ddim_scheduler(pipeline)
+        scheduler.set_timesteps(steps)
+        times = tuple(self.path.to_flow_time(scheduler.timesteps.double()).tolist())
+        validate_grid(times)
+        return times
+
+    def _size_condition(self, condition: Condition, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        if not self.has_size_condition:
+            return None
+        if condition.pooled is None or condition.time_ids is None:
+            raise ValueError(
+                "SDXL needs pooled text and time_ids, and the condition lacks them: encode with its family"
+            )
+        # Sizes stay fp32: a bf16 one would be rounded to 8 bits before the network embeds it.
+        return {"text_embeds": condition.pooled.to(dtype), "time_ids": condition.time_ids.float()}
+
+    def _pixel_size(self, pipeline: UnetPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+        config, factor = pipeline.unet.config, pipeline.vae_scale_factor
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        halvings = len(config.block_out_channels) - 1
+        return pixel_size((sides[0] * factor, sides[1] * factor), height, width, multiple=factor * 2**halvings)
+
+
+def snap_to_integer(time: Tensor) -> Tensor:
+    """Timesteps within `INDEX_ROUNDING` of an integer as that integer; others as given, for the network takes both."""
+    nearest = time.round()
+    return torch.where((time - nearest).abs() < INDEX_ROUNDING, nearest, time)
+
+
+def _ddim_scheduler(pipeline: UnetPipeline) -> DDIMScheduler:
+    """DDIM on the noise table of the pipeline's scheduler, of whatever class that is."""
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert isinstance(scheduler, DDIMScheduler)
+    return scheduler

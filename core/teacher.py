@@ -1,0 +1,189 @@
+"""The frozen many-step model that is distilled, with its prompt encoder, decoder and deterministic sampler.
+
+Legend: B batch; latents, noise, x_t, velocity [B, C, h, w]; pixels [B, 3, H, W] in [0, 1]; t [B] canonical.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fewstep.core.condition import Condition
+from fewstep.core.denoiser import Denoiser, guided_velocity
+from fewstep.core.families.table import build_family
+from fewstep.core.paths import x0_from_velocity
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Components of these kinds hold no weights; a folder with a config is all they need.
+WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
+
+
+class Teacher:
+    """A diffusers pipeline whose weights never change.
+
+    Gradients still flow through `velocity` and `x0` to their inputs, which SiD needs; put the calls under
+    `torch.no_grad()` where they are not wanted.
+
+    Attributes:
+        pipeline: the stock pipeline; its modules are frozen and in eval mode.
+        path: where it was loaded from, for run records.
+        family: how its network is called.
+        denoiser: its network in canonical coordinates.
+        null_condition: the unconditional side of guidance, batch 1.
+
+    Raises:
+        ValueError: no family is known for the pipeline.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, *, path: str) -> None:
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.path = path
+        self.family = build_family(pipeline)
+        self.denoiser = Denoiser(self.family.network(pipeline), self.family)
+        self.null_condition = self.family.encode_null(pipeline)
+        self.text_encoders_freed = False
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Teacher:
+        """Load a diffusers directory or a model of the hub; safetensors alone, and no code from the model.
+
+        An autoencoder that its config says is unstable in fp16 stays in fp32.
+
+        Raises:
+            ValueError: the directory, its index or a component is missing, or the pipeline is of an unknown class.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _download(str(path))
+        null_components = check_pipeline_folder(folder)
+        # Stock loading takes a null in the index for a missing component unless it is passed as None as well.
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **dict.fromkeys(null_components)
+        )
+        vae = pipeline.components.get("vae")
+        if vae is not None and dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)
+        pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, path=str(path))
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+        """Guided velocity u + guidance (c - u), fp32 at least."""
+        return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance)
+
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+        """Guided x0 = x_t - t velocity, fp32 at least."""
+        velocity = self.velocity(x_t, t, condition, guidance)
+        return x0_from_velocity(x_t.to(velocity.dtype), velocity, t.to(velocity.dtype))
+
+    def encode(self, prompts: list[str], *, height: int | None = None, width: int | None = None) -> Condition:
+        """Embeddings of the prompts, without gradient. Height and width in pixels are told to SDXL alone.
+
+        Raises:
+            ValueError: the text encoders were freed, or there is no prompt.
+        """
+        if self.text_encoders_freed:
+            raise ValueError(
+                "the teacher's text encoders were freed after caching: encode every prompt before, or load it again"
+            )
+        if len(prompts) == 0:
+            raise ValueError("there is no prompt to encode: give at least one, which may be empty")
+        return self.family.encode_prompts(self.pipeline, list(prompts), height=height, width=width)
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders to save memory; `encode` raises from now on. The tokenizers stay."""
+        encoders = [name for name in self.pipeline.components if re.fullmatch(r"text_encoder(_\d+)?", name)]
+        self.pipeline.register_modules(**dict.fromkeys(encoders))
+        self.text_encoders_freed = True
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1], differentiable in the latents."""
+        return self.family.decode_latents(self.pipeline, latents)
+
+    def encode_pixels(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of pixels in [0, 1]: a draw with `generator`, the mode of the posterior without."""
+        return self.family.encode_pixels(self.pipeline, pixels, generator)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) for pictures of that size in pixels; None is the pipeline's own size."""
+        return self.family.latent_shape(self.pipeline, height, width)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition, *, steps: int, guidance: float) -> Tensor:
+        """Latents by Euler steps on the pipeline's own grid, the last one to t = 0.
+
+        Equal to the stock pipeline given these `latents`: with its FlowMatchEulerDiscreteScheduler for SD3, and for
+        U-Nets with DDIM whose number of steps divides the table and whose last step ends at clean latents
+        (`set_alpha_to_one`).
+
+        Args:
+            noise: [B, C, h, w], standard normal.
+            condition: batch B.
+            steps: network calls, at least 1.
+            guidance: 1 is none.
+        """
+        times = self.family.teacher_grid(self.pipeline, steps)
+        x_t = self.family.initial_state(noise, times[0])
+        for t, t_next in zip(times, (*times[1:], 0.0), strict=True):
+            time = torch.full((len(x_t),), t, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
+            x_t = x_t + (t_next - t) * self.velocity(x_t, time, condition, guidance)
+        return x_t
+
+
+def check_pipeline_folder(folder: Path) -> list[str]:
+    """Check that every component of the index is there; return the names of those that the index leaves out as null.
+
+    Raises:
+        ValueError: the index is missing or broken, or a component has no folder, no config or no safetensors weights.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model_index.json: give the folder that pipeline.save_pretrained wrote")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{index} is no JSON ({error}): save the pipeline again") from error
+    components = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
+    for name, (library, class_name) in components.items():
+        if library is not None:
+            _check_component(folder, name, class_name)
+    return [name for name, (library, _) in components.items() if library is None]
+
+
+def _check_component(folder: Path, name: str, class_name: str) -> None:
+    place = folder / name
+    optional = ""
+    if name in ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extractor"):
+        optional = f', or set "{name}" to [null, null] in model_index.json to do without it'
+    if not place.is_dir() or not any(place.glob("*.json")):
+        raise ValueError(f"component {name} ({class_name}) is missing in {folder}: download its folder{optional}")
+    if class_name.endswith(WEIGHTLESS):
+        return
+    if not any(place.glob("*.safetensors")):
+        raise ValueError(
+            f"component {name} ({class_name}) in {folder} has no .safetensors weights: download them (no other "
+            f"format is read){optional}"
+        )
+
+
+def _download(path: str) -> Path:
+    """The local copy of a model of the hub."""
+    if not HUB_ID.fullmatch(path):
+        raise ValueError(f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path")
+    try:
+        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    except OSError as error:
+        raise ValueError(
+            f"{path} is no folder here and could not be fetched from the hub ({error}): check the name, the "
+            "network and the access token"
+        ) from error
