@@ -24,10 +24,12 @@ from fewstep.core.embedded.autoencoder import build_autoencoder, scaled_latents,
 from fewstep.core.embedded.digits import DigitImages, all_captions, caption, load_digits_split
 from fewstep.core.embedded.progress import StepLog
 from fewstep.core.embedded.text import build_text_encoder, build_tokenizer, train_text_encoder
+from fewstep.core.export_components import zero_t5
 from fewstep.core.families.table import build_family
 from fewstep.core.paths import add_noise
 
 PHRASING_COUNT = 4
+JOINT_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def build_transformer() -> SD3Transformer2DModel:
         num_layers=3,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=64,
+        joint_attention_dim=JOINT_WIDTH,
         caption_projection_dim=128,
         pooled_projection_dim=64,
         out_channels=4,
@@ -63,8 +65,12 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The pipeline around an autoencoder, with untrained text encoders and transformer and no T5."""
+    """The pipeline around an autoencoder, with untrained text encoders and transformer.
+
+    Its T5 has zero weights, which is the same as none, but lets plain `from_pretrained` load the folder.
+    """
     tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer(pad_token="!")
+    encoder_3, tokenizer_3 = zero_t5(JOINT_WIDTH)
     return StableDiffusion3Pipeline(
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
@@ -73,8 +79,8 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         tokenizer=tokenizer,
         text_encoder_2=build_text_encoder(tokenizer_2),
         tokenizer_2=tokenizer_2,
-        text_encoder_3=None,  # type: ignore[arg-type]  # diffusers allows SD3 without T5
-        tokenizer_3=None,  # type: ignore[arg-type]
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokenizer_3,
     )
 
 

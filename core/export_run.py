@@ -1,0 +1,164 @@
+"""Exports the student of a run directory: reads its configuration and one of its checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import Tensor, nn
+
+from fewstep.core.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from fewstep.core.export import DTYPE_NAMES, export_pipeline
+from fewstep.core.export_schedulers import SamplerSpec, nearest_exportable_times
+from fewstep.core.grids import step_grid
+from fewstep.core.lora import add_lora
+from fewstep.core.model_card import ExportRecord, StudentReport
+from fewstep.core.run_directory import CONFIG_FILE
+from fewstep.core.teacher import Teacher
+
+LIVE_FILE, EMA_FILE = "student", "student_ema"
+# A Denoiser's parameters carry the name of its one child.
+NETWORK_PREFIX = "network."
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What an export needs to know of the resolved configuration of a run; the fields are named as in config.yaml."""
+
+    method: str
+    teacher_path: str
+    guidance: float
+    steps: int
+    shift: float
+    sampler: Literal["sde", "ode"]
+    lora_rank: int
+    lora_alpha: float
+    height: int | None
+    width: int | None
+
+
+def read_settings(run: str | Path) -> RunSettings:
+    """The settings in `run`/config.yaml. Raises ValueError naming the file or key that is missing."""
+    file = Path(run) / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the directory of a training run")
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    def read(*keys: str, default: Any = MISSING) -> Any:
+        value = config
+        for key in keys:
+            value = value.get(key, MISSING) if isinstance(value, Mapping) else MISSING
+        if value is MISSING and default is MISSING:
+            raise ValueError(f"{file} has no {'.'.join(keys)}; it is not the resolved configuration of a distillation")
+        return default if value is MISSING else value
+
+    # Methods without adapters or without a size of their own have no such keys.
+    return RunSettings(
+        method=read("method"),
+        teacher_path=read("teacher", "path"),
+        guidance=float(read("teacher", "guidance")),
+        steps=read("student", "steps"),
+        shift=float(read("student", "shift")),
+        sampler=read("student", "sampler"),
+        lora_rank=read("student", "lora_rank", default=0),
+        lora_alpha=float(read("student", "lora_alpha", default=1.0)),
+        height=read("data", "height", default=None),
+        width=read("data", "width", default=None),
+    )
+
+
+def export_run(
+    run: str | Path,
+    *,
+    checkpoint: str = "latest",
+    weights: Literal["ema", "live"] = "ema",
+    output: str | Path | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    lora_only: bool = False,
+    device: str = "cpu",
+) -> tuple[Path, ExportRecord]:
+    """Export the student of a run; returns the directory that was written and its record.
+
+    Args:
+        run: run directory with config.yaml and checkpoints.
+        checkpoint: "latest", the name of a checkpoint of this run, or a path.
+        weights: the moving average or the live weights.
+        output: directory to create; by default "export" in the run directory.
+        dtype: "float32", "float16" or "bfloat16".
+        overwrite, lora_only: see `export_pipeline`.
+        device: where the comparison runs.
+
+    Raises:
+        ValueError: a file, key or weight is missing, or see `export_pipeline`.
+        FileExistsError, ExportMismatchError: see `export_pipeline`.
+    """
+    dtypes = {name: value for value, name in DTYPE_NAMES.items()}
+    if dtype not in dtypes or weights not in ("ema", "live"):
+        raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
+    run = Path(run)
+    settings = read_settings(run)
+    loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
+    name = EMA_FILE if weights == "ema" else LIVE_FILE
+    if name not in loaded.tensors:
+        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
+    teacher = Teacher.load(settings.teacher_path, device=device)
+    network = _student_network(teacher, settings, loaded.tensors[name])
+    times = nearest_exportable_times(teacher.pipeline, step_grid(settings.steps, shift=settings.shift))
+    report = StudentReport(
+        method=settings.method,
+        base_model=settings.teacher_path,
+        guidance=settings.guidance,
+        step=loaded.step,
+        ema=weights == "ema",
+        height=settings.height,
+        width=settings.width,
+        name=run.resolve().name,
+    )
+    directory = run / "export" if output is None else Path(output)
+    record = export_pipeline(
+        settings.teacher_path,
+        network,
+        sampler=SamplerSpec(times, settings.sampler),
+        output=directory,
+        report=report,
+        dtype=dtypes[dtype],
+        overwrite=overwrite,
+        lora_only=lora_only,
+    )
+    return directory, record
+
+
+def _find_checkpoint(run: Path, checkpoint: str) -> Path:
+    known = ", ".join(path.name for path in list_checkpoints(run)) or "none"
+    if checkpoint == "latest":
+        found = latest_checkpoint(run)
+        if found is None:
+            raise ValueError(f"{run} holds no checkpoint; train first, or give the path of a checkpoint")
+        return found
+    for path in (run / checkpoint, Path(checkpoint)):
+        if path.is_dir():
+            return path
+    raise ValueError(f"there is no checkpoint {checkpoint}; checkpoints of {run}: {known}")
+
+
+def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The teacher's network with the student's adapters, if any, and its weights."""
+    network = teacher.denoiser.network
+    network.requires_grad_(True)
+    if settings.lora_rank > 0:
+        targets = teacher.family.lora_targets
+        add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=0)
+    plain = {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items()}
+    # A LoRA student stores its adapters alone; what stays the teacher's is exactly what was not trained.
+    missing, unexpected = network.load_state_dict(plain, strict=False)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(missing))
+    if lost or unexpected:
+        raise ValueError(
+            f"the weights do not fit the teacher at {settings.teacher_path}: {len(lost)} missing {lost[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}. Was it exchanged, or student.lora_rank changed?"
+        )
+    return network.eval()
