@@ -28,7 +28,7 @@ test: $(STAMP) ## run the tests (CPU is enough)
 lint: $(STAMP) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright -p .typing
 
 demo: $(STAMP) ## distil the embedded teacher on this machine and open the result with stock diffusers
 	$(LIMIT_THREADS) $(BIN)/python scripts/demo.py
@@ -36,8 +36,8 @@ demo: $(STAMP) ## distil the embedded teacher on this machine and open the resul
 teacher: $(STAMP) ## train the embedded digits teacher again
 	$(LIMIT_THREADS) $(BIN)/python scripts/make_digits_teacher.py
 
-benchmark: $(STAMP) ## measure and write a benchmark record
-	$(LIMIT_THREADS) $(BIN)/python scripts/benchmark.py
+benchmark: $(STAMP) ## measure the cost of a training step and write the record
+	$(LIMIT_THREADS) $(BIN)/python scripts/benchmark_training_step.py --threads $(THREADS)
 
 clean: ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

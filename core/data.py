@@ -1,7 +1,7 @@
 """Prompts and latents for training, in an order that depends on the seed and the sample's number alone.
 
-Shapes: latents [N, C, H, W]. Sample number = training step * global batch size + place in the global batch, so a resumed
-run reads on where it stopped and two processes read what one process would.
+Shapes: latents [N, C, H, W]. Sample number = training step * global batch size + place in the global batch, so a
+resumed run reads on where it stopped and two processes read what one process would.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def rows_of_samples(samples: Sequence[int], count: int, seed: int) -> list[int]:
 class PromptConditions:
     """Prompts with their embeddings: encoded once and kept when `cache`, else encoded per batch.
 
-    Height and width in pixels are told to networks that are conditioned on them (SDXL). Raises ValueError without prompts.
+    Height and width in pixels are told to networks that are conditioned on them (SDXL).
+    Raises ValueError without prompts.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class PromptConditions:
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] that they were made from."""
+    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] they were made from."""
 
     latents: Tensor
     prompts: tuple[str, ...]
@@ -108,7 +109,9 @@ class LatentDataset:
         if len(self.latents) != len(self.prompts) or not self.prompts:
             raise ValueError(f"{len(self.latents)} latents and {len(self.prompts)} prompts; give one prompt per latent")
         if self.noise is not None and self.noise.shape != self.latents.shape:
-            raise ValueError(f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree")
+            raise ValueError(
+                f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write `latents.safetensors` and `prompts.txt` into a folder."""

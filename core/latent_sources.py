@@ -61,7 +61,9 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
             record = json.loads(line)
             picture, text = folder / record["file_name"], str(record["text"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} line {number} must be a JSON object with file_name and text: {error!r}") from error
+            raise ValueError(
+                f"{file} line {number} must be a JSON object with file_name and text: {error!r}"
+            ) from error
         if not picture.is_file():
             raise ValueError(f"{file} line {number} names {picture}, which does not exist")
         rows.append((picture, text))

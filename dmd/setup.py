@@ -94,7 +94,9 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     for name, dataset in (("latents", data.real), ("pairs", data.pairs)):
         if dataset is not None and tuple(dataset.latents.shape[1:]) != shape:
             found = tuple(dataset.latents.shape[1:])
-            raise ValueError(f"data.{name} holds latents of shape {found}, this run makes {shape}; set data.height/width")
+            raise ValueError(
+                f"data.{name} holds latents of shape {found}, this run makes {shape}; set data.height/width"
+            )
 
     denoiser = build_student_denoiser(config, teacher)
     times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))

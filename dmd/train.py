@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.health import HealthMonitor
 from fewstep.core.randomness import shared_integer
 from fewstep.core.roles import frozen
 from fewstep.core.run_directory import RunDirectory
@@ -52,6 +51,9 @@ def train_dmd(config: DmdConfig) -> int:
         trainer = Trainer(config.run, directory)
         stack.callback(trainer.close)
         setup = build_setup(config, data, trainer)
+        watch = Watch(config, setup, trainer)
+        if directory.resume_path is not None:
+            watch.load_state(trainer.resume(directory.resume_path))
         trainer.note(describe_run(config, setup, trainer))
         if run.dry_run:
             train_step(config, setup, trainer)
@@ -59,15 +61,11 @@ def train_dmd(config: DmdConfig) -> int:
             return 0
         if trainer.is_main:
             directory.write_config(config)
-        monitor = HealthMonitor()
-        if directory.resume_path is not None:
-            monitor.load_state(trainer.resume(directory.resume_path)["health"])
-        return training_loop(config, setup, trainer, monitor=monitor)
+        return training_loop(config, setup, trainer, watch=watch)
 
 
-def training_loop(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, monitor: HealthMonitor) -> int:
+def training_loop(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, watch: Watch) -> int:
     """Steps until the run is over or interrupted, with metrics, samples and checkpoints on the way."""
-    watch = Watch(config, setup, trainer, monitor)
     if trainer.step == 0:
         watch.save_samples()
     while not trainer.should_stop():
@@ -77,8 +75,8 @@ def training_loop(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, monit
         if trainer.sample_due:
             watch.save_samples()
         if trainer.checkpoint_due:
-            trainer.save({"health": monitor.state()})
-    return trainer.finish({"health": monitor.state()})
+            trainer.save(watch.state())
+    return trainer.finish(watch.state())
 
 
 def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
@@ -136,6 +134,7 @@ def student_backward(
             guidance=config.teacher.guidance,
             loss=config.loss,
             draw=draw,
+            mean_over_processes=trainer.mean_over_ranks,
         )
         trainer.check_finite("student loss", turn.loss)
         trainer.backward(turn.loss)
@@ -155,9 +154,7 @@ def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *,
     """Add the fake score's gradients for one slice; returns what to log."""
     real = None if setup.real is None else setup.real.rows(batch.draw.indices, trainer.device)[1:]
     wrapped = setup.fake_role.wrapped
-    turn = fake_score_turn(
-        batch.x0, batch.condition, fake_score=wrapped, loss=config.loss, draw=batch.draw, real=real
-    )
+    turn = fake_score_turn(batch.x0, batch.condition, fake_score=wrapped, loss=config.loss, draw=batch.draw, real=real)
     trainer.check_finite("fake score loss", turn.loss)
     trainer.backward(turn.loss)
     record = {"fake_score_loss": turn.flow_loss.detach()}

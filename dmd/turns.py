@@ -5,6 +5,7 @@ Networks are called here, arithmetic is in the loss files. Legend: B batch; x0, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -70,12 +71,21 @@ class FakeScoreTurn:
 
 
 def student_turn(
-    x0: Tensor, condition: Condition, *, teacher: Teacher, fake_score: FakeScore, guidance: float, loss: LossConfig, draw: Draw
+    x0: Tensor,
+    condition: Condition,
+    *,
+    teacher: Teacher,
+    fake_score: FakeScore,
+    guidance: float,
+    loss: LossConfig,
+    draw: Draw,
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> StudentTurn:
     """The student's loss on its samples x0 (with graph).
 
     Both scores are read at the same freshly noised x_t, the fake one without guidance. `fake_score` is the bare module
-    with its parameters frozen by the caller: for SiD and the GAN gradients pass through it to x0.
+    with its parameters frozen by the caller: for SiD and the GAN gradients pass through it to x0. f-distill divides its
+    weights by their mean, for which `mean_over_processes` averages a 0-dim tensor over the processes of the run.
     """
     shape = tuple(x0.shape[1:])
     t, eps = draw.times("score_time", shift=loss.score_shift, loss=loss), draw.noise(shape, "score_noise")
@@ -91,7 +101,8 @@ def student_turn(
         total = sid_loss(x0, fake_x0, real_x0, alpha=loss.sid_alpha)
     elif loss.objective == "f_distill":
         logits = require_logits(output)
-        weight, saturated = unit_mean(divergence_weight(density_ratio(logits), loss.divergence)), saturated_share(logits)
+        weight, saturated = divergence_weight(density_ratio(logits), loss.divergence), saturated_share(logits)
+        weight = unit_mean(weight, mean=mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
     else:
         total = distribution_matching_loss(x0, fake_x0, real_x0)

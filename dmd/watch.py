@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import yaml
@@ -38,13 +40,21 @@ def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
 class Watch:
     """Fixed prompts and seeds for the sample grid, the teacher's row, and the health monitor."""
 
-    def __init__(self, config: DmdConfig, setup: DmdSetup, trainer: Trainer, monitor: HealthMonitor) -> None:
-        self.setup, self.trainer, self.monitor = setup, trainer, monitor
+    def __init__(self, config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> None:
+        self.setup, self.trainer, self.monitor = setup, trainer, HealthMonitor()
         count = min(config.data.sample_count, len(setup.prompts))
         self.rows = list(range(count))
         self.guidance = config.teacher.guidance
         self.teacher_latents: Tensor | None = None
         self.pictures = HealthStatistics()
+
+    def state(self) -> dict[str, Any]:
+        """JSON data from which `load_state` goes on exactly: the monitor, and what it knows of the last grid."""
+        return {"health": self.monitor.state(), "pictures": asdict(self.pictures)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.monitor.load_state(state["health"])
+        self.pictures = HealthStatistics(**state["pictures"])
 
     def _noise(self, stream: str) -> Tensor:
         shape, device = self.setup.latent_shape, self.trainer.device

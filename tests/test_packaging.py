@@ -1,5 +1,6 @@
 """What is installed is what is in the tree, and it lives beside the Hugging Face package `kernels`."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,6 +94,28 @@ def test_type_checkers_see_every_package(repository: Path, project: dict[str, An
     for link in links:
         assert link.resolve() == repository / link.name
         assert (repository / link.name / "py.typed").is_file()
+
+
+def test_pyright_finds_planted_errors_in_every_folder(repository: Path, tmp_path: Path) -> None:
+    """Pyright skips dot folders and unnamed links without a word, so that it says 0 errors must be earned."""
+    shutil.copytree(repository / ".typing", tmp_path / ".typing", symlinks=True)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    packages = [link.name for link in (repository / ".typing" / "fewstep").iterdir()]
+    for folder in (*packages, "scripts", "tests"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "planted.py").write_text("number: int = 'text'\n")
+    # Across two files: the same class seen through the link and through the folder would be two classes.
+    (tmp_path / "core" / "first.py").write_text(
+        "from fewstep.core.second import g\n\n\nclass A:\n    def f(self) -> int:\n        return g(self)\n"
+    )
+    (tmp_path / "core" / "second.py").write_text(
+        "from fewstep.core.first import A\n\n\ndef g(a: A) -> int:\n    return 1\n"
+    )
+    command = (sys.executable, "-m", "pyright", "-p", str(tmp_path / ".typing"), "--outputjson")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    found = json.loads(result.stdout)["generalDiagnostics"]
+    places = sorted("/".join(Path(entry["file"]).parts[-2:]) for entry in found)
+    assert places == sorted(f"{folder}/planted.py" for folder in (*packages, "scripts", "tests"))
 
 
 def test_kernels_cannot_shadow(repository: Path) -> None:

@@ -38,7 +38,8 @@ class DigitImages:
 def load_digits_split(split: Literal["train", "test"]) -> DigitImages:
     """The 1,297 training or 500 test digits, upsampled from 8x8 to 32x32 (bicubic, clamped to [0, 1]).
 
-    The split is a fixed permutation with 50 test images of each digit. A digit is bold when it has more ink than the median training digit of its class.
+    The split is a fixed permutation with 50 test images of each digit. A digit is bold when it has more ink than the
+    median training digit of its class.
     Raises ValueError for another split name.
     """
     if split not in ("train", "test"):

@@ -99,7 +99,13 @@ def training_captions(images: DigitImages, rows: Tensor, generator: torch.Genera
 
 
 def train_transformer(
-    denoiser: Denoiser, latents: Tensor, images: DigitImages, *, conditions: Condition, recipe: TeacherRecipe, log: StepLog
+    denoiser: Denoiser,
+    latents: Tensor,
+    images: DigitImages,
+    *,
+    conditions: Condition,
+    recipe: TeacherRecipe,
+    log: StepLog,
 ) -> None:
     """Flow matching (arXiv:2210.02747) on latents [N, 4, 8, 8] with condition dropout; leaves the EMA weights in place.
 
@@ -154,7 +160,11 @@ def train_teacher(recipe: TeacherRecipe) -> tuple[StableDiffusion3Pipeline, dict
 
 
 def save_teacher(
-    pipeline: StableDiffusion3Pipeline, output: str | Path, *, recipe: TeacherRecipe, log: dict[str, list[dict[str, float]]]
+    pipeline: StableDiffusion3Pipeline,
+    output: str | Path,
+    *,
+    recipe: TeacherRecipe,
+    log: dict[str, list[dict[str, float]]],
 ) -> None:
     """Write the pipeline, the prompt file, the training latents with captions, and `training.json` (recipe and log)."""
     output = Path(output)

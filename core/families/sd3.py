@@ -118,7 +118,7 @@ class Sd3Family:
             max_sequence_length=T5_TOKENS if has_t5 else 1,
         )
         assert tokens is not None
-        # A T5 of zero weights stands for none, because stock loading insists on the component (`zero_t5` in export_components).
+        # A T5 of zero weights stands for none, because stock loading insists on the component (see `zero_t5`).
         if has_t5 and tokens[:, -T5_TOKENS:].any():
             return Condition(tokens, pooled)
         if has_t5:

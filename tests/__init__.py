@@ -1,0 +1,1 @@
+"""Tests. A package, because torch-fidelity installs another top-level package of this name."""
