@@ -88,6 +88,8 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to its value; 0 is no warmup."""
+    decay: Literal["none", "cosine"] = "none"
+    """'cosine' lets the rate fall to 0 over the run's updates of this network as half a cosine, after the warmup."""
     clip: float | None = 1.0
     """Largest norm of the gradient over all parameters; empty does not clip."""
 

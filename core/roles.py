@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Role:
     """One network in training: `module` is bare, `wrapped` reduces gradients over processes when there are several.
 
     `parameters` are those that were trainable when the role was made; freezing them for a while changes nothing.
-    `updates` counts optimizer steps, and with them warmup and EMA.
+    `updates` counts optimizer steps, and with them warmup, decay and EMA; the whole run has `total_updates`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Role:
     parameters: tuple[tuple[str, nn.Parameter], ...]
     settings: OptimizerConfig
     ema: Ema | None
+    total_updates: int
     updates: int = 0
 
 
@@ -77,11 +79,17 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Op
     )
 
 
-def warmed_up_rate(settings: OptimizerConfig, updates: int) -> float:
-    """Learning rate of the update that follows `updates` earlier ones: linear, full from number `warmup_steps` on."""
-    if settings.warmup_steps == 0:
-        return settings.learning_rate
-    return settings.learning_rate * min(1.0, (updates + 1) / settings.warmup_steps)
+def scheduled_rate(settings: OptimizerConfig, updates: int, *, total: int) -> float:
+    """Learning rate of the update that follows `updates` earlier ones of `total`.
+
+    Linear warmup, full from number `warmup_steps` on; with cosine decay times (1 + cos(pi updates / total)) / 2.
+    """
+    rate = settings.learning_rate
+    if settings.warmup_steps > 0:
+        rate *= min(1.0, (updates + 1) / settings.warmup_steps)
+    if settings.decay == "cosine":
+        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / total)))
+    return rate
 
 
 def first_non_finite_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
@@ -93,11 +101,11 @@ def first_non_finite_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) ->
 
 
 def apply_gradients(role: Role, total_norm: Tensor, *, scaler: torch.amp.GradScaler | None) -> bool:  # pyright: ignore
-    """Clip, step at the warmed-up rate, clear gradients, update the EMA; False if fp16 skipped the step."""
+    """Clip, step at the scheduled rate, clear gradients, update the EMA; False if fp16 skipped the step."""
     if role.settings.clip is not None:
         parameters = [parameter for _, parameter in role.parameters]
         torch.nn.utils.clip_grads_with_norm_(parameters, role.settings.clip, total_norm)
-    rate = warmed_up_rate(role.settings, role.updates)
+    rate = scheduled_rate(role.settings, role.updates, total=role.total_updates)
     for group in role.optimizer.param_groups:
         group["lr"] = rate
     stepped = True

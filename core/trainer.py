@@ -106,11 +106,12 @@ class Trainer:
         *,
         ema_decay: float | None = None,
         ema_start: int = 0,
+        every: int = 1,
     ) -> Role:
         """Take a network into training: it moves to the device and gets the weights of process 0 on all processes.
 
         Parameters with requires_grad are trained by AdamW. With `ema_decay` an average is kept, equal to the weights
-        until `ema_start` updates are done.
+        until `ema_start` updates are done. `every` says in which steps the role is updated, for a decaying rate.
 
         Raises:
             ValueError: the name is taken, or no parameter can be trained.
@@ -131,6 +132,7 @@ class Trainer:
             parameters=parameters,
             settings=optimizer,
             ema=ema,
+            total_updates=-(-self.run.steps // every),
         )
         return self.roles[name]
 

@@ -108,6 +108,7 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         config.student.optimizer,
         ema_decay=config.student.ema_decay,
         ema_start=config.student.ema_start,
+        every=config.fake_score.updates_per_student_update,
     )
     fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
 

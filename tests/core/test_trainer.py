@@ -16,7 +16,7 @@ from fewstep.core.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.metrics import MetricWindow
 from fewstep.core.progress import duration_text
-from fewstep.core.roles import frozen, memory_table, warmed_up_rate
+from fewstep.core.roles import frozen, memory_table, scheduled_rate
 from fewstep.core.run_directory import RunDirectory, read_metrics
 from fewstep.core.trainer import NonFiniteError, Trainer
 
@@ -92,7 +92,10 @@ def test_learning_rate_ema_and_frozen_weights(toy: ModuleType, tmp_path: Path) -
     )
     # The student is updated in steps 0, 2, 4, 6 with 1/3, 2/3, 1 and 1 of its learning rate.
     assert rates == pytest.approx([0.02, 0.02 / 3, 0.02 / 3, 0.04 / 3, 0.04 / 3, 0.02, 0.02])
-    assert [warmed_up_rate(OptimizerConfig(learning_rate=3.0, warmup_steps=3), n) for n in range(5)] == [1, 2, 3, 3, 3]
+    warmup = OptimizerConfig(learning_rate=3.0, warmup_steps=3)
+    assert [scheduled_rate(warmup, n, total=5) for n in range(5)] == [1, 2, 3, 3, 3]
+    cosine = OptimizerConfig(learning_rate=2.0, decay="cosine")
+    assert [scheduled_rate(cosine, n, total=4) for n in (0, 2, 4, 9)] == pytest.approx([2, 1, 0, 0])
     assert torch.equal(student.module.frozen, torch.full((3,), 0.1))
     assert len(student.parameters) == 4
     assert student.updates == 4
