@@ -1,0 +1,120 @@
+"""Pictures of a report as PNG bytes: sample grids, quality against speed, training curves.
+
+Shapes: pixels [K, 3, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from PIL import Image
+from torch import Tensor
+
+from fewstep.evaluation.curves import Curve
+from fewstep.evaluation.results import ReportRow
+
+# Middle grey is readable on white and on near-black, so one picture serves light and dark pages.
+INK = "#808890"
+PALETTE = ("#3b82c4", "#d9822b", "#3c9d6b", "#b8578f", "#8a6fd1", "#5f9ea8")
+TILE = 64
+GAP = 4
+
+
+def grid_image(pixels: Tensor) -> bytes:
+    """Images [K, 3, H, W] side by side as one PNG strip, small ones enlarged to 64 pixels without smoothing.
+
+    Raises ValueError for another shape or no image.
+    """
+    if pixels.ndim != 4 or pixels.shape[0] < 1 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}; a grid row needs [K, 3, H, W] with K >= 1")
+    factor = max(1, TILE // pixels.shape[-1])
+    large = F.interpolate(pixels.float(), scale_factor=factor, mode="nearest")
+    height, width = large.shape[-2:]
+    # The fourth channel is opacity: gaps show the page.
+    canvas = torch.zeros(height, len(large) * (width + GAP) - GAP, 4, dtype=torch.uint8)
+    for column, image in enumerate(large):
+        left = column * (width + GAP)
+        canvas[:, left : left + width, :3] = (image * 255.0).round().to(torch.uint8).permute(1, 2, 0)
+        canvas[:, left : left + width, 3] = 255
+    stream = io.BytesIO()
+    Image.fromarray(canvas.numpy(), mode="RGBA").save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=160, transparent=True, bbox_inches="tight", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _style(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+    axes.set_title(title, color=INK, fontsize=9, loc="left")
+    axes.set_xlabel(x, color=INK, fontsize=8)
+    axes.set_ylabel(y, color=INK, fontsize=8)
+    axes.tick_params(colors=INK, labelsize=7, which="both", length=2)
+    axes.grid(visible=True, color=INK, alpha=0.2, linewidth=0.5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def quality_figure(rows: Sequence[ReportRow]) -> bytes | None:
+    """FID against seconds per image: a point per row, its range over seeds, and the floor; None without timing."""
+    timed = [row for row in rows if row.latency is not None]
+    if not timed:
+        return None
+    figure = Figure(figsize=(6.4, 3.6))
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(row.name for row in timed)):
+        own = sorted((row for row in timed if row.name == name), key=_seconds)
+        seconds, fids = [_seconds(row) for row in own], [row.fid() for row in own]
+        color = PALETTE[number % len(PALETTE)]
+        medians = [fid.median for fid in fids]
+        below, above = ([fid.median - fid.minimum for fid in fids], [fid.maximum - fid.median for fid in fids])
+        axes.errorbar(seconds, medians, yerr=[below, above], fmt="o-", color=color, linewidth=1, capsize=3, label=name)
+        for row, x, y in zip(own, seconds, medians, strict=True):
+            text = f"{row.steps} step{'' if row.steps == 1 else 's'}"
+            axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", color=color, fontsize=8, ha="center")
+    floor = min(row.floor().median for row in rows)
+    axes.axhline(floor, color=INK, linestyle="--", linewidth=1, label="floor (real images)")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(x=0.15, y=0.2)
+    axes.legend(fontsize=8, labelcolor=INK, frameon=False)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    _style(axes, x="seconds per image (log scale)", y="FID (log scale), lower is better")
+    return _png(figure)
+
+
+def _seconds(row: ReportRow) -> float:
+    assert row.latency is not None
+    return row.latency.seconds_per_image
+
+
+def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
+    """One panel per metric, one line per run. Raises ValueError for no metrics."""
+    if not metrics:
+        raise ValueError("no metric to plot; choose_metrics found none with two points")
+    columns = min(3, len(metrics))
+    lines = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.1 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    runs = list(dict.fromkeys(curve.run for curve in curves))
+    for axes, metric in zip(panels, metrics, strict=False):
+        for curve in curves:
+            if curve.metric == metric:
+                color = PALETTE[runs.index(curve.run) % len(PALETTE)]
+                axes.plot(curve.steps, curve.values, color=color, linewidth=1.1, label=curve.run)
+        _style(axes, title=metric)
+    for axes in panels[len(metrics) :]:
+        axes.set_visible(False)
+    if len(runs) > 1:
+        panels[0].legend(fontsize=7, labelcolor=INK, frameon=False)
+    return _png(figure)

@@ -1,0 +1,216 @@
+"""Images of a diffusers pipeline, each a function of (seed, index) alone, and the plain calls that are timed.
+
+Shapes: pixels [N, 3, H, W] in [0, 1] on the CPU, latents [B, C, h, w].
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import Family
+from fewstep.core.families.table import build_family
+from fewstep.core.randomness import sample_noise, shared_integer
+from fewstep.core.teacher import check_pipeline_folder
+from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
+
+
+def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline in the directory `path`, as plain `DiffusionPipeline.from_pretrained` loads it, without its bars.
+
+    Raises ValueError when `path` is no pipeline directory.
+    """
+    require_pipeline(path)
+    # Stock loading takes a null in the index (SD3 without T5) for a missing part unless it is passed as None as well.
+    absent = dict.fromkeys(check_pipeline_folder(Path(path)))
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **absent).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
+    """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`; pixels [B, 3, H, W]."""
+    output = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **grid.arguments())
+    return output.images
+
+
+@dataclass(frozen=True)
+class StockCall:
+    """A plain call with fixed prompts, for `measure_latency`."""
+
+    pipeline: DiffusionPipeline
+    system: System
+    prompts: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.prompts)
+
+    def run(self) -> Tensor:
+        system = self.system
+        return plain_call(
+            self.pipeline, list(self.prompts), steps=system.steps, guidance=system.guidance, grid=system.grid
+        )
+
+
+@contextmanager
+def _noise_per_image(pipeline: DiffusionPipeline) -> Iterator[list[torch.Generator]]:
+    """Give the scheduler one generator per image for the steps inside; the caller fills the list for each batch.
+
+    Stable Diffusion 3 and others keep their generator from the scheduler, which then draws from torch's global one. A
+    subclass of the scheduler's own class hands it the list instead: equal in distribution, independent of the batch.
+    """
+    stock = pipeline.scheduler
+    generators: list[torch.Generator] = []
+    if "generator" not in inspect.signature(stock.step).parameters:
+        yield generators
+        return
+
+    class PerImageScheduler(type(stock)):
+        # Pipelines look at the signature to learn which arguments a scheduler takes.
+        @functools.wraps(type(stock).step)
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **{**kwargs, "generator": generators})
+
+    # Without the private entries, one of which makes from_config forget values that were changed after loading.
+    settings = {name: value for name, value in stock.config.items() if not name.startswith("_")}
+    pipeline.scheduler = PerImageScheduler.from_config(settings)
+    try:
+        yield generators
+    finally:
+        pipeline.scheduler = stock
+
+
+def merge_repeated_tokens(condition: Condition) -> Condition:
+    """The identical tokens that end every row of [B, N, D] as one token with their count.
+
+    Where text has no positions (SD3) this gives the same images: see `KeyBiasJointAttention`. Without T5, or with a T5
+    of zero weights, prompts end in 256 zeros.
+    """
+    tokens, counts = condition.tokens, condition.token_counts
+    same = (tokens == tokens[:, -1:]).all(dim=2).all(dim=0)
+    # Tokens after the last one that differs.
+    repeated = int(same.flip(0).long().cumprod(0).sum())
+    keep = tokens.shape[1] - repeated + 1
+    counts = torch.ones(tokens.shape[1], device=tokens.device) if counts is None else counts
+    merged = torch.cat([counts[: keep - 1], counts[keep - 1 :].sum(dim=0, keepdim=True)])
+    return Condition(tokens[:, :keep], condition.pooled, token_counts=merged, time_ids=condition.time_ids)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts of an SD3 pipeline encoded once: the empty prompt in row 0 and the row of each other one."""
+
+    rows: dict[str, int]
+    conditions: Condition
+
+    @classmethod
+    def encode(cls, pipeline: DiffusionPipeline, prompts: Sequence[str], *, family: Family) -> _Prompts:
+        unique = list(dict.fromkeys(prompts))
+        rows = {prompt: row for row, prompt in enumerate(unique, start=1)}
+        joined = Condition.cat([family.encode_null(pipeline), family.encode_prompts(pipeline, unique)])
+        return cls(rows, merge_repeated_tokens(joined))
+
+    def arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
+        """Arguments of the stock call in place of the prompts."""
+        condition = self.conditions.index(torch.tensor([self.rows[prompt] for prompt in prompts]))
+        assert condition.token_counts is not None
+        arguments: dict[str, Any] = {
+            "prompt_embeds": condition.tokens,
+            "pooled_prompt_embeds": condition.pooled,
+            "joint_attention_kwargs": {"key_bias": condition.token_counts.log()},
+        }
+        if guidance > 1.0:
+            null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64))
+            arguments |= {"negative_prompt_embeds": null.tokens, "negative_pooled_prompt_embeds": null.pooled}
+        return arguments
+
+
+@contextmanager
+def _encoded_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Iterator[_Prompts | None]:
+    """Encoded prompts for SD3, whose network understands token counts inside; None for other families."""
+    family = build_family(pipeline)
+    if family.name != "sd3":
+        yield None
+        return
+    network: Any = family.network(pipeline)
+    stock = dict(network.attn_processors)
+    family.prepare_network(network)
+    try:
+        yield _Prompts.encode(pipeline, prompts, family=family)
+    finally:
+        network.set_attn_processor(stock)
+
+
+def _global_random_state(device: torch.device) -> Tensor:
+    """States of the global generators that a pipeline on `device` could draw from."""
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device).cpu()]) if device.type == "cuda" else state
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    indices: Sequence[int],
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch_size: int = 64,
+    grid: StepGrid = OWN_GRID,
+) -> Tensor:
+    """Image i of prompt i: pixels [N, 3, H, W] in [0, 1], each a function of (pipeline, prompt, seed, index) alone.
+
+    Initial latents are `sample_noise(seed, indices, ..., stream="latents")`; the noise between steps comes from one
+    generator per image. The pipeline is left as it was found.
+
+    Raises:
+        ValueError: prompts and indices differ in number or are none; a number is out of range; or the scheduler draws
+            from the global generator in spite of all this and the batch holds several images.
+    """
+    if len(prompts) != len(indices) or len(prompts) == 0:
+        raise ValueError(f"{len(prompts)} prompts for {len(indices)} indices; give one per image, at least one")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
+    shape = build_family(pipeline).latent_shape(pipeline, None, None)
+    name = type(pipeline.scheduler).__name__
+    parts = []
+    starts = range(0, len(prompts), batch_size)
+    with _encoded_prompts(pipeline, prompts) as encoded, _noise_per_image(pipeline) as generators:
+        for start in tqdm(starts, desc=f"{steps} steps, seed {seed}", unit="batch", leave=False, disable=None):
+            texts, rows = list(prompts[start : start + batch_size]), indices[start : start + batch_size]
+            keys = [shared_integer(seed, index, "scheduler", 2**63) for index in rows]
+            generators[:] = [torch.Generator().manual_seed(key) for key in keys]
+            arguments = {"prompt": texts} if encoded is None else encoded.arguments(texts, guidance=guidance)
+            latents = sample_noise(seed, rows, shape, stream="latents", device=pipeline.device, dtype=pipeline.dtype)
+            with torch.random.fork_rng():
+                # For schedulers without a generator argument: right for a single image, and noticed for more.
+                torch.manual_seed(keys[0])
+                before = _global_random_state(pipeline.device)
+                images = pipeline(
+                    **arguments,
+                    latents=latents,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    output_type="pt",
+                    **grid.arguments(),
+                ).images
+                drawn = not torch.equal(before, _global_random_state(pipeline.device))
+            if drawn and len(texts) > 1:
+                raise ValueError(
+                    f"{name} draws from torch's global generator, so images would depend on the batch; use batch_size 1"
+                )
+            parts.append(images.float().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,58 @@
+"""A quickly trained classifier and an untrained pipeline of the embedded teacher's size, shared by these tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fewstep.core.embedded.autoencoder import build_autoencoder
+from fewstep.core.embedded.teacher import build_pipeline
+from fewstep.evaluation.digits_classifier import DigitsClassifier, TrainingRecord, save_classifier, train_classifier
+
+EPOCHS = 6
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[DigitsClassifier, TrainingRecord]:
+    """A classifier after a few seconds of training."""
+    return train_classifier(0, EPOCHS, command="pytest")
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    save_classifier(trained[0], trained[1], path=folder)
+    return folder
+
+
+def build_untrained():
+    """The embedded teacher's pipeline with random weights: 32 x 32 pixels, no T5."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        pipeline = build_pipeline(build_autoencoder())
+    # Training sets these from the latents of the data.
+    pipeline.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.requires_grad_(False).eval()
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> Path:
+    """A deterministic pipeline without a record of distillation."""
+    folder = tmp_path_factory.mktemp("pipelines") / "teacher"
+    build_untrained().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_folder(tmp_path_factory) -> Path:
+    """A two-step pipeline that draws noise between its steps, with the record of an export."""
+    folder = tmp_path_factory.mktemp("pipelines") / "student"
+    pipeline = build_untrained()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=0.5, stochastic_sampling=True)
+    pipeline.save_pretrained(folder)
+    (folder / "distillation.json").write_text('{"num_inference_steps": 2, "guidance_scale": 1.0}', encoding="ascii")
+    return folder
