@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -177,7 +177,7 @@ def _plain_network(trained: nn.Module, dtype: torch.dtype) -> Any:
     if hasattr(trained, "peft_config"):
         merged = copy.deepcopy(trained)
         merge_lora(merged)
-    plain = type(merged).from_config(merged.config)
+    plain = cast(Any, type(merged)).from_config(merged.config)
     plain.load_state_dict(merged.state_dict())
     plain = plain.to(device=next(merged.parameters()).device, dtype=dtype).eval()
     _check_finite(plain.state_dict(), dtype)

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def plan_scheduler(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerP
     """
     scheduler = pipeline.scheduler
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return _plan_flow(pipeline, spec, num_train_timesteps=scheduler.config.num_train_timesteps)
+        return _plan_flow(pipeline, spec, num_train_timesteps=scheduler.config["num_train_timesteps"])
     if isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
         return _plan_variance_preserving(pipeline, spec)
     raise ValueError(
@@ -111,11 +111,12 @@ def _plan_flow(pipeline: DiffusionPipeline, spec: SamplerSpec, *, num_train_time
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=num_train_timesteps,
         shift=shift,
-        shift_terminal=terminal,
+        shift_terminal=terminal,  # pyright: ignore[reportArgumentType]
         stochastic_sampling=stochastic,
     )
     scheduler.set_timesteps(spec.steps)
-    if _largest_difference(scheduler.sigmas[:-1].tolist(), spec.times) <= GRID_TOLERANCE:
+    sigmas = cast(torch.Tensor, scheduler.sigmas)
+    if _largest_difference(sigmas[:-1].tolist(), spec.times) <= GRID_TOLERANCE:
         return SchedulerPlan(_fresh(scheduler), spec.steps, network_timesteps, step_noise)
     if "sigmas" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(
@@ -206,7 +207,7 @@ def _uniform_indices(table_length: int, steps: int) -> tuple[int, ...]:
 def _lcm_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[LCMScheduler, bool]:
     """LCMScheduler on the teacher's table, and whether it reaches `indices` from `num_inference_steps` alone."""
     length, steps = config["num_train_timesteps"], len(indices)
-    settings = _table_settings(config) | {"timestep_scaling": LCM_TIMESTEP_SCALING}
+    settings: dict[str, Any] = _table_settings(config) | {"timestep_scaling": LCM_TIMESTEP_SCALING}
     # steps first: it is the readable one, and the grid of DMD2 (999, 749, 499, 249) has it
     for original_steps in range(steps, length + 1):
         if _lcm_indices(length, original_steps, steps) == indices:
@@ -233,10 +234,10 @@ def _ode_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[DDIMSchedule
     return EulerDiscreteScheduler(timestep_spacing="leading", final_sigmas_type="zero", **settings), False
 
 
-def _table_settings(config: dict) -> dict:
+def _table_settings(config: dict) -> dict[str, Any]:
     """The teacher's noise table and prediction type, as arguments of a scheduler."""
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    settings = {name: config[name] for name in names}
+    settings: dict[str, Any] = {name: config[name] for name in names}
     settings["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)
     # StableDiffusionPipeline rewrites a configuration whose offset is not 1; no scheduler above uses the offset
     settings["steps_offset"] = 1
@@ -259,4 +260,4 @@ def _largest_difference(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def _fresh(scheduler: FlowMatchEulerDiscreteScheduler) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return cast(FlowMatchEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler.from_config(scheduler.config))

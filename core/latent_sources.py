@@ -97,7 +97,8 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
             picture = picture.convert("RGB")
             scale = max(height / picture.height, width / picture.width)
             size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
-            resized = vision.resize(picture, size, vision.InterpolationMode.LANCZOS)
-            return vision.to_tensor(vision.center_crop(resized, [height, width]))
+            # torchvision annotates these functions for tensors alone; a picture stays a picture in them.
+            resized = vision.resize(picture, size, vision.InterpolationMode.LANCZOS)  # pyright: ignore[reportArgumentType]
+            return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that PIL can read") from error

@@ -15,9 +15,10 @@ def build_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
+        # diffusers annotates tuples of one entry and takes any number.
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(16, 32, 32),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -40,10 +41,10 @@ def train_autoencoder(vae: AutoencoderKL, pixels: Tensor, *, steps: int, seed: i
     for step in range(steps):
         rows = torch.randint(len(pixels), (32,), generator=generator)
         target = pixels[rows] * 2.0 - 1.0
-        posterior = vae.encode(target).latent_dist
+        posterior = vae.encode(target, return_dict=False)[0]
         # Reparameterised with our own generator: the run depends on its seed alone.
         latent = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        decoded = vae.decode(latent).sample
+        decoded = vae.decode(latent, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
         kl = posterior.kl().mean() / latent[0].numel()
         loss = F.l1_loss(decoded, target) + F.mse_loss(decoded, target) + 1e-3 * kl
         optimizer.zero_grad()
@@ -59,7 +60,7 @@ def train_autoencoder(vae: AutoencoderKL, pixels: Tensor, *, steps: int, seed: i
 @torch.no_grad()
 def raw_latents(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 256) -> Tensor:
     """Posterior means [N, 4, 8, 8] of pixels in [0, 1], before scaling and shift."""
-    parts = [vae.encode(part * 2.0 - 1.0).latent_dist.mean for part in pixels.split(batch_size)]
+    parts = [vae.encode(part * 2.0 - 1.0, return_dict=False)[0].mean for part in pixels.split(batch_size)]
     return torch.cat(parts)
 
 

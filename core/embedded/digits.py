@@ -6,11 +6,12 @@ Shapes: N images, pixels [N, 3, 32, 32] in [0, 1].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
 from torch import Tensor
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -44,7 +45,7 @@ def load_digits_split(split: Literal["train", "test"]) -> DigitImages:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; use 'train' or 'test'")
-    raw = load_digits()
+    raw = cast(Bunch, load_digits())
     small = torch.from_numpy(raw.images).float() / 16.0  # [N, 8, 8]
     labels = torch.from_numpy(raw.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))

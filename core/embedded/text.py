@@ -5,6 +5,8 @@ Every caption word is one token; any other text falls back to bytes, so no input
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel
@@ -34,7 +36,12 @@ def build_tokenizer(*, pad_token: str = END) -> CLIPTokenizer:
                 merges.append(merge)
                 tokens.append(merged)
     vocab = {token: index for index, token in enumerate([*tokens, BEGIN, END])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,  # pyright: ignore[reportArgumentType]
+        pad_token=pad_token,
+        model_max_length=MAX_TOKENS,
+    )
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -48,9 +55,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     return CLIPTextModelWithProjection(config)
 

@@ -305,13 +305,18 @@ def test_adapters_alone_are_loaded_on_the_teacher(teachers, tmp_path, name):
     assert_close(found, expected)
 
 
+def stock_tokens(pipeline: Any) -> Tensor:
+    tokens, *_ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    return tokens
+
+
 def test_stand_ins_give_the_zeros_that_the_pipeline_uses_without_t5():
     pipeline = build_sd3()
-    tokens, *_ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    tokens = stock_tokens(pipeline)
     pipeline.register_modules(**stand_ins(pipeline))
     parameters = sum(parameter.numel() for parameter in pipeline.text_encoder_3.parameters())
     assert parameters < 1000
-    filled, *_ = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    filled = stock_tokens(pipeline)
     assert filled.shape == (2, 77 + 256, 40)
     assert torch.equal(tokens, filled)
     assert stand_ins(pipeline) == {}

@@ -1,10 +1,12 @@
 """SD3 in canonical coordinates against the stock transformer, pipeline and scheduler."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
@@ -16,11 +18,17 @@ from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_sd3
 PROMPTS = ["a red cat", "dog 12"]
 
 
-def stock_embeds(pipeline, prompts=PROMPTS):
+def stock_embeds(pipeline: Any, prompts: list[str] = PROMPTS) -> tuple[Tensor, Tensor]:
     """Prompt and pooled embeddings as the stock pipeline makes them, with all 256 tokens of the T5 part."""
     with torch.no_grad():
         tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
     return tokens, pooled
+
+
+def stock_images(pipeline: Any, noise: Tensor, *, steps: int, guidance: float, output_type: str = "latent") -> Tensor:
+    return pipeline(
+        PROMPTS, latents=noise, num_inference_steps=steps, output_type=output_type, guidance_scale=guidance
+    ).images
 
 
 @pytest.mark.parametrize("sd35", [False, True])
@@ -79,10 +87,7 @@ def test_prepared_transformer_without_counts_is_the_stock_one() -> None:
     stock, ours = build_sd3(sd35=True), build_sd3(sd35=True)
     build_family(ours).prepare_network(ours.transformer)
     noise = torch.randn(2, *LATENT_SHAPE)
-    a, b = (
-        pipeline(PROMPTS, latents=noise, num_inference_steps=2, output_type="latent", guidance_scale=4.5).images
-        for pipeline in (stock, ours)
-    )
+    a, b = (stock_images(pipeline, noise, steps=2, guidance=4.5) for pipeline in (stock, ours))
     assert torch.equal(a, b)
 
 
@@ -100,9 +105,8 @@ def test_decoding_equals_the_stock_pipeline() -> None:
     pipeline = build_sd3()
     family = build_family(pipeline)
     noise = torch.randn(2, *LATENT_SHAPE)
-    arguments = {"latents": noise, "num_inference_steps": 1, "guidance_scale": 1.0}
-    latents = pipeline(PROMPTS, output_type="latent", **arguments).images
-    expected = pipeline(PROMPTS, output_type="pt", **arguments).images
+    latents = stock_images(pipeline, noise, steps=1, guidance=1.0)
+    expected = stock_images(pipeline, noise, steps=1, guidance=1.0, output_type="pt")
     pixels = family.decode_latents(pipeline, latents)
     assert pixels.shape == (2, 3, PIXELS, PIXELS)
     assert (pixels - expected).abs().max() < 1e-6

@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.core.denoiser import guided_velocity
 from fewstep.core.families.table import build_family
@@ -27,7 +29,7 @@ def broken_folder(sd3_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sd3_folder, tmp_path / "model"))
 
 
-def stock_latents(pipeline, noise, steps: int, guidance: float):
+def stock_latents(pipeline: Any, noise: Tensor, steps: int, guidance: float) -> Tensor:
     return pipeline(
         PROMPTS, latents=noise, num_inference_steps=steps, output_type="latent", guidance_scale=guidance
     ).images
