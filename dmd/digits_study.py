@@ -20,8 +20,11 @@ def run_directory(folder: Path, steps: int, seed: int) -> Path:
     return folder / f"digits_{steps}step_seed{seed}"
 
 
-def train_and_export(folder: Path, steps: int, *, seed: int) -> None:
-    """Train one student and export it; a run that was interrupted goes on, one that is exported is kept."""
+def train_and_export(folder: Path, steps: int, *, seed: int, changes: Sequence[str] = ()) -> None:
+    """Train one student and export it; a run that was interrupted goes on, one that is exported is kept.
+
+    `changes` are settings for the command line, such as ("--run.steps", "600").
+    """
     run = run_directory(folder, steps, seed)
     if (run / "export" / "model_index.json").is_file():
         print(f"{run} is exported already")
@@ -29,13 +32,14 @@ def train_and_export(folder: Path, steps: int, *, seed: int) -> None:
     resume = ("--resume", "latest") if any(run.glob("checkpoint-*")) else ()
     config = f"configs/dmd/digits_{steps}step.yaml"
     where = ("--config", config, "--run.directory", str(run), "--run.seed", str(seed))
-    show_and_run(*LAUNCH, "scripts/train_dmd.py", *where, *resume)
+    show_and_run(*LAUNCH, "scripts/train_dmd.py", *where, *changes, *resume)
     show_and_run("scripts/export_pipeline.py", "--run", str(run))
 
 
 def evaluate(folder: Path, seeds: Sequence[int], *, samples: int, repeats: int, output: Path) -> None:
     """Judge the teacher at all its step counts beside all students, and write the report to `output`."""
     rows = [(f"teacher={TEACHER}", steps, GUIDANCE) for steps in TEACHER_STEPS]
+    rows.insert(1, (f"teacher={TEACHER}", 50, "1"))
     for steps in STUDENT_STEPS:
         rows += [(f"student={run_directory(folder, steps, seed)}/export", steps, "1") for seed in seeds]
     pipelines = [f"--pipeline={name}" for name, _, _ in rows]

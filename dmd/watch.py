@@ -73,7 +73,10 @@ class Watch:
 
     @torch.no_grad()
     def save_samples(self) -> None:
-        """Write the grid of this step (process 0): the teacher's row, then the student's averaged weights."""
+        """Write the grid of this step (process 0): the teacher's row, then the student's averaged weights.
+
+        Raises NonFiniteError when samples of either are not finite.
+        """
         if not self.trainer.is_main:
             return
         setup, role = self.setup, self.setup.student_role
@@ -81,6 +84,8 @@ class Watch:
         assert role.ema is not None
         with role.ema.applied(role.module):
             latents = setup.student.sample(self._noise("grid"), setup.prompts.rows(self.rows), renoise)
+        self.trainer.check_finite("teacher's sample grid", self._reference())
+        self.trainer.check_finite("student's sample grid", latents)
         teacher_pixels, pixels = setup.teacher.decode(self._reference()), setup.teacher.decode(latents)
         labels = [f"teacher, {TEACHER_STEPS} steps", f"student, {len(setup.student.times)}"]
         path = self.trainer.directory.sample_path(self.trainer.step)

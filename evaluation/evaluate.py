@@ -58,7 +58,10 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, the grid, and the scores of real images that stand above them."""
+    """All rows, the grid, and the scores of real images that stand above them.
+
+    `measured` has the results of each pipeline directory, before those of one recipe become one row.
+    """
 
     rows: tuple[ReportRow, ...]
     grid: SampleGrid
@@ -66,6 +69,7 @@ class Comparison:
     reference_samples: int
     reference_accuracy: float
     reference_diversity: float
+    measured: tuple[tuple[System, tuple[EvaluationResult, ...]], ...] = ()
 
 
 def build_judge(
@@ -254,4 +258,5 @@ def compare(
         reference_samples=len(judge.reference.features),
         reference_accuracy=judge.reference_accuracy,
         reference_diversity=judge.reference_diversity,
+        measured=tuple(zip(systems, (tuple(own) for own in results), strict=True)),
     )

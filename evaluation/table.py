@@ -90,7 +90,14 @@ def _row(row: ReportRow, first: ReportRow, *, has_clip: bool, has_speed: bool) -
         cells.append("-" if clip is None else spread_text(clip, digits=2))
     if has_speed:
         cells += _speed_cells(row, first)
-    return (*cells, str(row.results[0].samples), ", ".join(str(result.seed) for result in row.results))
+    return (*cells, str(row.results[0].samples), seeds_text([result.seed for result in row.results]))
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Generation seeds; several training runs that were drawn with one seed show their number."""
+    if len(seeds) > 1 and len(set(seeds)) == 1:
+        return f"{seeds[0]} ({len(seeds)} runs)"
+    return ", ".join(str(seed) for seed in seeds)
 
 
 def _speed_cells(row: ReportRow, first: ReportRow) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="runs/demo", help="folder of runs and report, replaced if it exists")
+    parser.add_argument("--training_steps", type=int, default=600, help="per student; the settings' own number is 1000")
     parser.add_argument("--samples", type=int, default=500, help="images per row of the table")
     options = parser.parse_args()
 
@@ -17,7 +18,7 @@ def main() -> None:
     started, output = time.monotonic(), Path(options.output)
     shutil.rmtree(output, ignore_errors=True)
     for steps in STUDENT_STEPS:
-        train_and_export(output, steps, seed=0)
+        train_and_export(output, steps, seed=0, changes=("--run.steps", str(options.training_steps)))
     evaluate(output, [0], samples=options.samples, repeats=3, output=output / "report")
     print(f"\ndemo done in {time.monotonic() - started:.0f} s; open {output / 'report' / 'report.html'}")
     print("\nuse a student as any diffusers pipeline:\n    from diffusers import DiffusionPipeline")

@@ -38,7 +38,7 @@ def main() -> None:
         chosen = systems.parse_systems(options.pipeline, steps=options.steps, guidance=options.guidance)
         metrics = [curve for run in options.run for curve in curves.read_curves(run)]
         # Slow imports; mistakes above are answered without them.
-        from fewstep.evaluation import evaluate, latency, provenance, report, table
+        from fewstep.evaluation import evaluate, latency, provenance, record, report, table
 
         plan = {"batch_size": options.timing_batch, "threads": options.threads}
         timing = latency.TimingPlan(options.timing_repeats, **plan) if options.timing_repeats else None
@@ -48,6 +48,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     made = provenance.collect_provenance("scripts/evaluate_pipeline.py", arguments=sys.argv[1:], device=options.device)
     page = report.write_report(options.output, found, provenance=made, curves=metrics).html
+    record.record_figures(found)
     print(table.results_table(found).text(), f"report: {page}", sep="\n\n")
 
 
