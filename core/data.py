@@ -99,7 +99,10 @@ class PromptConditions:
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] they were made from."""
+    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] they were made from.
+
+    Raises ValueError when counts or shapes disagree, or a prompt is not one line of text, which the file cannot hold.
+    """
 
     latents: Tensor
     prompts: tuple[str, ...]
@@ -108,6 +111,9 @@ class LatentDataset:
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.prompts) or not self.prompts:
             raise ValueError(f"{len(self.latents)} latents and {len(self.prompts)} prompts; give one prompt per latent")
+        for number, prompt in enumerate(self.prompts):
+            if len(prompt.strip().splitlines()) != 1:
+                raise ValueError(f"prompt {number} is {prompt!r}; each must be one line of text that is not blank")
         if self.noise is not None and self.noise.shape != self.latents.shape:
             raise ValueError(
                 f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree"

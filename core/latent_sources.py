@@ -50,7 +50,8 @@ def teacher_pairs(
 def read_captions(folder: Path) -> list[tuple[Path, str]]:
     """Pictures and captions named by `metadata.jsonl`, one object a line with `file_name` and `text`.
 
-    Raises ValueError that names the line when the file is missing, a line is no such object, or a picture is missing.
+    Line breaks and runs of spaces in a caption become one space. Raises ValueError that names the line when the file is
+    missing, a line is no such object, a caption is blank, or a picture is missing.
     """
     file = folder / "metadata.jsonl"
     if not file.is_file():
@@ -59,11 +60,13 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
-            picture, text = folder / record["file_name"], str(record["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            picture, text = folder / record["file_name"], " ".join(record["text"].split())
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} line {number} must be a JSON object with file_name and text: {error!r}"
             ) from error
+        if not text:
+            raise ValueError(f"{file} line {number} has a blank caption; the embeddings of a real caption are needed")
         if not picture.is_file():
             raise ValueError(f"{file} line {number} names {picture}, which does not exist")
         rows.append((picture, text))
@@ -98,7 +101,8 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
             scale = max(height / picture.height, width / picture.width)
             size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
             # torchvision annotates these functions for tensors alone; a picture stays a picture in them.
-            resized = vision.resize(picture, size, vision.InterpolationMode.LANCZOS)  # pyright: ignore[reportArgumentType]
+            lanczos = vision.InterpolationMode.LANCZOS
+            resized = vision.resize(picture, size, lanczos)  # pyright: ignore[reportArgumentType]
             return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that PIL can read") from error

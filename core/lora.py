@@ -56,7 +56,7 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[s
     # peft initialises from the global generator before the weights are set below.
     with torch.random.fork_rng(devices=[]):
         # peft annotates lora_alpha as int and divides it by the rank as a number.
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*targets])  # pyright: ignore[reportArgumentType]
         network.add_adapter(config, ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     for name in _lora_layers(network):

@@ -140,6 +140,20 @@ class Teacher:
         return x_t
 
 
+def check_teacher_path(path: str | Path) -> None:
+    """Check, without loading anything, that a path is a complete pipeline folder or could be a name of the hub.
+
+    Raises:
+        ValueError: it is neither, or a component of the folder is missing.
+    """
+    if Path(path).is_dir():
+        check_pipeline_folder(Path(path))
+    elif not HUB_ID.fullmatch(str(path)):
+        raise ValueError(
+            f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path"
+        )
+
+
 def check_pipeline_folder(folder: Path) -> list[str]:
     """Check that every component of the index is there; return the names of those that the index leaves out as null.
 
@@ -178,8 +192,7 @@ def _check_component(folder: Path, name: str, class_name: str) -> None:
 
 def _download(path: str) -> Path:
     """The local copy of a model of the hub."""
-    if not HUB_ID.fullmatch(path):
-        raise ValueError(f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path")
+    check_teacher_path(path)
     try:
         return Path(DiffusionPipeline.download(path, use_safetensors=True))
     except OSError as error:
