@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
@@ -104,5 +104,5 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
             lanczos = vision.InterpolationMode.LANCZOS
             resized = vision.resize(picture, size, lanczos)  # pyright: ignore[reportArgumentType]
             return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture that PIL can read") from error
+    except OSError as error:
+        raise ValueError(f"{path} is no whole picture that PIL can read: {error}") from error

@@ -149,9 +149,7 @@ def check_teacher_path(path: str | Path) -> None:
     if Path(path).is_dir():
         check_pipeline_folder(Path(path))
     elif not HUB_ID.fullmatch(str(path)):
-        raise ValueError(
-            f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path"
-        )
+        raise ValueError(f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path")
 
 
 def check_pipeline_folder(folder: Path) -> list[str]:

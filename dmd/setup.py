@@ -21,7 +21,7 @@ from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
 from fewstep.core.roles import Role
 from fewstep.core.student import Student
-from fewstep.core.teacher import Teacher
+from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
 from fewstep.dmd.config import DmdConfig
 
@@ -76,6 +76,7 @@ class DmdData:
     @classmethod
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
+        check_teacher_path(config.teacher.path)
         data, loss = config.data, config.loss
         real = LatentDataset.load(data.latents) if data.latents is not None and loss.gan_weight > 0 else None
         pairs = LatentDataset.load(data.pairs) if data.pairs is not None and loss.regression_weight > 0 else None

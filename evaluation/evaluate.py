@@ -1,6 +1,6 @@
 """Judge exported pipelines: quality with given seeds, speed of the stock call, and sample grids.
 
-Shapes: pixels [N, 3, 32, 32] in [0, 1], labels [N], features [N, D].
+Shapes: pixels [N, 3, H, W] in [0, 1] (32 x 32 for the embedded digits), features [N, D].
 """
 
 from __future__ import annotations
@@ -10,43 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.core.embedded.digits import balanced_prompt, caption, label_of_prompt, load_digits_split
-from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult, class_accuracy, within_class_diversity
+from fewstep.core.embedded.digits import balanced_prompt
 from fewstep.evaluation.clip_score import ClipScorer, load_clip_scorer, mean_clip_score
 from fewstep.evaluation.digits_classifier import DigitFeatures, DigitsClassifier, load_classifier
-from fewstep.evaluation.fid import ReferenceFeatures, extract_features, score_fid, score_kid
+from fewstep.evaluation.fid import extract_features, score_fid, score_kid
 from fewstep.evaluation.generation import StockCall, generate, load_pipeline
-from fewstep.evaluation.inception import load_inception_features
+from fewstep.evaluation.inception import WEIGHTS_NAME, load_inception_features
 from fewstep.evaluation.latency import LatencyResult, TimingPlan, measure_latency
+from fewstep.evaluation.references import Reference, digits_reference, folder_reference
 from fewstep.evaluation.results import EvaluationResult, ReportRow
-from fewstep.evaluation.systems import System, read_system, require_samples
+from fewstep.evaluation.systems import OwnReference, System, read_system, require_samples
 
 DEFAULT_CLASSIFIER = Path("assets/digits_image/classifier")
-SPLITS = ("test", "train")
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What generated digits are held against: a classifier, the features of real images, and their own scores."""
+    """What generated images are held against, and what else they are scored with."""
 
-    classifier: DigitsClassifier
-    extractor: nn.Module
-    reference: ReferenceFeatures
-    reference_accuracy: float
-    reference_diversity: float
+    reference: Reference
     clip: ClipScorer | None = None
     clip_weights: str = ""
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Images of the same prompts and indices by several systems: pixels[i] is [K, 3, 32, 32] of the system names[i].
+    """Images of the same prompts and indices by several systems: pixels[i] is [K, 3, H, W] of the system names[i].
 
-    `real` holds one real image per prompt.
+    `real` holds real images: one per prompt of the digits, the first ones of a folder.
     """
 
     prompts: tuple[str, ...]
@@ -60,59 +54,54 @@ class SampleGrid:
 class Comparison:
     """All rows, the grid, and the scores of real images that stand above them.
 
-    `measured` has the results of each pipeline directory, before those of one recipe become one row.
+    `measured` has the results of each pipeline directory, before those of one recipe become one row. Without a
+    classifier accuracy and diversity are None; `floor_of_halves` tells that the floor compares two halves of a folder.
     """
 
     rows: tuple[ReportRow, ...]
     grid: SampleGrid
     reference_split: str
     reference_samples: int
-    reference_accuracy: float
-    reference_diversity: float
+    reference_accuracy: float | None
+    reference_diversity: float | None
     measured: tuple[tuple[System, tuple[EvaluationResult, ...]], ...] = ()
+    floor_of_halves: bool = False
 
 
 def build_judge(
-    reference: str,
+    reference: str | OwnReference,
     *,
     classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
     inception: str | Path | None = None,
     clip: str | Path | None = None,
     clip_model: str | None = None,
 ) -> Judge:
-    """A judge whose reference is the digits split `reference`, "test" or "train"; the other split measures the floor.
+    """A judge whose reference is the digits split "test" or "train", or the user's own prompts and pictures.
 
     `inception` and `clip` are local weights (see `load_inception_features` and `load_clip_scorer`): the first takes the
-    place of the classifier's features in FID, KID and diversity, the second adds the CLIP score.
-    Raises ValueError for another split or missing weights.
+    place of the classifier's features in FID, KID and diversity, the second adds the CLIP score. Own pictures need the
+    first and have no classifier. Raises ValueError for another split, and for missing weights, prompts or pictures.
     """
-    if reference not in SPLITS:
-        raise ValueError(f"reference is {reference!r}; use one of {', '.join(SPLITS)}")
-    network = classifier if isinstance(classifier, DigitsClassifier) else load_classifier(classifier)
-    features = DigitFeatures(network) if inception is None else load_inception_features(inception)
-    real = load_digits_split("test" if reference == "test" else "train")
-    other = load_digits_split("train" if reference == "test" else "test")
-    rows = extract_features(features, real.pixels)
-    accuracy, _ = class_accuracy(network, real.pixels, labels=real.labels)
+    if isinstance(reference, OwnReference):
+        if inception is None:
+            raise ValueError(
+                "FID and KID of your own pictures need Inception features, for the classifier knows digits alone; give "
+                f"--inception FILE, the weights {WEIGHTS_NAME} of torch-fidelity (v0.2.0)"
+            )
+        chosen = folder_reference(reference, extractor=load_inception_features(inception))
+    else:
+        network = classifier if isinstance(classifier, DigitsClassifier) else load_classifier(classifier)
+        features = DigitFeatures(network) if inception is None else load_inception_features(inception)
+        chosen = digits_reference(reference, classifier=network, extractor=features)
     return Judge(
-        classifier=network,
-        extractor=features,
-        reference=ReferenceFeatures(
-            split=reference,
-            features=rows,
-            floor_pool=extract_features(features, other.pixels),
-            floor_labels=other.labels,
-            feature_extractor=features.name,
-        ),
-        reference_accuracy=accuracy,
-        reference_diversity=within_class_diversity(rows, real.labels),
+        reference=chosen,
         clip=None if clip is None else load_clip_scorer(clip, model=clip_model),
         clip_weights="" if clip is None else Path(clip).name,
     )
 
 
 def evaluation_prompts(samples: int) -> list[str]:
-    """The prompts of samples 0 ... samples - 1, which follow the captions of the data.
+    """The prompts of samples 0 ... samples - 1 of the digits, which follow the captions of the data.
 
     Raises ValueError for too few samples to hold every digit twice.
     """
@@ -123,11 +112,12 @@ def evaluation_prompts(samples: int) -> list[str]:
 def judge_pixels(
     judge: Judge, pixels: Tensor, *, prompts: Sequence[str], system: System, seed: int
 ) -> EvaluationResult:
-    """Score pixels [N, 3, 32, 32] in [0, 1] that `system` drew for `prompts` with `seed`."""
-    labels = torch.tensor([label_of_prompt(prompt) for prompt in prompts])
-    features = extract_features(judge.extractor, pixels)
-    accuracy, per_class = class_accuracy(judge.classifier, pixels, labels=labels)
-    clip = None
+    """Score pixels [N, 3, H, W] in [0, 1] that `system` drew for `prompts` with `seed`."""
+    reference = judge.reference
+    features = extract_features(reference.extractor, pixels)
+    accuracy, diversity, clip = None, None, None
+    if reference.classes is not None:
+        accuracy, diversity = reference.classes.score(pixels, features, prompts=prompts)
     if judge.clip is not None:
         clip = mean_clip_score(judge.clip, pixels, prompts=list(prompts), weights=judge.clip_weights)
     return EvaluationResult(
@@ -136,10 +126,10 @@ def judge_pixels(
         guidance=system.guidance,
         seed=seed,
         samples=len(pixels),
-        fid=score_fid(features, judge.reference, seed=seed),
-        kid=score_kid(features, judge.reference, seed=seed),
-        accuracy=AccuracyResult(accuracy, len(pixels), judge.reference_accuracy, tuple(per_class)),
-        diversity=DiversityResult(within_class_diversity(features, labels), judge.reference_diversity),
+        fid=score_fid(features, reference.real, seed=seed),
+        kid=score_kid(features, reference.real, seed=seed),
+        accuracy=accuracy,
+        diversity=diversity,
         clip=clip,
     )
 
@@ -155,7 +145,7 @@ def evaluate_pipeline(
     classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
     batch_size: int = 64,
 ) -> EvaluationResult:
-    """Quality of the pipeline in the directory `path` over `samples` images; its speed is the matter of `compare`.
+    """Quality of the digits pipeline in the directory `path` over `samples` images; speed is the matter of `compare`.
 
     steps and guidance None are read from the export's distillation.json. Raises ValueError for bad input.
     """
@@ -166,20 +156,9 @@ def evaluate_pipeline(
     return judge_pixels(judge, pixels, prompts=prompts, system=system, seed=seed)
 
 
-def _grid_prompts() -> list[str]:
-    """One prompt per digit, without a stroke weight."""
-    return [caption(digit, weight=None, phrasing=0) for digit in range(10)]
-
-
-def _real_row(split: str) -> Tensor:
-    """The first real image of each digit of a split, [10, 3, 32, 32]."""
-    images = load_digits_split("test" if split == "test" else "train")
-    return torch.stack([images.pixels[images.labels == digit][0] for digit in range(10)])
-
-
-def _time(systems: Sequence[System], *, plan: TimingPlan, device: str) -> list[LatencyResult]:
+def _time(systems: Sequence[System], *, reference: Reference, plan: TimingPlan, device: str) -> list[LatencyResult]:
     """Time freshly loaded pipelines, which nothing of the evaluation has touched."""
-    prompts = tuple(balanced_prompt(index) for index in range(plan.batch_size))
+    prompts = tuple(reference.sample_prompts(plan.batch_size))
     calls = [StockCall(load_pipeline(system.path, device=device), system, prompts) for system in systems]
     return measure_latency(calls, plan=plan, device=device)
 
@@ -225,7 +204,9 @@ def compare(
     """
     if len(systems) == 0 or len(seeds) == 0:
         raise ValueError(f"{len(systems)} systems and {len(seeds)} seeds; give at least one of each")
-    prompts, grid_prompts = evaluation_prompts(samples), _grid_prompts()
+    require_samples(samples)
+    reference = judge.reference
+    prompts, grid_prompts = reference.sample_prompts(samples), reference.grid_prompts
     results: list[list[EvaluationResult]] = []
     drawn: list[Tensor] = []
     for system in tqdm(systems, desc="systems", unit="system"):
@@ -238,25 +219,29 @@ def compare(
         drawn.append(_draw(pipeline, system, prompts=grid_prompts, seed=seeds[0], batch_size=batch_size))
     groups = _group(systems, results)
     chosen = [system for system, _ in groups]
-    latencies = [None] * len(chosen) if timing is None else _time(chosen, plan=timing, device=device)
+    latencies = [None] * len(chosen)
+    if timing is not None:
+        latencies = _time(chosen, reference=reference, plan=timing, device=device)
     rows = [
         ReportRow(system.name, system.steps, system.guidance, own, latency)
         for (system, own), latency in zip(groups, latencies, strict=True)
     ]
     pixels_of = {id(system): pixels for system, pixels in zip(systems, drawn, strict=True)}
     grid = SampleGrid(
-        prompts=tuple(grid_prompts),
+        prompts=grid_prompts,
         seed=seeds[0],
         names=tuple(row.label() for row in rows),
         pixels=tuple(pixels_of[id(system)] for system in chosen),
-        real=_real_row(judge.reference.split),
+        real=reference.grid_pixels,
     )
+    classes = reference.classes
     return Comparison(
         rows=tuple(rows),
         grid=grid,
-        reference_split=judge.reference.split,
-        reference_samples=len(judge.reference.features),
-        reference_accuracy=judge.reference_accuracy,
-        reference_diversity=judge.reference_diversity,
+        reference_split=reference.real.split,
+        reference_samples=len(reference.real.features),
+        reference_accuracy=None if classes is None else classes.accuracy,
+        reference_diversity=None if classes is None else classes.diversity,
         measured=tuple(zip(systems, (tuple(own) for own in results), strict=True)),
+        floor_of_halves=reference.real.floor_against is not None,
     )

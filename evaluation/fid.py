@@ -29,7 +29,8 @@ class FidResult:
     """A Frechet distance and what it takes to read it.
 
     `floor` is the same distance for `floor_samples` real images of the other split in place of the generated ones: the
-    finite sample alone gives this much, and no generator is expected to score clearly lower.
+    finite sample alone gives this much, and no generator is expected to score clearly lower. Where the real images have
+    no second split, it is the distance between their two halves, which have fewer images and so a higher floor.
     """
 
     value: float
@@ -218,19 +219,26 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class ReferenceFeatures:
-    """Features [M, D] of the real images of a split; those of the other split, with labels, measure the floor."""
+    """Features [M, D] of the real images of a split; those of the other split, with labels, measure the floor.
+
+    Without labels all of `floor_pool` is held against `floor_against`: the halves of a set that has one split alone.
+    """
 
     split: str
     features: Tensor
     floor_pool: Tensor
-    floor_labels: Tensor
+    floor_labels: Tensor | None
     feature_extractor: str
+    floor_against: Tensor | None = None
 
     def floor_features(self, samples: int, *, seed: int) -> Tensor:
         """`samples` real images of the other split drawn without replacement, or all of them where there are fewer.
 
         Classes take turns, as they do in the prompts: a draw that left them to chance would make the floor too high.
+        Without labels it is always all of them.
         """
+        if self.floor_labels is None:
+            return self.floor_pool
         order = torch.randperm(len(self.floor_pool), generator=torch.Generator().manual_seed(seed))
         labels = self.floor_labels[order]
         turn = torch.zeros_like(labels)
@@ -238,6 +246,10 @@ class ReferenceFeatures:
             mine = labels == label
             turn[mine] = torch.arange(int(mine.sum()))
         return self.floor_pool[order[turn.argsort(stable=True)[:samples]]]
+
+    def floor_target(self) -> Tensor:
+        """What the features of `floor_features` are compared with."""
+        return self.features if self.floor_against is None else self.floor_against
 
 
 def score_fid(generated: Tensor, reference: ReferenceFeatures, *, seed: int) -> FidResult:
@@ -248,7 +260,7 @@ def score_fid(generated: Tensor, reference: ReferenceFeatures, *, seed: int) -> 
         samples=len(generated),
         reference_samples=len(reference.features),
         reference_split=reference.split,
-        floor=frechet_inception_distance(real, reference.features),
+        floor=frechet_inception_distance(real, reference.floor_target()),
         floor_samples=len(real),
         feature_extractor=reference.feature_extractor,
         seed=seed,
@@ -258,9 +270,9 @@ def score_fid(generated: Tensor, reference: ReferenceFeatures, *, seed: int) -> 
 def score_kid(generated: Tensor, reference: ReferenceFeatures, *, seed: int) -> KidResult:
     """KID of generated features [N, D]; the arguments are those of `score_fid`."""
     real = reference.floor_features(len(generated), seed=seed)
-    size = min(kid_subset_size(len(generated), len(reference.features)), len(real))
+    size = min(kid_subset_size(len(generated), len(reference.features)), len(real), len(reference.floor_target()))
     mean, spread = kernel_inception_distance(generated, reference.features, subset_size=size, seed=seed)
-    floor, _ = kernel_inception_distance(real, reference.features, subset_size=size, seed=seed)
+    floor, _ = kernel_inception_distance(real, reference.floor_target(), subset_size=size, seed=seed)
     return KidResult(
         value=mean,
         spread=spread,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -24,18 +24,23 @@ from fewstep.evaluation.results import ReportRow
 INK = "#808890"
 PALETTE = ("#3b82c4", "#d9822b", "#3c9d6b", "#b8578f", "#8a6fd1", "#5f9ea8")
 TILE = 64
+MAX_TILE = 256
 GAP = 4
 
 
 def grid_image(pixels: Tensor) -> bytes:
     """Images [K, 3, H, W] side by side as one PNG strip, small ones enlarged to 64 pixels without smoothing.
 
+    Images wider than 256 pixels are reduced to that, because a page holds the whole strip.
     Raises ValueError for another shape or no image.
     """
     if pixels.ndim != 4 or pixels.shape[0] < 1 or pixels.shape[1] != 3:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}; a grid row needs [K, 3, H, W] with K >= 1")
     factor = max(1, TILE // pixels.shape[-1])
     large = F.interpolate(pixels.float(), scale_factor=factor, mode="nearest")
+    if large.shape[-1] > MAX_TILE:
+        size = (round(large.shape[-2] * MAX_TILE / large.shape[-1]), MAX_TILE)
+        large = F.interpolate(large, size=size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
     height, width = large.shape[-2:]
     # The fourth channel is opacity: gaps show the page.
     canvas = torch.zeros(height, len(large) * (width + GAP) - GAP, 4, dtype=torch.uint8)
@@ -72,8 +77,8 @@ def quality_figure(rows: Sequence[ReportRow]) -> bytes | None:
         return None
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
-    for number, name in enumerate(dict.fromkeys(row.name for row in timed)):
-        own = sorted((row for row in timed if row.name == name), key=_seconds)
+    for number, name in enumerate(dict.fromkeys(row.name + row.guidance_text() for row in timed)):
+        own = sorted((row for row in timed if row.name + row.guidance_text() == name), key=_seconds)
         seconds, fids = [_seconds(row) for row in own], [row.fid() for row in own]
         color = PALETTE[number % len(PALETTE)]
         medians = [fid.median for fid in fids]
@@ -89,6 +94,7 @@ def quality_figure(rows: Sequence[ReportRow]) -> bytes | None:
     axes.margins(x=0.15, y=0.2)
     axes.legend(fontsize=8, labelcolor=INK, frameon=False)
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _style(axes, x="seconds per image (log scale)", y="FID (log scale), lower is better")
     return _png(figure)
 

@@ -25,6 +25,9 @@ from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher import check_pipeline_folder
 from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
 
+# All prompts of the embedded digits at once; more would not fit beside a large text encoder.
+ENCODE_BATCH = 256
+
 
 def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The pipeline in the directory `path`, as plain `DiffusionPipeline.from_pretrained` loads it, without its bars.
@@ -92,22 +95,6 @@ def _noise_per_image(pipeline: DiffusionPipeline) -> Iterator[list[torch.Generat
         pipeline.scheduler = stock
 
 
-def merge_repeated_tokens(condition: Condition) -> Condition:
-    """The identical tokens that end every row of [B, N, D] as one token with their count.
-
-    Where text has no positions (SD3) this gives the same images: see `KeyBiasJointAttention`. Without T5, or with a T5
-    of zero weights, prompts end in 256 zeros.
-    """
-    tokens, counts = condition.tokens, condition.token_counts
-    same = (tokens == tokens[:, -1:]).all(dim=2).all(dim=0)
-    # Tokens after the last one that differs.
-    repeated = int(same.flip(0).long().cumprod(0).sum())
-    keep = tokens.shape[1] - repeated + 1
-    counts = torch.ones(tokens.shape[1], device=tokens.device) if counts is None else counts
-    merged = torch.cat([counts[: keep - 1], counts[keep - 1 :].sum(dim=0, keepdim=True)])
-    return Condition(tokens[:, :keep], condition.pooled, token_counts=merged, time_ids=condition.time_ids)
-
-
 @dataclass(frozen=True)
 class _Prompts:
     """Prompts of an SD3 pipeline encoded once: the empty prompt in row 0 and the row of each other one."""
@@ -119,18 +106,17 @@ class _Prompts:
     def encode(cls, pipeline: DiffusionPipeline, prompts: Sequence[str], *, family: Family) -> _Prompts:
         unique = list(dict.fromkeys(prompts))
         rows = {prompt: row for row, prompt in enumerate(unique, start=1)}
-        joined = Condition.cat([family.encode_null(pipeline), family.encode_prompts(pipeline, unique)])
-        return cls(rows, merge_repeated_tokens(joined))
+        starts = range(0, len(unique), ENCODE_BATCH)
+        parts = [family.encode_prompts(pipeline, unique[start : start + ENCODE_BATCH]) for start in starts]
+        return cls(rows, Condition.cat([family.encode_null(pipeline), *parts]))
 
     def arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
         """Arguments of the stock call in place of the prompts."""
         condition = self.conditions.index(torch.tensor([self.rows[prompt] for prompt in prompts]))
-        assert condition.token_counts is not None
-        arguments: dict[str, Any] = {
-            "prompt_embeds": condition.tokens,
-            "pooled_prompt_embeds": condition.pooled,
-            "joint_attention_kwargs": {"key_bias": condition.token_counts.log()},
-        }
+        arguments: dict[str, Any] = {"prompt_embeds": condition.tokens, "pooled_prompt_embeds": condition.pooled}
+        # The text of a real T5 has no repeated tokens to count.
+        if condition.token_counts is not None:
+            arguments["joint_attention_kwargs"] = {"key_bias": condition.token_counts.log()}
         if guidance > 1.0:
             null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64))
             arguments |= {"negative_prompt_embeds": null.tokens, "negative_pooled_prompt_embeds": null.pooled}
@@ -184,7 +170,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts for {len(indices)} indices; give one per image, at least one")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
-    shape = build_family(pipeline).latent_shape(pipeline, None, None)
+    shape = build_family(pipeline).latent_shape(pipeline, grid.height, grid.width)
     name = type(pipeline.scheduler).__name__
     parts = []
     starts = range(0, len(prompts), batch_size)

@@ -14,28 +14,29 @@ def figures_of(results: tuple[EvaluationResult, ...]) -> list[Figure]:
     first = results[0]
     seeds = ", ".join(str(result.seed) for result in results)
     drawn = f"{first.steps} steps, guidance {first.guidance:g}, {first.samples} images, seed {seeds}"
-    reference = f"{first.fid.reference_split} split of {first.fid.reference_samples}, {first.fid.feature_extractor}"
+    count, split = first.fid.reference_samples, first.fid.reference_split
+    images = f"{count} images of {split}" if first.accuracy is None else f"{split} split of {count}"
+    reference = f"{images}, {first.fid.feature_extractor}"
 
     def median(values: list[float]) -> float:
         return round(Spread.of(values).median, 4)
 
-    return [
+    figures = [
         Figure(
             "FID (lower is better)",
             median([result.fid.value for result in results]),
             f"{drawn}; {reference}; floor {first.fid.floor:.3f}",
-        ),
-        Figure(
-            "class accuracy (fraction)",
-            median([result.accuracy.value for result in results]),
-            f"{drawn}; real images {first.accuracy.reference:.3f}",
-        ),
-        Figure(
-            "diversity within a class",
-            median([result.diversity.value for result in results]),
-            f"{drawn}; real images {first.diversity.reference:.3f}",
-        ),
+        )
     ]
+    accuracies = [result.accuracy for result in results if result.accuracy is not None]
+    if accuracies:
+        setting = f"{drawn}; real images {accuracies[0].reference:.3f}"
+        figures.append(Figure("class accuracy (fraction)", median([one.value for one in accuracies]), setting))
+    diversities = [result.diversity for result in results if result.diversity is not None]
+    if diversities:
+        setting = f"{drawn}; real images {diversities[0].reference:.3f}"
+        figures.append(Figure("diversity within a class", median([one.value for one in diversities]), setting))
+    return figures
 
 
 def record_figures(comparison: Comparison) -> list[str]:

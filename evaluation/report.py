@@ -57,18 +57,36 @@ class ReportFiles:
     html: Path
 
 
+def _reference_words(comparison: Comparison) -> tuple[str, str]:
+    """What the real images are called, and the note on the floor."""
+    samples, split = comparison.rows[0].results[0].fid.floor_samples, comparison.reference_split
+    if comparison.floor_of_halves:
+        return f"the folder {split}", (
+            f"FID floor: the two halves of the folder against each other, {samples} real images in the place of the "
+            f"generated ones and {comparison.reference_samples - samples} in that of the reference. Half as many "
+            "images make it higher than that of the whole folder, so a good generator may score below it."
+        )
+    return f"the {split} split", (
+        f"FID floor: {samples} real images of the other split in place of the generated ones. The "
+        "finite sample alone gives this much."
+    )
+
+
 def table_notes(comparison: Comparison) -> tuple[str, ...]:
     """What a reader needs beside the numbers: sample counts, the floor, how speed was measured."""
     first = comparison.rows[0].results[0]
+    source, floor = _reference_words(comparison)
     notes = [
         f"FID and KID: {first.samples} generated images per seed against {comparison.reference_samples} real "
-        f"images of the {comparison.reference_split} split; features: {first.fid.feature_extractor}.",
-        f"FID floor: {first.fid.floor_samples} real images of the other split in place of the generated ones. The "
-        "finite sample alone gives this much.",
+        f"images of {source}; features: {first.fid.feature_extractor}.",
+        floor,
         f"KID: mean over {first.kid.subsets} sets of {first.kid.subset_size} images; unbiased, so it may be negative.",
-        f"Accuracy: share of images that the classifier takes for the digit of the prompt. Diversity: mean feature "
-        f"distance of two images of one digit; real images have {comparison.reference_diversity:.2f}.",
     ]
+    if comparison.reference_diversity is not None:
+        notes.append(
+            f"Accuracy: share of images that the classifier takes for the digit of the prompt. Diversity: mean feature "
+            f"distance of two images of one digit; real images have {comparison.reference_diversity:.2f}."
+        )
     if any(len(row.results) > 1 for row in comparison.rows):
         notes.append("Several seeds: median [smallest, largest].")
     latency = comparison.rows[0].latency

@@ -14,7 +14,7 @@ from fewstep.evaluation.latency import LatencyResult
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The figures of one pipeline at one step count with one seed."""
+    """The figures of one pipeline at one step count with one seed; None stands for what the judge cannot tell."""
 
     name: str
     steps: int
@@ -23,8 +23,8 @@ class EvaluationResult:
     samples: int
     fid: FidResult
     kid: KidResult
-    accuracy: AccuracyResult
-    diversity: DiversityResult
+    accuracy: AccuracyResult | None
+    diversity: DiversityResult | None
     clip: ClipResult | None = None
 
 
@@ -43,6 +43,11 @@ class Spread:
         if len(values) == 0:
             raise ValueError("a spread needs at least one value")
         return cls(statistics.median(values), min(values), max(values), len(values))
+
+
+def _spread_of_known(results: Sequence[AccuracyResult | DiversityResult | ClipResult | None]) -> Spread | None:
+    values = [result.value for result in results if result is not None]
+    return Spread.of(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,19 @@ class ReportRow:
     def kid_floor(self) -> Spread:
         return Spread.of([result.kid.floor for result in self.results])
 
-    def accuracy(self) -> Spread:
-        return Spread.of([result.accuracy.value for result in self.results])
+    def accuracy(self) -> Spread | None:
+        return _spread_of_known([result.accuracy for result in self.results])
 
-    def diversity(self) -> Spread:
-        return Spread.of([result.diversity.value for result in self.results])
+    def diversity(self) -> Spread | None:
+        return _spread_of_known([result.diversity for result in self.results])
 
     def clip(self) -> Spread | None:
-        values = [result.clip.value for result in self.results if result.clip is not None]
-        return Spread.of(values) if values else None
+        return _spread_of_known([result.clip for result in self.results])
+
+    def guidance_text(self) -> str:
+        """What follows a name where there is guidance."""
+        return "" if self.guidance == 1.0 else f", guidance {self.guidance:g}"
 
     def label(self) -> str:
-        """Name and step count, for plots and grids."""
-        return f"{self.name}, {self.steps} step{'' if self.steps == 1 else 's'}"
+        """Name, step count and guidance, for grids."""
+        return f"{self.name}, {self.steps} step{'' if self.steps == 1 else 's'}{self.guidance_text()}"

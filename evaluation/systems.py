@@ -14,15 +14,22 @@ MIN_SAMPLES = 20
 
 @dataclass(frozen=True)
 class StepGrid:
-    """A grid that a pipeline has to be called with: `sigmas` or `timesteps` of its steps; neither is the usual case."""
+    """What a pipeline has to be called with: `sigmas` or `timesteps` of its steps, and the size of its pictures in
+    pixels where that is not its own; nothing is the usual case.
+    """
 
     sigmas: tuple[float, ...] | None = None
     timesteps: tuple[int, ...] | None = None
+    height: int | None = None
+    width: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call."""
-        given = {"sigmas": self.sigmas, "timesteps": self.timesteps}
-        return {name: list(values) for name, values in given.items() if values is not None}
+        grids = {"sigmas": self.sigmas, "timesteps": self.timesteps}
+        size = {"height": self.height, "width": self.width}
+        return {name: list(values) for name, values in grids.items() if values is not None} | {
+            name: value for name, value in size.items() if value is not None
+        }
 
 
 OWN_GRID = StepGrid()
@@ -58,11 +65,15 @@ def read_system(
         raise ValueError(f"{folder} has no {RECORD_FILE} that tells its {missing}; give --{missing}")
     if chosen_steps < 1:
         raise ValueError(f"steps is {chosen_steps}; use at least 1")
-    # A grid belongs to the step count it was written for.
-    sigmas, timesteps = record.get("sigmas"), record.get("timesteps")
-    grid = OWN_GRID
-    if chosen_steps == own_steps:
-        grid = StepGrid(None if sigmas is None else tuple(sigmas), None if timesteps is None else tuple(timesteps))
+    # Times belong to the step count they were written for.
+    fits = chosen_steps == own_steps
+    sigmas, timesteps = (record.get(key) if fits else None for key in ("sigmas", "timesteps"))
+    grid = StepGrid(
+        None if sigmas is None else tuple(sigmas),
+        None if timesteps is None else tuple(timesteps),
+        height=record.get("height"),
+        width=record.get("width"),
+    )
     return System(name or folder.name, str(folder), int(chosen_steps), float(chosen_guidance), grid)
 
 
@@ -80,7 +91,58 @@ def require_pipeline(path: str | Path) -> None:
 def require_samples(samples: int) -> None:
     """Raises ValueError for too few samples to hold every digit twice."""
     if samples < MIN_SAMPLES:
-        raise ValueError(f"samples is {samples}; use at least {MIN_SAMPLES}, two of each digit")
+        raise ValueError(f"samples is {samples}; use at least {MIN_SAMPLES} (two of each embedded digit)")
+
+
+@dataclass(frozen=True)
+class OwnReference:
+    """The user's file of prompts and folder of pictures, and the size in pixels at which the pictures are read."""
+
+    prompts: str
+    images: str
+    height: int
+    width: int
+
+
+def pick_reference(
+    split: str, systems: Sequence[System], *, prompts: str | None, images: str | None
+) -> str | OwnReference:
+    """The digits split where neither prompts nor pictures are given, else these, at the size that all systems draw.
+
+    Raises ValueError when one is given without the other, or when systems draw different sizes.
+    """
+    if prompts is None and images is None:
+        return split
+    if prompts is None or images is None:
+        given, missing = ("reference_images", "prompts") if prompts is None else ("prompts", "reference_images")
+        raise ValueError(f"--{given} without --{missing}; give both to judge your own model, or neither for the digits")
+    sizes = {picture_size(system) for system in systems}
+    if len(sizes) != 1:
+        raise ValueError(f"the pipelines draw pictures of {sorted(sizes)} pixels; judge those of one size at a time")
+    height, width = sizes.pop()
+    return OwnReference(prompts, images, height, width)
+
+
+def picture_size(system: System) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that a system draws, from its record and its configuration files.
+
+    Raises ValueError when they do not tell.
+    """
+    folder = Path(system.path)
+    network = "transformer" if (folder / "transformer").is_dir() else "unet"
+    try:
+        latent = json.loads((folder / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
+        levels = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder} does not tell its picture size: {network}/config.json needs sample_size and vae/config.json "
+            f"block_out_channels ({error!r})"
+        ) from error
+    height, width = (latent, latent) if isinstance(latent, int) else latent
+    # Every level of the autoencoder but the last halves both sides.
+    factor = 2 ** (len(levels) - 1)
+    own = system.grid
+    return own.height or height * factor, own.width or width * factor
 
 
 def parse_systems(

@@ -61,7 +61,8 @@ def results_table(comparison: Comparison) -> Table:
     """Real images first, then one row per system; speed-up is against the first system."""
     has_clip = any(row.clip() is not None for row in comparison.rows)
     has_speed = any(row.latency is not None for row in comparison.rows)
-    header = ["system", "steps", "guidance", "FID", "FID floor", "KID", "accuracy %", "diversity"]
+    header = ["system", "steps", "guidance", "FID", "FID floor", "KID"]
+    header += [] if comparison.reference_accuracy is None else ["accuracy %", "diversity"]
     header += ["CLIP score"] if has_clip else []
     header += ["s / image", "speed-up"] if has_speed else []
     header += ["samples", "seeds"]
@@ -71,11 +72,12 @@ def results_table(comparison: Comparison) -> Table:
 
 
 def _real_row(comparison: Comparison, *, has_clip: bool, has_speed: bool) -> tuple[str, ...]:
-    """What real images of the other split reach: the floor."""
+    """What other real images reach: the floor."""
     first = comparison.rows[0]
     cells = ["real images", "-", "-", number(first.floor().median, 2), "-"]
     cells += [number(first.kid_floor().median, 3)]
-    cells += [number(100.0 * comparison.reference_accuracy, 1), number(comparison.reference_diversity, 2)]
+    if comparison.reference_accuracy is not None and comparison.reference_diversity is not None:
+        cells += [number(100.0 * comparison.reference_accuracy, 1), number(comparison.reference_diversity, 2)]
     cells += ["-"] * (has_clip + 2 * has_speed)
     return (*cells, str(first.results[0].fid.floor_samples), "-")
 
@@ -83,9 +85,10 @@ def _real_row(comparison: Comparison, *, has_clip: bool, has_speed: bool) -> tup
 def _row(row: ReportRow, first: ReportRow, *, has_clip: bool, has_speed: bool) -> tuple[str, ...]:
     cells = [row.name, str(row.steps), f"{row.guidance:g}"]
     cells += [spread_text(row.fid(), digits=2), number(row.floor().median, 2)]
-    cells += [spread_text(row.kid(), digits=3), spread_text(row.accuracy(), digits=1, scale=100.0)]
-    cells += [spread_text(row.diversity(), digits=2)]
-    clip = row.clip()
+    cells += [spread_text(row.kid(), digits=3)]
+    accuracy, diversity, clip = row.accuracy(), row.diversity(), row.clip()
+    if accuracy is not None and diversity is not None:
+        cells += [spread_text(accuracy, digits=1, scale=100.0), spread_text(diversity, digits=2)]
     if has_clip:
         cells.append("-" if clip is None else spread_text(clip, digits=2))
     if has_speed:

@@ -13,6 +13,8 @@ def parse() -> argparse.Namespace:
     add("--samples", type=int, default=500, help="images per seed")
     add("--seed", type=int, nargs="+", default=[0], help="several give medians and ranges")
     add("--reference", default="test", choices=["test", "train"], help="split of the real images")
+    add("--prompts", help="your own prompts, one a line; needs --reference_images and --inception")
+    add("--reference_images", dest="images", metavar="DIR", help="your own real pictures, for FID and KID")
     add("--output", required=True, help="folder of the report")
     add("--run", action="append", default=[], help="run directory whose metrics are plotted; repeat for several")
     add("--classifier", default="assets/digits_image/classifier", help="folder of the digits classifier")
@@ -36,13 +38,14 @@ def main() -> None:
 
         systems.require_samples(options.samples)
         chosen = systems.parse_systems(options.pipeline, steps=options.steps, guidance=options.guidance)
+        real = systems.pick_reference(options.reference, chosen, prompts=options.prompts, images=options.images)
         metrics = [curve for run in options.run for curve in curves.read_curves(run)]
         # Slow imports; mistakes above are answered without them.
         from fewstep.evaluation import evaluate, latency, provenance, record, report, table
 
         plan = {"batch_size": options.timing_batch, "threads": options.threads}
         timing = latency.TimingPlan(options.timing_repeats, **plan) if options.timing_repeats else None
-        judge = evaluate.build_judge(options.reference, classifier=options.classifier, **weights)
+        judge = evaluate.build_judge(real, classifier=options.classifier, **weights)
         found = evaluate.compare(chosen, judge=judge, timing=timing, device=options.device, **sampling)
     except ValueError as error:
         sys.exit(f"error: {error}")

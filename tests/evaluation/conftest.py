@@ -8,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fewstep.core.embedded.autoencoder import build_autoencoder
 from fewstep.core.embedded.teacher import build_pipeline
+from fewstep.core.model_card import ExportRecord, write_record
 from fewstep.evaluation.digits_classifier import DigitsClassifier, TrainingRecord, save_classifier, train_classifier
 
 EPOCHS = 6
@@ -54,5 +55,32 @@ def export_folder(tmp_path_factory) -> Path:
     pipeline = build_untrained()
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, shift_terminal=0.5, stochastic_sampling=True)
     pipeline.save_pretrained(folder)
-    (folder / "distillation.json").write_text('{"num_inference_steps": 2, "guidance_scale": 1.0}', encoding="ascii")
+    record = ExportRecord(
+        name="student",
+        method="dmd",
+        base_model="owner/teacher",
+        steps=2,
+        sampler="sde",
+        times=(1.0, 0.5),
+        network_timesteps=(1000.0, 500.0),
+        training_guidance=1.0,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        sigmas=None,
+        timesteps=None,
+        height=None,
+        width=None,
+        step_noise="global",
+        pipeline="StableDiffusion3Pipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        weights="merged",
+        dtype="float32",
+        absent_components=(),
+        training_step=1,
+        ema=True,
+        figures=(),
+        verification=None,
+        versions=(),
+    )
+    write_record(record, folder)
     return folder

@@ -31,6 +31,8 @@ def test_real_images_score_at_the_floor(judge) -> None:
     pixels = torch.stack([images.pixels[rows[label_of_prompt(text)][i // 10]] for i, text in enumerate(prompts)])
     system = System("real", "", 1, 1.0)
     result = judge_pixels(judge, pixels, prompts=prompts, system=system, seed=0)
+    assert result.accuracy is not None
+    assert result.diversity is not None
     assert result.fid.value < 2.0 * result.fid.floor
     assert result.accuracy.value > 0.97
     assert 0.8 < result.diversity.value / result.diversity.reference < 1.2
@@ -39,6 +41,7 @@ def test_real_images_score_at_the_floor(judge) -> None:
     # One image per digit, over and over: right, but collapsed.
     repeated = pixels[:10].repeat(40, 1, 1, 1)
     collapsed = judge_pixels(judge, repeated, prompts=prompts, system=system, seed=0)
+    assert collapsed.diversity is not None
     assert collapsed.diversity.value < 0.01 * result.diversity.value
     assert collapsed.fid.value > 5.0 * result.fid.value
 
@@ -50,6 +53,7 @@ def test_untrained_pipeline_is_far_from_the_floor(pipeline_folder, classifier_fo
     assert (result.name, result.steps, result.guidance, result.seed, result.samples) == ("teacher", 2, 1.0, 3, 40)
     assert (result.fid.reference_split, result.fid.reference_samples, result.fid.floor_samples) == ("train", 1297, 40)
     assert result.fid.value > 10.0 * result.fid.floor
+    assert result.accuracy is not None
     assert result.accuracy.value < 0.5
     again = evaluate_pipeline(
         pipeline_folder,
@@ -73,14 +77,14 @@ def test_compare_groups_training_seeds_and_times_each_row(judge, pipeline_folder
     plan = TimingPlan(repeats=2, warmup=0, batch_size=2)
     found = compare(systems, judge=judge, samples=20, seeds=[0, 1], timing=plan)
     teacher, student = found.rows
-    assert (teacher.label(), student.label()) == ("teacher, 3 steps", "student, 2 steps")
+    assert (teacher.label(), student.label()) == ("teacher, 3 steps, guidance 2", "student, 2 steps")
     assert [result.seed for result in student.results] == [0, 1, 0, 1]
     assert student.fid().count == 4
     assert student.fid().minimum <= student.fid().median <= student.fid().maximum
     assert student.fid().maximum > student.fid().minimum
     assert teacher.latency is not None
     assert (teacher.latency.batch_size, teacher.latency.repeats) == (2, 2)
-    assert found.grid.names == ("teacher, 3 steps", "student, 2 steps")
+    assert found.grid.names == ("teacher, 3 steps, guidance 2", "student, 2 steps")
     assert [tuple(pixels.shape) for pixels in (*found.grid.pixels, found.grid.real)] == [(10, 3, 32, 32)] * 3
     assert (found.reference_split, found.reference_samples) == ("test", 500)
 

@@ -11,10 +11,9 @@ from diffusers import (
     LCMScheduler,
 )
 
-from fewstep.core.condition import Condition
 from fewstep.core.export_components import zero_t5
 from fewstep.core.randomness import sample_noise
-from fewstep.evaluation.generation import StockCall, generate, load_pipeline, merge_repeated_tokens, plain_call
+from fewstep.evaluation.generation import StockCall, generate, load_pipeline, plain_call
 from fewstep.evaluation.systems import StepGrid, System
 from tests.tiny_pipelines import T5_WIDTH, build_sd3, build_sd15, build_sdxl
 
@@ -50,11 +49,13 @@ def test_sd3_equals_the_plain_call(with_t5: bool, guidance: float) -> None:
     assert plain.std() > 0.01
 
 
+@pytest.mark.parametrize(("real_t5", "tokens"), [(False, 78), (True, 333)])
 @torch.no_grad()
-def test_t5_of_zero_weights_is_shortened_and_equals_the_plain_call() -> None:
-    pipeline: Any = build_sd3()
-    encoder, tokenizer = zero_t5(T5_WIDTH)
-    pipeline.register_modules(text_encoder_3=encoder, tokenizer_3=tokenizer)
+def test_t5_of_zero_weights_is_shortened_and_equals_the_plain_call(real_t5: bool, tokens: int) -> None:
+    pipeline: Any = build_sd3(with_t5=real_t5)
+    if not real_t5:
+        encoder, tokenizer = zero_t5(T5_WIDTH)
+        pipeline.register_modules(text_encoder_3=encoder, tokenizer_3=tokenizer)
     latents = sample_noise(0, INDICES, (4, 8, 8), stream="latents")
     plain = pipeline(PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=3.0, output_type="pt").images
     lengths = []
@@ -63,21 +64,8 @@ def test_t5_of_zero_weights_is_shortened_and_equals_the_plain_call() -> None:
     )
     drawn = draw(pipeline, steps=2, guidance=3.0)
     handle.remove()
-    assert lengths == [78, 78]
+    assert lengths == [tokens, tokens]
     assert (drawn - plain).abs().max() < 1e-5
-
-
-def test_merging_counts_tokens_that_end_every_row() -> None:
-    tokens = torch.randn(2, 7, 3)
-    tokens[0, 3:], tokens[1, 4:] = 1.0, 2.0
-    merged = merge_repeated_tokens(Condition(tokens))
-    assert merged.tokens.shape == (2, 5, 3)
-    assert merged.token_counts is not None
-    assert merged.token_counts.tolist() == [1.0, 1.0, 1.0, 1.0, 3.0]
-    again = merge_repeated_tokens(merged)
-    assert again.token_counts is not None
-    assert again.token_counts.tolist() == [1.0, 1.0, 1.0, 1.0, 3.0]
-    assert torch.equal(again.tokens, tokens[:, :5])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -163,7 +151,9 @@ def test_pipeline_is_left_as_it_was() -> None:
 class GlobalNoiseScheduler(FlowMatchEulerDiscreteScheduler):
     """A scheduler without a generator argument, as users write them."""
 
-    def step(self, model_output, timestep, sample, return_dict=True):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_output, timestep, sample, return_dict=True
+    ):
         previous = super().step(model_output, timestep, sample, return_dict=False)[0]
         return (previous + 0.1 * torch.randn(previous.shape),)
 
