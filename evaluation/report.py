@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fewstep.core.sample_grid import save_grid
 from fewstep.evaluation.curves import Curve, choose_metrics
 from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.figures import curves_figure, grid_image, quality_figure
@@ -209,7 +210,10 @@ def write_report(
     curves: Sequence[Curve] = (),
     title: str = "Evaluation",
 ) -> ReportFiles:
-    """Write report.json, report.md, report.html and figures/*.png into `folder`, which is made if it is missing."""
+    """Write report.json, report.md, report.html and figures/*.png into `folder`, which is made if it is missing.
+
+    figures/samples.png holds all rows of the sample grid with their names, for a page of one's own.
+    """
     target = Path(folder)
     (target / FIGURE_FOLDER).mkdir(parents=True, exist_ok=True)
     content = build_content(comparison, provenance=provenance, curves=curves, title=title)
@@ -217,6 +221,8 @@ def write_report(
     for picture in (*content.grid, content.quality, content.curves):
         if picture is not None:
             (target / FIGURE_FOLDER / picture.file).write_bytes(picture.png)
+    grid = comparison.grid
+    save_grid([grid.real, *grid.pixels], target / FIGURE_FOLDER / "samples.png", labels=["real images", *grid.names])
     files.json.write_text(json_text(comparison, provenance=provenance), encoding="utf-8")
     files.markdown.write_text(markdown_text(content), encoding="utf-8")
     files.html.write_text(html_text(content), encoding="utf-8")
