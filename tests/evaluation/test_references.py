@@ -198,7 +198,7 @@ def test_bad_folders_and_prompts_are_errors(pictures, prompt_file, tmp_path) -> 
     with pytest.raises(ValueError, match=r"holds 7 pictures .* use at least 8"):
         list_pictures(tmp_path)
     (tmp_path / "8.webp").write_text("no picture", encoding="ascii")
-    with pytest.raises(ValueError, match=r"8\.webp is no picture"):
+    with pytest.raises(ValueError, match=r"8\.webp is no whole picture"):
         folder_reference(OwnReference(str(prompt_file), str(tmp_path), 16, 16), extractor=ColourFeatures())
     with pytest.raises(ValueError, match="there is no directory"):
         list_pictures(tmp_path / "nowhere")

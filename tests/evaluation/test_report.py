@@ -122,7 +122,8 @@ def test_report_files(tmp_path) -> None:
 def test_report_without_timing_and_curves(tmp_path) -> None:
     files = write_report(tmp_path, comparison(timed=False), provenance=PROVENANCE)
     assert files.html.read_text().count("data:image/png") == 3
-    assert len(list((tmp_path / "figures").iterdir())) == 3
+    assert len(list((tmp_path / "figures").glob("grid_*.png"))) == 3
+    assert (tmp_path / "figures" / "samples.png").stat().st_size > 1000
 
 
 def test_a_broken_figure_is_not_written_as_json(tmp_path) -> None:

@@ -1,0 +1,152 @@
+"""The training script on mistakes: what it says, its exit code, and that nothing is written."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.core.config import save_resolved
+from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.train import train_dmd
+from tests.dmd.run_server import SCRIPT, RunServer
+from tests.dmd.tiny_run import TinyInputs, changed, tiny_config
+
+
+@pytest.fixture
+def config(inputs: TinyInputs, tmp_path: Path) -> DmdConfig:
+    """Settings of a run into `tmp_path / run`."""
+    return tiny_config(inputs, tmp_path / "run")
+
+
+def run_script(config: DmdConfig, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The plain script; with settings that it refuses it does not get as far as importing torch."""
+    save_resolved(folder / "config.yaml", config)
+    command = [sys.executable, str(SCRIPT), "--config", str(folder / "config.yaml"), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student.stepz", "2"], "unknown key student.stepz on the command line; did you mean student.steps?"),
+        (["--student.steps", "two"], "student.steps: given two, allowed is int"),
+        (["--loss.objective", "gan"], "loss.objective: given gan, allowed is one of 'dmd', 'sid', 'f_distill'"),
+    ],
+)
+def test_unusable_settings_exit_with_two(config: DmdConfig, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run_script(config, tmp_path, *arguments)
+    assert done.returncode == 2
+    assert f"train_dmd.py: error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_in_the_file_names_the_nearest(config: DmdConfig, tmp_path: Path) -> None:
+    save_resolved(tmp_path / "config.yaml", config)
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(text.replace("  sample_count:", "  sample_cuont:"), encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "unknown key data.sample_cuont in" in done.stderr
+    assert "did you mean data.sample_count?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.gan_weight": 0.1, "data.latents": None}, "loss.gan_weight needs real data; set data.latents"),
+        ({"loss.objective": "f_distill"}, "f_distill reads density ratios off the discriminator"),
+        ({"loss.regression_weight": 1.0, "data.pairs": None}, "regression_weight needs data.pairs and student.steps 1"),
+        ({"loss.regression_weight": 1.0, "student.steps": 2}, "regression_weight needs data.pairs and student.steps 1"),
+        ({"loss.t_min": 0.5, "loss.t_max": 0.5}, "must satisfy 0 < t_min < t_max < 1"),
+        ({"student.steps": 0}, "student.steps is 0; it must be at least 1"),
+        ({"fake_score.updates_per_student_update": 0}, "updates_per_student_update must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    config: DmdConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed(config, changes)
+
+
+def test_gan_without_latents_exits_with_two(config: DmdConfig, tmp_path: Path) -> None:
+    done = run_script(config, tmp_path, "--loss.gan_weight", "0.1", "--data.latents", "null")
+    assert done.returncode == 2
+    assert "error: loss.gan_weight needs real data; set data.latents to a folder from" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prompt_file_ends_the_script(config: DmdConfig, server: RunServer, tmp_path: Path) -> None:
+    prompts = tmp_path / "empty.txt"
+    prompts.write_text("\n \n", encoding="utf-8")
+    save_resolved(tmp_path / "config.yaml", changed(config, {"data.prompts": str(prompts)}))
+    started = server.start("--config", str(tmp_path / "config.yaml"), log=tmp_path / "log.txt")
+    assert started.wait() == 1
+    assert f"prompt file {prompts} holds no prompt" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("vae", r"component vae \(AutoencoderKL\) is missing in"),
+        ("text_encoder_2", r"component text_encoder_2 \(CLIPTextModelWithProjection\) is missing in"),
+        ("transformer/diffusion_pytorch_model.safetensors", r"component transformer .* has no .safetensors weights"),
+        ("model_index.json", r"has no model_index.json: give the folder that pipeline.save_pretrained wrote"),
+    ],
+)
+def test_incomplete_teacher_is_named_and_nothing_is_written(
+    config: DmdConfig, broken_teacher: Path, tmp_path: Path, component: str, message: str
+) -> None:
+    missing = broken_teacher / component
+    shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
+    with pytest.raises(ValueError, match=message):
+        train_dmd(changed(config, {"teacher.path": str(broken_teacher)}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.path": "no such folder"}, "no such folder is neither a folder nor the name of a model on the hub"),
+        ({"data.prompts": "lost.txt"}, "prompt file lost.txt does not exist"),
+        ({"data.latents": "lost", "loss.gan_weight": 0.1}, r"latents.safetensors does not exist"),
+        ({"student.init": "lost.safetensors"}, "student.init lost.safetensors does not exist"),
+    ],
+)
+def test_missing_files_are_named(config: DmdConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_dmd(changed(config, changes))
+
+
+def test_latents_as_pairs_are_refused(config: DmdConfig, inputs: TinyInputs) -> None:
+    with pytest.raises(ValueError, match=r"holds latents without noise; make pairs with scripts/make_teacher_pairs.py"):
+        train_dmd(changed(config, {"loss.regression_weight": 0.1, "data.pairs": str(inputs.latents)}))
+
+
+def test_latents_of_another_size_are_refused(config: DmdConfig) -> None:
+    message = r"data.latents holds latents of shape \(4, 8, 8\), this run makes \(4, 16, 16\); set data.height/width"
+    with pytest.raises(ValueError, match=message):
+        train_dmd(changed(config, {"loss.gan_weight": 0.1, "data.height": 32, "data.width": 32}))
+
+
+def test_weights_of_another_network_are_refused(config: DmdConfig, inputs: TinyInputs, tmp_path: Path) -> None:
+    other = inputs.teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"does not fit the teacher's network: .* weights missing"):
+        train_dmd(changed(config, {"student.init": str(other)}))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"student.init .*broken.safetensors cannot be read"):
+        train_dmd(changed(config, {"student.init": str(broken)}))
+
+
+def test_run_directory_that_is_a_file_is_refused(config: DmdConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("here", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run directory .*run is a file; choose another directory"):
+        train_dmd(config)
+    assert (tmp_path / "run").read_text(encoding="utf-8") == "here"

@@ -1,0 +1,110 @@
+"""A complete DMD run of a tiny random Stable Diffusion 3: its inputs on disk and its settings.
+
+One step takes about 0.05 s on one core.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.checkpoint import Checkpoint
+from fewstep.core.config import OptimizerConfig, RunConfig
+from fewstep.core.data import LatentDataset
+from fewstep.core.latent_sources import teacher_pairs
+from fewstep.core.randomness import sample_noise
+from fewstep.core.run_directory import RunDirectory, read_metrics
+from fewstep.core.teacher import Teacher
+from fewstep.core.trainer import Trainer
+from fewstep.dmd.config import DataConfig, DmdConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
+from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, save_pipeline
+
+PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42", "green tree")
+WITH_GAN = {"loss.gan_weight": 0.1, "loss.discriminator_weight": 0.5}
+
+
+@dataclass(frozen=True)
+class TinyInputs:
+    """Paths of what a run reads."""
+
+    teacher: Path
+    prompts: Path
+    latents: Path
+    pairs: Path
+
+
+def write_inputs(folder: Path) -> TinyInputs:
+    """A random teacher, five prompts, seven latents with captions, and six teacher pairs."""
+    teacher = save_pipeline(build_sd3(), folder / "teacher")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    latents = 0.5 + 0.8 * sample_noise(9, range(7), LATENT_SHAPE, stream="data")
+    LatentDataset(latents, tuple(f"picture {number}" for number in range(7))).save(folder / "latents")
+    pairs = teacher_pairs(Teacher.load(teacher), PROMPTS, count=6, steps=3, guidance=2.0, seed=3)
+    pairs.save(folder / "pairs")
+    return TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "pairs")
+
+
+def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] | None = None) -> DmdConfig:
+    """Settings of a run on these inputs; `changes` maps dotted keys to other values."""
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
+    config = DmdConfig(
+        teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
+        data=DataConfig(
+            prompts=str(inputs.prompts), latents=str(inputs.latents), pairs=str(inputs.pairs), sample_count=2
+        ),
+        run=RunConfig(
+            directory=str(directory),
+            seed=5,
+            steps=4,
+            batch_size=4,
+            checkpoint_every=3,
+            keep_checkpoints=20,
+            sample_every=1000,
+            log_every=1,
+        ),
+        student=StudentConfig(optimizer=optimizer, ema_decay=0.8),
+        fake_score=FakeScoreConfig(optimizer=optimizer, updates_per_student_update=2),
+    )
+    return changed(config, changes or {})
+
+
+def changed(config: DmdConfig, changes: Mapping[str, Any]) -> DmdConfig:
+    """The settings with other values at dotted keys such as `run.steps`; each dataclass is checked once, at the end."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **replaced)
+
+
+def start(config: DmdConfig) -> tuple[DmdSetup, Trainer]:
+    """The parts of a run, ready for `train_step`. Close the trainer at the end."""
+    data = DmdData.read(config)
+    trainer = Trainer(config.run, RunDirectory(config.run.directory), cpu=True)
+    return build_setup(config, data, trainer), trainer
+
+
+def measured(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without its notes and timings."""
+    records = read_metrics(directory / "metrics.jsonl")
+    return [
+        {name: value for name, value in record.items() if name != "seconds_per_step"}
+        for record in records
+        if "note" not in record
+    ]
+
+
+def assert_same_checkpoint(left: Checkpoint, right: Checkpoint) -> None:
+    """Weights, EMA, optimizer and generator states bit for bit, and the JSON state."""
+    assert left.step == right.step
+    assert left.state == right.state
+    assert left.tensors.keys() == right.tensors.keys()
+    for name, group in left.tensors.items():
+        assert group.keys() == right.tensors[name].keys()
+        different = [key for key, tensor in group.items() if not torch.equal(tensor, right.tensors[name][key])]
+        assert len(different) == 0, (name, different)
