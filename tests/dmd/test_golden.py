@@ -68,7 +68,8 @@ def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, tmp_path: Path
     expected = json.loads(path.read_text(encoding="utf-8"))[f"{steps}_step"]
     assert len(found["losses"]) == 2
     for losses, golden in zip(found["losses"], expected["losses"], strict=True):
-        assert losses == pytest.approx(golden, rel=1e-5)
+        # SiD's loss is a small sum of terms of both signs, whose rounding is absolute: 3e-9 on another instruction set.
+        assert losses == pytest.approx(golden, rel=1e-5, abs=2e-8)
     for role in ("student", "fake_score"):
         assert found[role]["weights"] == pytest.approx(expected[role]["weights"], rel=1e-5)
         # Adam moves an element whose gradient is only rounding as far as the others.
