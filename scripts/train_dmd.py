@@ -11,9 +11,14 @@ from fewstep.dmd.config import DmdConfig
 def main() -> None:
     config, _ = parse_config(DmdConfig, sys.argv[1:], prog="train_dmd.py", description=__doc__ or "")
 
+    from fewstep.core.trainer import NonFiniteError
     from fewstep.dmd.train import train_dmd
 
-    sys.exit(train_dmd(config))
+    try:
+        code = train_dmd(config)
+    except (ValueError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":
