@@ -77,6 +77,9 @@ class DmdData:
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
+        init = config.student.init
+        if init is not None and not Path(init).is_file():
+            raise ValueError(f"student.init {init} does not exist; give a .safetensors file of student weights")
         data, loss = config.data, config.loss
         real = LatentDataset.load(data.latents) if data.latents is not None and loss.gan_weight > 0 else None
         pairs = LatentDataset.load(data.pairs) if data.pairs is not None and loss.regression_weight > 0 else None
@@ -168,10 +171,8 @@ def build_fake_score(config: DmdConfig, teacher: Teacher) -> FakeScore:
 def load_weights(denoiser: Denoiser, path: str) -> None:
     """Load student weights from a safetensors file of an export (`transformer/`, `unet/`) or of a checkpoint.
 
-    Raises ValueError when the file is missing, unreadable, or does not hold exactly this network's weights.
+    Raises ValueError when the file is unreadable, or does not hold exactly this network's weights.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"student.init {path} does not exist; give a .safetensors file")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
