@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fewstep.core.run_directory import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
 TEACHER = "assets/digits_image"
 # The guidance at which the teacher is shown; students inherit the guidance of their own settings.
@@ -47,6 +50,23 @@ def evaluate(folder: Path, seeds: Sequence[int], *, samples: int, repeats: int, 
     curves = [f"--run={run_directory(folder, steps, seeds[0])}" for steps in STUDENT_STEPS]
     size = ["--samples", str(samples), "--batch_size", "125", "--timing_repeats", str(repeats)]
     show_and_run("scripts/evaluate_pipeline.py", *pipelines, *calls, *curves, *size, "--output", str(output))
+    record_training(folder, seeds, output=output)
+
+
+def record_training(folder: Path, seeds: Sequence[int], *, output: Path) -> None:
+    """Write `training.json` into the report: steps, seconds and threads of each training run, from its own records."""
+    runs = {}
+    for steps in STUDENT_STEPS:
+        for seed in seeds:
+            run = run_directory(folder, steps, seed)
+            environment = json.loads((run / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+            done, seconds = 0, 0.0
+            for record in read_metrics(run / METRICS_FILE):
+                if "seconds_per_step" in record:
+                    seconds += record["seconds_per_step"] * (record["step"] - done)
+                    done = record["step"]
+            runs[run.name] = {"steps": done, "seconds": round(seconds, 1), "threads": environment["threads"]}
+    (output / "training.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
 
 
 def show_and_run(*arguments: str) -> None:
