@@ -23,7 +23,7 @@ from fewstep.core.roles import Role
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
-from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.config import DmdConfig, FakeScoreConfig, StudentConfig
 
 HEAD_WIDTH = 128
 # Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.
@@ -102,10 +102,12 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
                 f"data.{name} holds latents of shape {found}, this run makes {shape}; set data.height/width"
             )
 
-    denoiser = build_student_denoiser(config, teacher)
+    denoiser = build_student_denoiser(config.student, teacher, seed=config.run.seed)
     times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))
     student = Student(denoiser, times, config.student.sampler)
-    fake_score = build_fake_score(config, teacher)
+    fake_score = build_fake_score(
+        config.fake_score, teacher, seed=config.run.seed, with_heads=config.loss.gan_weight > 0
+    )
     student_role = trainer.add_role(
         "student",
         denoiser,
@@ -137,9 +139,8 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     )
 
 
-def build_student_denoiser(config: DmdConfig, teacher: Teacher) -> Denoiser:
+def build_student_denoiser(settings: StudentConfig, teacher: Teacher, *, seed: int) -> Denoiser:
     """A trainable fp32 copy of the teacher's network, from `student.init` if given, with adapters if asked."""
-    settings = config.student
     denoiser = teacher.denoiser.copy().float()
     if settings.init is not None:
         load_weights(denoiser, settings.init)
@@ -148,23 +149,22 @@ def build_student_denoiser(config: DmdConfig, teacher: Teacher) -> Denoiser:
     if settings.lora_rank > 0:
         targets = teacher.family.lora_targets
         rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(denoiser.network, rank=rank, alpha=alpha, targets=targets, seed=config.run.seed)
+        add_lora(denoiser.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
     return denoiser
 
 
-def build_fake_score(config: DmdConfig, teacher: Teacher) -> FakeScore:
-    """A trainable fp32 copy of the teacher's network, with discriminator heads when the GAN loss is on."""
-    settings = config.fake_score
+def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int, with_heads: bool) -> FakeScore:
+    """A trainable fp32 copy of the teacher's network, with discriminator heads if asked."""
     trunk = teacher.denoiser.copy().float()
     if settings.gradient_checkpointing:
         trunk.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
     heads = None
-    if config.loss.gan_weight > 0:
-        heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=config.run.seed)
+    if with_heads:
+        heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=seed)
     if settings.lora_rank > 0:
         targets = teacher.family.lora_targets
         rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(trunk.network, rank=rank, alpha=alpha, targets=targets, seed=config.run.seed + 1)
+        add_lora(trunk.network, rank=rank, alpha=alpha, targets=targets, seed=seed + 1)
     return FakeScore(trunk, heads=heads)
 
 

@@ -15,11 +15,12 @@ from fewstep.core.randomness import shared_integer
 from fewstep.core.roles import frozen
 from fewstep.core.run_directory import RunDirectory
 from fewstep.core.trainer import Trainer
+from fewstep.core.watch import Watch
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.loss import regression_loss
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
-from fewstep.dmd.watch import Watch, describe_run
+from fewstep.dmd.watch import describe_run
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def train_dmd(config: DmdConfig) -> int:
         trainer = Trainer(config.run, directory)
         stack.callback(trainer.close)
         setup = build_setup(config, data, trainer)
-        watch = Watch(config, setup, trainer)
+        watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         if directory.resume_path is not None:
             watch.load_state(trainer.resume(directory.resume_path))
         trainer.note(describe_run(config, setup, trainer))

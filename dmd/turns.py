@@ -36,10 +36,13 @@ class Draw:
         """Standard normal [B, *shape], fp32."""
         return sample_noise(self.seed, self.indices, shape, stream=stream, device=self.device)
 
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform in [0, 1), [B], fp32."""
+        return sample_uniform(self.seed, self.indices, (), stream=stream, device=self.device)
+
     def times(self, stream: str, *, shift: float, loss: LossConfig) -> Tensor:
         """Shifted uniform times [B], clamped to [t_min, t_max]."""
-        uniform = sample_uniform(self.seed, self.indices, (), stream=stream, device=self.device)
-        return sample_times(uniform, shift=shift, t_min=loss.t_min, t_max=loss.t_max)
+        return sample_times(self.uniform(stream), shift=shift, t_min=loss.t_min, t_max=loss.t_max)
 
 
 @dataclass(frozen=True)

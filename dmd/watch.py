@@ -1,27 +1,14 @@
-"""What one sees of a DMD run: its description at the start, sample grids, and health messages."""
+"""What a DMD run says about itself at the start."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
-
-import torch
 import yaml
-from torch import Tensor
 
 from fewstep.core.config import plain_values
-from fewstep.core.health import HealthMonitor, HealthStatistics
-from fewstep.core.randomness import sample_noise
 from fewstep.core.roles import memory_table
-from fewstep.core.sample_grid import save_grid
 from fewstep.core.trainer import Trainer
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.setup import DmdSetup
-
-TEACHER_STEPS = 50
-# The grid's noise has a seed of its own, so that grids of runs with different seeds show the same samples.
-GRID_SEED = 0
 
 
 def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
@@ -35,90 +22,3 @@ def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
         f"{ratio} fake-score updates per student update; {len(setup.prompts)} prompts; "
         f"{trainer.world_size} process(es) on {trainer.device.type}\n{table}"
     )
-
-
-class Watch:
-    """Fixed prompts and seeds for the sample grid, the teacher's row, and the health monitor."""
-
-    def __init__(self, config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> None:
-        self.setup, self.trainer, self.monitor = setup, trainer, HealthMonitor()
-        count = min(config.data.sample_count, len(setup.prompts))
-        self.rows = list(range(count))
-        self.guidance = config.teacher.guidance
-        self.teacher_latents: Tensor | None = None
-        self.pictures = HealthStatistics()
-
-    def state(self) -> dict[str, Any]:
-        """JSON data from which `load_state` goes on exactly: the monitor, and what it knows of the last grid."""
-        return {"health": self.monitor.state(), "pictures": asdict(self.pictures)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.monitor.load_state(state["health"])
-        self.pictures = HealthStatistics(**state["pictures"])
-
-    def _noise(self, stream: str) -> Tensor:
-        shape, device = self.setup.latent_shape, self.trainer.device
-        return sample_noise(GRID_SEED, self.rows, shape, stream=stream, device=device)
-
-    @torch.no_grad()
-    def _reference(self) -> Tensor:
-        """The teacher's latents of the grid, made once."""
-        if self.teacher_latents is None:
-            condition = self.setup.prompts.rows(self.rows)
-            teacher = self.setup.teacher
-            self.teacher_latents = teacher.sample(
-                self._noise("grid"), condition, steps=TEACHER_STEPS, guidance=self.guidance
-            )
-        return self.teacher_latents
-
-    @torch.no_grad()
-    def save_samples(self) -> None:
-        """Write the grid of this step (process 0): the teacher's row, then the student's averaged weights.
-
-        Raises NonFiniteError when samples of either are not finite.
-        """
-        if not self.trainer.is_main:
-            return
-        setup, role = self.setup, self.setup.student_role
-        renoise = [self._noise(f"grid_renoise_{step}") for step in range(len(setup.student.times) - 1)]
-        assert role.ema is not None
-        with role.ema.applied(role.module):
-            latents = setup.student.sample(self._noise("grid"), setup.prompts.rows(self.rows), renoise)
-        self.trainer.check_finite("teacher's sample grid", self._reference())
-        self.trainer.check_finite("student's sample grid", latents)
-        teacher_pixels, pixels = setup.teacher.decode(self._reference()), setup.teacher.decode(latents)
-        labels = [f"teacher, {TEACHER_STEPS} steps", f"student, {len(setup.student.times)}"]
-        path = self.trainer.directory.sample_path(self.trainer.step)
-        save_grid([teacher_pixels, pixels], path, labels=labels)
-        self.pictures = HealthStatistics(
-            brightness=pixels.mean().item(),
-            reference_brightness=teacher_pixels.mean().item(),
-            saturation=saturation(pixels),
-            reference_saturation=saturation(teacher_pixels),
-        )
-
-    def look_at(self, means: Mapping[str, float] | None) -> None:
-        """Say what is unhealthy in a record of means; nothing when no record was due."""
-        if means is None or not self.trainer.is_main:
-            return
-        reference = self._reference()
-        statistics = HealthStatistics(
-            student_mean=means.get("matching_student_mean"),
-            student_std=means.get("matching_student_std"),
-            reference_mean=reference.mean().item(),
-            reference_std=reference.std().item(),
-            direction_rms=means.get("matching_direction_rms"),
-            student_grad_norm=means.get("student_grad_norm"),
-            fake_grad_norm=means.get("fake_grad_norm"),
-            brightness=self.pictures.brightness,
-            reference_brightness=self.pictures.reference_brightness,
-            saturation=self.pictures.saturation,
-            reference_saturation=self.pictures.reference_saturation,
-        )
-        for message in self.monitor.update(statistics):
-            self.trainer.note(f"health: {message.text}")
-
-
-def saturation(pixels: Tensor) -> float:
-    """Mean over pixels [N, 3, H, W] of the largest minus the smallest channel, in [0, 1]."""
-    return (pixels.amax(dim=1) - pixels.amin(dim=1)).mean().item()

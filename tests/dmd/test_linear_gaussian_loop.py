@@ -21,10 +21,10 @@ from fewstep.core.fake_score import FakeScoreOutput
 from fewstep.core.run_directory import RunDirectory, read_metrics
 from fewstep.core.student import Student
 from fewstep.core.trainer import Trainer
+from fewstep.core.watch import Watch
 from fewstep.dmd.config import DataConfig, DmdConfig, FakeScoreConfig, LossConfig, StudentConfig, TeacherConfig
 from fewstep.dmd.setup import DmdSetup
 from fewstep.dmd.train import training_loop
-from fewstep.dmd.watch import Watch
 from tests.dmd.gaussian_bench import GaussianDenoiser, LinearGaussianDenoiser
 
 MEAN, STD, GUIDANCE = 0.5, 1.3, 2.0
@@ -116,7 +116,15 @@ def train(case: Case, directory: Path, *, updates: int) -> tuple[dict[str, Tenso
         real=None,
         pairs=None,
     )
-    assert training_loop(config, setup, trainer, watch=Watch(config, setup, trainer)) == 0
+    assert (
+        training_loop(
+            config,
+            setup,
+            trainer,
+            watch=Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance),
+        )
+        == 0
+    )
     ema = setup.student_role.ema
     assert ema is not None
     return ema.state_dict(), fake
