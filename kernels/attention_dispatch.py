@@ -1,0 +1,138 @@
+"""Which code computes an attention call.
+
+| call | where | computed by |
+|---|---|---|
+| with tangents, or log-sum-exp, or a mask that is neither full nor causal | CUDA, fp32 / fp16 / bf16 | Triton kernels |
+| the same | CPU and other devices; fp64 anywhere | tiled torch |
+| without tangents, full or causal | everywhere | torch's scaled_dot_product_attention |
+| without tangents, full or causal, `backend="flash"` or "xformers" | CUDA | flash-attn, xformers |
+
+Heads wider than 256 have no Triton kernel; on CUDA such a call is refused and `backend="tiled"` computes it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fewstep.kernels.mask import AttentionMask
+
+LIBRARIES = ("sdpa", "flash", "xformers")
+PATHS = ("triton", "tiled")
+WIDEST_HEAD = 256
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_kinds: WeakKeyDictionary[AttentionMask, str] = WeakKeyDictionary()
+
+
+def choose_path(q: Tensor, v: Tensor, backend: str) -> str:
+    """ "triton" or "tiled" for a call that our own kernels compute.
+
+    Raises:
+        ValueError: the backend is unknown, of another library, or cannot take this device, dtype or head.
+    """
+    if backend in LIBRARIES:
+        raise ValueError(
+            f"backend={backend!r} has no tangent, no log-sum-exp and no masks but full and causal ones; use 'auto', "
+            f"{' or '.join(map(repr, PATHS))}."
+        )
+    if backend not in ("auto", *PATHS):
+        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', {', '.join(map(repr, LIBRARIES + PATHS))}.")
+    on_cuda = q.device.type == "cuda"
+    if backend == "triton" and not (on_cuda and q.dtype in TRITON_DTYPES):
+        raise ValueError(
+            f"The Triton kernels take fp32, fp16 and bf16 on CUDA, and q is {q.dtype} on {q.device}; use "
+            "backend='tiled'."
+        )
+    if backend == "tiled" or not on_cuda or q.dtype not in TRITON_DTYPES:
+        return "tiled"
+    width = max(q.shape[-1], v.shape[-1])
+    if width > WIDEST_HEAD:
+        raise ValueError(
+            f"Heads are {width} wide and the kernels for {q.device} take at most {WIDEST_HEAD}; use more, narrower "
+            "heads, or backend='tiled', which is slower and takes any width."
+        )
+    return "triton"
+
+
+def mask_kind(mask: AttentionMask | None) -> str:
+    """ "full", "causal" (same length, query i sees keys 0 to i), or "other"; looked at once per mask."""
+    if mask is None:
+        return "full"
+    if torch.compiler.is_compiling():
+        return "other"  # A traced graph cannot look into a mask; our own kernels take any.
+    kind = _kinds.get(mask)
+    if kind is None:
+        kind = _kinds[mask] = inspect_mask(mask)
+    return kind
+
+
+def inspect_mask(mask: AttentionMask) -> str:
+    """The kind of a mask from its key ranges."""
+    starts, stops = mask.intervals[..., 0, 0], mask.intervals[..., 0, 1]
+    lengths = (mask.intervals[..., 1] - mask.intervals[..., 0]).sum(-1)
+    if bool((lengths == mask.keys).all()):
+        return "full"
+    row = torch.arange(1, mask.queries + 1, device=stops.device)
+    is_causal = mask.queries == mask.keys and bool(((stops == row) & (starts == 0) & (lengths == row)).all())
+    return "causal" if is_causal else "other"
+
+
+def library_attention(
+    primals: tuple[Tensor, Tensor, Tensor], mask: AttentionMask | None, scale: float, backend: str
+) -> Tensor | None:
+    """The output by torch, flash-attn or xformers; None where our own kernels are to compute it.
+
+    Raises:
+        ValueError: a library is asked for by name and cannot take the mask, or is not installed.
+    """
+    if backend in PATHS or backend not in ("auto", *LIBRARIES):
+        return None
+    q, k, v = primals
+    kind = mask_kind(mask)
+    if kind == "other" or 0 in (q.shape[2], k.shape[2], q.shape[3]):
+        if backend == "auto":
+            return None
+        raise ValueError(f"backend={backend!r} takes full and causal masks alone; use backend='auto' for this one.")
+    if backend == "flash":
+        return flash_attention(q, k, v, scale, causal=kind == "causal")
+    if backend == "xformers":
+        return xformers_attention(q, k, v, scale, causal=kind == "causal")
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    """The output by the flash-attn package."""
+    require("flash_attn", "flash-attn", q)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"flash-attn takes fp16 and bf16, and q is {q.dtype}; cast it, or use backend='auto'.")
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    return flash_attn_func(*rows, softmax_scale=scale, causal=causal).transpose(1, 2)
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    """The output by xformers' memory-efficient attention."""
+    require("xformers", "xformers", q)
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    repeat = q.shape[1] // k.shape[1]
+    # Expanded heads are views; xformers reads grouped heads only in a fifth dimension.
+    rows = [q, *(x.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(1, 2) for x in (k, v))]
+    bias = LowerTriangularMask() if causal else None
+    output = memory_efficient_attention(*(x.transpose(1, 2) for x in rows), attn_bias=bias, scale=scale)
+    return output.transpose(1, 2)
+
+
+def require(module: str, package: str, q: Tensor) -> None:
+    """Raise ValueError unless the package is installed and q lies on a GPU."""
+    if find_spec(module) is None:
+        raise ValueError(f"{package} is not installed; pip install {package}, or use backend='auto'.")
+    if q.device.type != "cuda":
+        raise ValueError(f"{package} runs on CUDA and q is on {q.device}; use backend='auto'.")
