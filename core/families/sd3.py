@@ -57,8 +57,12 @@ class Sd3Family:
         return pipeline.transformer
 
     def prepare_network(self, network: SD3Transformer2DModel) -> None:
-        """Give every block the attention that knows token counts; without counts it is the stock attention."""
-        network.set_attn_processor(KeyBiasJointAttention())
+        """Give every block the attention that knows token counts; without counts it is the stock attention.
+
+        One that knows them already, with tangents for instance, stays.
+        """
+        if not all(isinstance(found, KeyBiasJointAttention) for found in network.attn_processors.values()):
+            network.set_attn_processor(KeyBiasJointAttention())
 
     def velocity(self, network: SD3Transformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The transformer's output at time `time_scale` t. Raises ValueError when the condition has no pooled text."""

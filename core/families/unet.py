@@ -201,7 +201,8 @@ class UnetFamily:
 def snap_to_integer(time: Tensor) -> Tensor:
     """Timesteps within `INDEX_ROUNDING` of an integer as that integer; others as given, for the network takes both."""
     nearest = time.round()
-    return torch.where((time - nearest).abs() < INDEX_ROUNDING, nearest, time)
+    # The move to the integer is a constant: the derivative with respect to time goes through.
+    return torch.where((time - nearest).abs() < INDEX_ROUNDING, time + (nearest - time).detach(), time)
 
 
 def _ddim_scheduler(pipeline: UnetPipeline) -> DDIMScheduler:

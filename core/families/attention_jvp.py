@@ -1,0 +1,149 @@
+"""Forward-mode tangents through whole diffusers networks: the switch, and the check before a training run.
+
+torch's fused attention has no forward mode, so neither have diffusers networks as they come. What else they are made of
+has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0, SanaLinearAttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+
+from fewstep.core.condition import Condition
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.families.attention_jvp_processors import (
+    JvpJointAttention,
+    JvpSanaAttention,
+    JvpUnetAttention,
+    JvpWanAttention,
+)
+from fewstep.core.families.family import network_dtype
+from fewstep.core.families.sd3_attention import KeyBiasJointAttention
+from fewstep.kernels.check_jvp import JvpCheck, check_jvp
+
+NETWORKS = (SD3Transformer2DModel, SanaTransformer2DModel, WanTransformer3DModel, UNet2DConditionModel)
+# Stock processors and what takes their place.
+REPLACEMENTS: dict[type, Callable[[], Any]] = {
+    JointAttnProcessor2_0: JvpJointAttention,
+    KeyBiasJointAttention: JvpJointAttention,
+    SanaAttnProcessor2_0: JvpSanaAttention,
+    WanAttnProcessor: JvpWanAttention,
+    AttnProcessor2_0: JvpUnetAttention,
+}
+# These have forward mode: the first is linear attention in plain torch.
+KEPT = (SanaLinearAttnProcessor2_0, JvpJointAttention, JvpSanaAttention, JvpWanAttention, JvpUnetAttention)
+
+
+def use_jvp_attention(network: nn.Module) -> None:
+    """Replace the attention processors of a diffusers network so that `torch.func.jvp` goes through it, in place.
+
+    Output, weights and their names stay; a second call changes nothing. SD3, SANA, Wan and the U-Nets of SD1.5 and SDXL
+    are known. The self-attention of SANA is linear and has forward mode as it is. Call this after a `Denoiser` was made
+    of the network, which sets processors too.
+
+    Args:
+        network: a diffusers model, not wrapped.
+
+    Raises:
+        ValueError: the network or one of its processors is of another class.
+    """
+    if not isinstance(network, NETWORKS):
+        known = ", ".join(kind.__name__ for kind in NETWORKS)
+        raise ValueError(
+            f"{type(network).__name__} has no attention with tangents here; known networks are {known}, given "
+            "without a wrapper (for DDP, its module). For others, take the tangent by finite differences"
+        )
+    chosen = {name: with_tangent(name, processor) for name, processor in network.attn_processors.items()}
+    network.set_attn_processor(chosen)
+
+
+def with_tangent(name: str, processor: Any) -> Any:
+    """The processor itself if it has forward mode, or what takes its place."""
+    kind = type(processor)
+    if kind in KEPT:
+        return processor
+    if kind not in REPLACEMENTS:
+        known = ", ".join(stock.__name__ for stock in REPLACEMENTS)
+        raise ValueError(
+            f"{name} is a {kind.__name__}, which has no counterpart with tangents; known ones are {known}. Set the "
+            "network's default attention processors first, or take the tangent by finite differences"
+        )
+    return REPLACEMENTS[kind]()
+
+
+@dataclass(frozen=True)
+class DenoiserJvpCheck:
+    """Tangents of a velocity against central differences, one direction each; a tangent is their sum.
+
+    Attributes:
+        state: along dx at fixed time.
+        time: along dt at fixed state.
+    """
+
+    state: JvpCheck
+    time: JvpCheck
+
+
+def check_denoiser_jvp(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    *,
+    dx: Tensor | None = None,
+    dt: Tensor | None = None,
+    tolerance: float | None = None,
+) -> DenoiserJvpCheck:
+    """Check both parts of the tangent d velocity / d (x_t, t) along (dx, dt) before a training run rests on it.
+
+    Takes some sixty network calls; a small batch of small latents tells as much as a large one. Differences
+    of a network in half precision are too coarse for more than gross mistakes: check a copy with fp32 weights.
+
+    Args:
+        denoiser: prepared by `use_jvp_attention`, in the mode (train or eval) in which it will be used.
+        x_t: [B, C, h, w].
+        t: [B], not close to 0 or 1, for steps go to both sides.
+        condition: batch B.
+        dx: like x_t; None is the velocity, the direction of the sampler's path.
+        dt: like t; None is one.
+        tolerance: see `check_jvp`.
+
+    Raises:
+        ValueError: as `check_jvp`, with the direction named.
+    """
+    dtype = network_dtype(denoiser.network)
+    wide = torch.promote_types(dtype, torch.float32)
+    x_t, t = x_t.to(wide), t.to(wide)
+    with torch.no_grad():
+        dx = denoiser(x_t, t, condition) if dx is None else dx.to(wide)
+    dt = torch.ones_like(t) if dt is None else dt.to(wide)
+
+    def check(
+        name: str, directions: tuple[Tensor | None, Tensor | None], largest_step: float, halvings: int
+    ) -> JvpCheck:
+        try:
+            return check_jvp(
+                lambda x, time: denoiser(x, time, condition),
+                (x_t, t),
+                directions,
+                tolerance=tolerance,
+                dtype=dtype,
+                largest_step=largest_step,
+                halvings=halvings,
+            )
+        except ValueError as error:
+            raise ValueError(f"along {name}: {error}") from error
+
+    # A network that is told 1000 t turns on a scale of a thousandth. Steps below a millionth would see the flat places
+    # of a family that rounds its timestep, and call a lost tangent right.
+    return DenoiserJvpCheck(
+        state=check("the state", (dx, None), 2.0**-3, 12), time=check("time", (None, dt), 2.0**-8, 10)
+    )
