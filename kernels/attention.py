@@ -10,6 +10,8 @@ keys; D width of queries and keys, E width of values.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -20,6 +22,7 @@ from fewstep.kernels.attention_dispatch import choose_path, library_attention
 from fewstep.kernels.attention_reference import AttentionResult
 from fewstep.kernels.mask import AttentionMask
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 Primals = tuple[Tensor, Tensor, Tensor]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -171,8 +174,9 @@ def prepare(
 def under_autocast(x: Tensor) -> Tensor:
     """x in the dtype of an enclosing torch.autocast, as torch's own attention takes it; fp64 stays."""
     device = x.device.type
-    is_narrow = x.is_floating_point() and x.dtype != torch.float64
-    if is_narrow and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Asking torch whether a device has autocast ("meta" has none) breaks the graph of torch.compile before 2.13.
+    may_cast = device in AUTOCAST_DEVICES and x.is_floating_point() and x.dtype != torch.float64
+    if may_cast and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -182,8 +186,9 @@ def refuse_dual(tensors: tuple[Tensor | None, ...]) -> None:
     for name, x in zip(("q", "k", "v", "tq", "tk", "tv"), tensors, strict=True):
         if x is not None and known_tangent(forward_ad.unpack_dual(x).tangent) is not None:
             raise ValueError(
-                f"{name} carries a forward-mode tangent of its own, and tangents are arguments here. Call attention(q, k, "
-                "v), which reads them from its inputs, or pass the primal and the tangent apart (forward_ad.unpack_dual)."
+                f"{name} carries a forward-mode tangent of its own, and tangents are arguments here. Call "
+                "attention(q, k, v), which reads them from its inputs, or pass primal and tangent apart "
+                "(forward_ad.unpack_dual)."
             )
 
 
@@ -195,5 +200,5 @@ def known_tangent(tangent: Tensor | None) -> Tensor | None:
 
 
 def default_scale(q: Tensor) -> float:
-    """1 / sqrt(D)."""
-    return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    """1 / sqrt(D), in the very bits of torch's own."""
+    return 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0

@@ -183,6 +183,11 @@ def gradients(
     return Backward.apply(*saved, grad_output, grad_lse, call)
 
 
+def without_graph(result: Tensor) -> Tensor:
+    """The result of a `Function`; under no_grad without the graph, which `torch.func` records there all the same."""
+    return result if torch.is_grad_enabled() else result.detach()
+
+
 @torch.compiler.assume_constant_result
 def forward_levels() -> int:
     """How many `torch.func.jvp` are open around the code that torch.compile traces."""
@@ -203,7 +208,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if torch.compiler.is_compiling():
         refuse_nesting()
         return attention_traced_op(q, k, v, *call.plain)
-    return Attention.apply(q, k, v, call)
+    output, lse = Attention.apply(q, k, v, call)
+    return without_graph(output), without_graph(lse)
 
 
 def forward_jvp(
@@ -227,7 +233,8 @@ def forward_jvp(
         refuse_nesting()
         return attention_jvp_traced_op(list(primals), *tangents, *call.plain)
     function = AttentionJvpWithGrad if tangent_grad else AttentionJvp
-    return function.apply(*primals, *tangents, call)
+    output, lse, tangent, mean = function.apply(*primals, *tangents, call)
+    return without_graph(output), without_graph(lse), without_graph(tangent), without_graph(mean)
 
 
 def setup_traced(ctx: Any, inputs: Any, output: Any) -> None:

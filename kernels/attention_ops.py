@@ -142,7 +142,7 @@ def attention_backward_checked_op(
     scale: float,
     path: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_backward_op` that raises ValueError where a gradient of a tangent is not zero; waits for the device."""
+    """`attention_backward_op` that raises ValueError if a gradient of a tangent is not zero; waits for the device."""
     if any(bool(grad.any()) for grad in grads_of_tangents):
         raise ValueError(TANGENT_GRADIENT)
     return attention_backward_op(saved, grad_output, grad_lse, mask, scale, path)
@@ -209,7 +209,8 @@ def attention_tangent_backward_op(
     grad_output, grad_tangent, grad_lse = grads
     assert grad_output is not None
     assert grad_tangent is not None
-    known = SavedTangents(*tangents, tangent, mean)
+    tq, tk, tv = tangents
+    known = SavedTangents(tq, tk, tv, tangent, mean)
     found = resolve_mask(mask, q, k)
     result = tiled_tangent_backward(
         Saved(q, k, v, output, lse), known, grad_output, grad_tangent, grad_lse, mask=found, scale=scale

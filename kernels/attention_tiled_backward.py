@@ -72,7 +72,9 @@ def tiled_backward(
             intervals = tiling.intervals[group.mask, tile.start : tile.stop]
             for run in tile.runs:
                 part = slice(run.start, run.stop)
-                p, ds = (scratch.view(place, (*row.q.shape[:2], run.stop - run.start)) for place in range(2))
+                p, ds = (
+                    scratch.view(place, (row.q.shape[0], row.q.shape[1], run.stop - run.start)) for place in range(2)
+                )
                 weights(p, row.q * (scale * LOG2_E), k[:, part], row.lse, run, intervals)
                 dv[:, part].baddbmm_(p.transpose(1, 2), row.grad_output)
                 torch.bmm(row.grad_output, v[:, part].transpose(1, 2), out=ds)
@@ -152,7 +154,9 @@ def tiled_tangent_backward(
             side = QuerySide.gather(group, tile, row, tangents, grad_tangent, saved)
             intervals = tiling.intervals[group.mask, tile.start : tile.stop]
             for run in tile.runs:
-                views = [scratch.view(place, (*row.q.shape[:2], run.stop - run.start)) for place in range(4)]
+                views = [
+                    scratch.view(place, (row.q.shape[0], row.q.shape[1], run.stop - run.start)) for place in range(4)
+                ]
                 weights(views[0], row.q * (scale * LOG2_E), keys.k[:, run.start : run.stop], row.lse, run, intervals)
                 accumulate(row, side, keys, run, views, scale)
             for target, rows_of_it in zip((grads[0], grads[3]), (side.dq, side.dtq), strict=True):

@@ -10,7 +10,6 @@ from torch import Tensor
 from fewstep.kernels.mask import AttentionMask
 from fewstep.kernels.mask_schedule import classify_tiles
 
-
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
