@@ -1,7 +1,7 @@
 """Exports the student of a run directory: reads its configuration and one of its checkpoints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,19 @@ LIVE_FILE, EMA_FILE = "student", "student_ema"
 # A Denoiser's parameters carry the name of its one child.
 NETWORK_PREFIX = "network."
 MISSING = object()
+
+
+# Methods whose students are trained at all times, not at the times of one grid.
+ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm")
+
+
+@dataclass(frozen=True)
+class ExportFiles:
+    """How an export is written: `dtype` "float32", "float16" or "bfloat16"; the others as in `export_pipeline`."""
+
+    dtype: str = "float32"
+    overwrite: bool = False
+    lora_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,18 @@ def read_settings(run: str | Path) -> RunSettings:
     )
 
 
+DEFAULT_FILES = ExportFiles()
+
+
 def export_run(
     run: str | Path,
     *,
     checkpoint: str = "latest",
     weights: Literal["ema", "live"] = "ema",
     output: str | Path | None = None,
-    dtype: str = "float32",
-    overwrite: bool = False,
-    lora_only: bool = False,
+    steps: int | None = None,
     device: str = "cpu",
+    files: ExportFiles = DEFAULT_FILES,
 ) -> tuple[Path, ExportRecord]:
     """Export the student of a run; returns the directory that was written and its record.
 
@@ -87,19 +102,27 @@ def export_run(
         checkpoint: "latest", the name of a checkpoint of this run, or a path.
         weights: the moving average or the live weights.
         output: directory to create; by default "export" in the run directory.
-        dtype: "float32", "float16" or "bfloat16".
-        overwrite, lora_only: see `export_pipeline`.
+        steps: number of steps of the exported sampler where it is another than the run's; for consistency students,
+            which are trained at all times.
         device: where the comparison runs.
+        files: how the files are written.
 
     Raises:
         ValueError: a file, key or weight is missing, or see `export_pipeline`.
         FileExistsError, ExportMismatchError: see `export_pipeline`.
     """
-    dtypes = {name: value for value, name in DTYPE_NAMES.items()}
+    dtypes, dtype = {name: value for value, name in DTYPE_NAMES.items()}, files.dtype
     if dtype not in dtypes or weights not in ("ema", "live"):
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
     settings = read_settings(run)
+    if steps is not None and steps != settings.steps:
+        if settings.method not in ANY_GRID_METHODS:
+            raise ValueError(
+                f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at "
+                f"those times alone; train one of {steps} steps (methods for any number: {', '.join(ANY_GRID_METHODS)})"
+            )
+        settings = replace(settings, steps=steps)
     loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
@@ -125,8 +148,8 @@ def export_run(
         output=directory,
         report=report,
         dtype=dtypes[dtype],
-        overwrite=overwrite,
-        lora_only=lora_only,
+        overwrite=files.overwrite,
+        lora_only=files.lora_only,
     )
     return directory, record
 

@@ -50,23 +50,22 @@ def evaluate(folder: Path, seeds: Sequence[int], *, samples: int, repeats: int, 
     curves = [f"--run={run_directory(folder, steps, seeds[0])}" for steps in STUDENT_STEPS]
     size = ["--samples", str(samples), "--batch_size", "125", "--timing_repeats", str(repeats)]
     show_and_run("scripts/evaluate_pipeline.py", *pipelines, *calls, *curves, *size, "--output", str(output))
-    record_training(folder, seeds, output=output)
+    runs = [run_directory(folder, steps, seed) for steps in STUDENT_STEPS for seed in seeds]
+    record_training(runs, output=output)
 
 
-def record_training(folder: Path, seeds: Sequence[int], *, output: Path) -> None:
+def record_training(runs: Sequence[Path], *, output: Path) -> None:
     """Write `training.json` into the report: steps, seconds and threads of each training run, from its own records."""
-    runs = {}
-    for steps in STUDENT_STEPS:
-        for seed in seeds:
-            run = run_directory(folder, steps, seed)
-            environment = json.loads((run / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-            done, seconds = 0, 0.0
-            for record in read_metrics(run / METRICS_FILE):
-                if "seconds_per_step" in record:
-                    seconds += record["seconds_per_step"] * (record["step"] - done)
-                    done = record["step"]
-            runs[run.name] = {"steps": done, "seconds": round(seconds, 1), "threads": environment["threads"]}
-    (output / "training.json").write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    found = {}
+    for run in runs:
+        environment = json.loads((run / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        done, seconds = 0, 0.0
+        for record in read_metrics(run / METRICS_FILE):
+            if "seconds_per_step" in record:
+                seconds += record["seconds_per_step"] * (record["step"] - done)
+                done = record["step"]
+        found[run.name] = {"steps": done, "seconds": round(seconds, 1), "threads": environment["threads"]}
+    (output / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def show_and_run(*arguments: str) -> None:

@@ -11,6 +11,7 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", default="latest", help="latest, the name of a checkpoint of the run, or a path")
     add("--weights", choices=("ema", "live"), default="ema", help="moving average, or the weights of the last step")
     add("--output", help="directory to write; default: export in the run directory")
+    add("--steps", type=int, help="of the exported sampler, for consistency students; default: the run's")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the files")
     add("--overwrite", action="store_true", help="replace an earlier export")
     add("--lora_only", action="store_true", help="write the adapters alone, to be loaded on the teacher")
@@ -22,7 +23,7 @@ def main() -> None:
     options = parse()
     # Imports are slow; --help and mistyped options answer without them.
     from fewstep.core.export_check import ExportMismatchError
-    from fewstep.core.export_run import export_run
+    from fewstep.core.export_run import ExportFiles, export_run
     from fewstep.core.model_card import loading_snippet
 
     try:
@@ -31,10 +32,9 @@ def main() -> None:
             checkpoint=options.checkpoint,
             weights=options.weights,
             output=options.output,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            lora_only=options.lora_only,
+            steps=options.steps,
             device=options.device,
+            files=ExportFiles(options.dtype, options.overwrite, options.lora_only),
         )
     except (ValueError, FileExistsError, ExportMismatchError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.core.checkpoint import save_checkpoint
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export_run import RunSettings, export_run, read_settings
+from fewstep.core.export_run import ExportFiles, RunSettings, export_run, read_settings
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
@@ -88,7 +88,7 @@ def test_latest_average_is_exported_by_default(tmp_path, teacher):
 def test_adapters_of_a_run_are_merged_or_written_alone(tmp_path, teacher):
     run = make_run(tmp_path, teacher, lora_rank=2)
     assert export_run(run)[1].weights == "merged"
-    directory, record = export_run(run, output=tmp_path / "lora", lora_only=True)
+    directory, record = export_run(run, output=tmp_path / "lora", files=ExportFiles(lora_only=True))
     assert record.weights == "lora"
     assert (directory / "pytorch_lora_weights.safetensors").stat().st_size > 1000
 
@@ -101,7 +101,8 @@ def test_adapters_of_a_run_are_merged_or_written_alone(tmp_path, teacher):
             {"checkpoint": "checkpoint-7", "weights": "live"},
             "no checkpoint checkpoint-7; .*checkpoint-10, checkpoint-20",
         ),
-        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"files": ExportFiles(dtype="int8")}, "dtype 'int8'"),
+        ({"steps": 4}, "train one of 4 steps"),
     ],
 )
 def test_unusable_requests_are_named(tmp_path, teacher, arguments, message):

@@ -1,0 +1,163 @@
+"""The training loop of consistency distillation, alone (sCM, dCM) or with distribution matching (rCM)."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
+from fewstep.consistency.turns import Networks, consistency_turn, noise_data
+from fewstep.consistency.watch import describe_run
+from fewstep.core.randomness import shared_integer
+from fewstep.core.roles import frozen
+from fewstep.core.run_directory import RunDirectory
+from fewstep.core.trainer import Trainer
+from fewstep.core.watch import Watch
+from fewstep.dmd.train import mean_records
+from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
+
+
+def train_consistency(config: ConsistencyConfig) -> int:
+    """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
+
+    Without `loss.dmd_weight` every step is the student's. With it (rCM, arXiv:2510.08431), from step `loss.dmd_start`
+    on, every `updates_per_student_update`-th step is the student's, on the sum of both losses, and the others are the
+    fake score's.
+
+    Raises:
+        ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
+    """
+    data = ConsistencyData.read(config)
+    with ExitStack() as stack:
+        run = config.run
+        if run.dry_run:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            config = replace(config, run=replace(run, directory=folder, resume=None))
+        directory = RunDirectory(Path(config.run.directory), resume=config.run.resume)
+        trainer = Trainer(config.run, directory)
+        stack.callback(trainer.close)
+        setup = build_setup(config, data, trainer)
+        watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
+        if directory.resume_path is not None:
+            watch.load_state(trainer.resume(directory.resume_path))
+        trainer.note(describe_run(config, setup, trainer))
+        checked = check_tangent(config, setup, trainer)
+        if checked is not None:
+            trainer.note(checked)
+        if run.dry_run:
+            train_step(config, setup, trainer)
+            trainer.note("dry run: one step was made, nothing is kept")
+            return 0
+        if trainer.is_main:
+            directory.write_config(config)
+        return training_loop(config, setup, trainer, watch=watch)
+
+
+def training_loop(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, watch: Watch) -> int:
+    """Steps until the run is over or interrupted, with metrics, samples and checkpoints on the way."""
+    if trainer.step == 0:
+        watch.save_samples()
+    while not trainer.should_stop():
+        metrics = train_step(config, setup, trainer)
+        trainer.advance()
+        watch.look_at(trainer.log(metrics))
+        if trainer.sample_due:
+            watch.save_samples()
+        if trainer.checkpoint_due:
+            trainer.save(watch.state())
+    return trainer.finish(watch.state())
+
+
+def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> dict[str, float | Tensor]:
+    """One step, the student's or the fake score's. Returns its metrics."""
+    matching = config.fake_score is not None and trainer.step >= config.loss.dmd_start
+    cycle = 1 if config.fake_score is None else config.fake_score.updates_per_student_update
+    student_due = not matching or (trainer.step - config.loss.dmd_start) % cycle == 0
+    role = setup.student_role if student_due else setup.fake_role
+    assert role is not None
+    slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
+    records: list[dict[str, Tensor]] = []
+    for number, indices in enumerate(slices):
+        draw = Draw(config.run.seed, indices, trainer.device)
+        with trainer.sync(role, number == len(slices) - 1):
+            if not student_due:
+                records.append(fake_score_backward(config, setup, trainer, draw=draw))
+                continue
+            record = consistency_backward(config, setup, trainer, draw=draw)
+            if matching:
+                record |= matching_backward(config, setup, trainer, draw=draw)
+            records.append(record)
+    metrics: dict[str, float | Tensor] = {**mean_records(records)}
+    metrics["student_grad_norm" if student_due else "fake_grad_norm"] = trainer.update(role)
+    return metrics
+
+
+def consistency_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of the consistency loss for one slice of data; returns what to log."""
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    first_time = setup.student.times[0]
+    noised = noise_data(x0, condition, draw=draw, loss=config.loss, first_time=first_time, step=trainer.step)
+    role = setup.student_role
+    networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
+    turn = consistency_turn(noised, networks, draw=draw, loss=config.loss)
+    trainer.check_finite("consistency loss", turn.loss)
+    trainer.backward(turn.loss)
+    return {"consistency_loss": turn.loss.detach(), **turn.record}
+
+
+def student_samples(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> Tensor:
+    """The student's x0 [B, C, h, w] on prompts, with a graph where gradients are on.
+
+    The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
+    """
+    condition = setup.prompts.of_samples(draw.indices, config.run.seed)
+    grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
+    renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
+    wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
+    return setup.student.rollout(draw.noise(setup.latent_shape, "noise"), condition, renoise, grad_step, wrapped).x0
+
+
+def matching_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of lambda times the distribution matching loss for one slice; returns what to log."""
+    assert setup.fake_score is not None
+    x0 = student_samples(config, setup, trainer, draw=draw)
+    with frozen(setup.fake_score):
+        turn = student_turn(
+            x0,
+            setup.prompts.of_samples(draw.indices, config.run.seed),
+            teacher=setup.teacher,
+            fake_score=setup.fake_score,
+            guidance=config.teacher.guidance,
+            loss=config.matching,
+            draw=draw,
+        )
+        trainer.check_finite("matching loss", turn.loss)
+        # The loss of DMD carries a factor 1/2 that rCM's does not.
+        trainer.backward(2.0 * config.loss.dmd_weight * turn.loss)
+    return {"matching_loss": turn.loss.detach(), **turn.log()}
+
+
+def fake_score_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the fake score's gradients for one slice, on fresh samples of the student; returns what to log."""
+    assert setup.fake_role is not None
+    with torch.no_grad():
+        x0 = student_samples(config, setup, trainer, draw=draw)
+    condition = setup.prompts.of_samples(draw.indices, config.run.seed)
+    turn = fake_score_turn(
+        x0, condition, fake_score=setup.fake_role.wrapped, loss=config.matching, draw=draw, real=None
+    )
+    trainer.check_finite("fake score loss", turn.loss)
+    trainer.backward(turn.loss)
+    return {"fake_score_loss": turn.flow_loss.detach()}

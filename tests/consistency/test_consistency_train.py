@@ -1,0 +1,126 @@
+"""The consistency loop: whose turn it is, exact resume, both kinds of tangent, export, and mistakes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.train import train_consistency, train_step
+from fewstep.consistency.turns import Networks, consistency_turn, noise_data
+from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.config import save_resolved
+from fewstep.core.export_run import export_run
+from fewstep.core.roles import Role
+from fewstep.dmd.turns import Draw
+from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
+from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
+
+
+def weights_of(role: Role | None) -> torch.Tensor:
+    assert role is not None
+    return torch.cat([value.detach().flatten() for _, value in role.parameters])
+
+
+def test_turns_of_rcm(inputs: TinyInputs, tmp_path: Path) -> None:
+    """One step of consistency alone, then student and fake score in turns of two."""
+    config = tiny_consistency(inputs, tmp_path, "rcm")
+    setup, trainer = start_consistency(config)
+    moved, logged = [], []
+    for _ in range(5):
+        before = weights_of(setup.student_role), weights_of(setup.fake_role)
+        metrics = train_step(config, setup, trainer)
+        trainer.advance()
+        after = weights_of(setup.student_role), weights_of(setup.fake_role)
+        moved.append(tuple(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+        logged.append(sorted(name for name in metrics if name.endswith("_loss")))
+    trainer.close()
+    both = ["consistency_loss", "matching_loss"]
+    assert moved == [(True, False), (True, False), (False, True), (True, False), (False, True)]
+    assert logged == [["consistency_loss"], both, ["fake_score_loss"], both, ["fake_score_loss"]]
+
+
+@pytest.mark.parametrize("name", ["scm", "rcm", "ect"])
+def test_a_resumed_run_equals_an_uninterrupted_one(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
+    straight = tiny_consistency(inputs, tmp_path / "straight", name)
+    assert train_consistency(straight) == 0
+    first = tiny_consistency(inputs, tmp_path / "resumed", name, {"steps": 2})
+    assert train_consistency(first) == 0
+    again = tiny_consistency(inputs, tmp_path / "resumed", name, {"resume": "latest"})
+    assert train_consistency(again) == 0
+    left, right = (load_checkpoint(list_checkpoints(tmp_path / folder)[-1]) for folder in ("straight", "resumed"))
+    assert left.step == 4
+    assert_same_checkpoint(left, right)
+
+
+@pytest.mark.parametrize("coordinates", ["trigflow", "rf"])
+def test_tangents_of_both_kinds_agree(inputs: TinyInputs, tmp_path: Path, coordinates: Any) -> None:
+    config = tiny_consistency(inputs, tmp_path, "scm")
+    setup, trainer = start_consistency(config)
+    draw = Draw(3, list(range(4)), trainer.device)
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    role = setup.student_role
+    networks = Networks(role.module, role.wrapped, setup.teacher, 2.0)
+    found = []
+    for tangent in ("jvp", "central"):
+        loss = ConsistencyLossConfig(coordinates=coordinates, tangent=tangent, central_step=2e-4, time_std=0.8)
+        noised = noise_data(x0, condition, draw=draw, loss=loss, first_time=1.0, step=9)
+        record = consistency_turn(noised, networks, draw=draw, loss=loss).record
+        found.append([float(record[name]) for name in ("tangent", "tangent_gap", "tangent_drift")])
+    trainer.close()
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_the_check_of_the_tangent_passes_and_is_reported(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path, "scm")
+    setup, trainer = start_consistency(config)
+    checked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, check_tangent=True))
+    text = check_tangent(checked, setup, trainer)
+    trainer.close()
+    assert text is not None
+    assert text.startswith("tangent against differences: off by ")
+    assert check_tangent(config, setup, trainer) is None
+
+
+def test_the_export_opens_and_steps_as_it_was_trained(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path / "run", "dcm")
+    assert train_consistency(config) == 0
+    path, record = export_run(tmp_path / "run")
+    assert (path / "model_index.json").is_file()
+    assert record.method == "dcm"
+    assert record.times == (1.0, 0.5)
+    _, more = export_run(tmp_path / "run", steps=4, output=tmp_path / "four")
+    assert more.times == (1.0, 0.75, 0.5, 0.25)
+    assert more.num_inference_steps == 4
+    assert record.verification is not None
+    assert record.verification.sampler_difference < 1e-5
+
+
+def test_settings_that_do_not_fit_are_named(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path, "scm")
+    with pytest.raises(ValueError, match="rcm needs a positive weight"):
+        dataclasses.replace(config, fake_score=FAKE_SCORE)
+    with pytest.raises(ValueError, match="set both to the same"):
+        dataclasses.replace(config, method="dcm")
+    with pytest.raises(ValueError, match=r"data\.latents is empty"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, latents=None))
+    with pytest.raises(ValueError, match="sampled with 'sde'"):
+        dataclasses.replace(config, student=dataclasses.replace(config.student, sampler="ode"))
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        dataclasses.replace(config, loss=ConsistencyLossConfig(max_time_share=1.5))
+    with pytest.raises(ValueError, match="does not exist"):
+        train_consistency(
+            dataclasses.replace(config, student=dataclasses.replace(config.student, init="no.safetensors"))
+        )
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_dry_run_makes_one_step_and_keeps_nothing(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path / "dry", "scm", {"dry_run": True})
+    save_resolved(tmp_path / "config.yaml", config)
+    assert train_consistency(config) == 0
+    assert not (tmp_path / "dry").exists()
