@@ -116,13 +116,8 @@ def export_run(
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
     settings = read_settings(run)
-    if steps is not None and steps != settings.steps:
-        if settings.method not in ANY_GRID_METHODS:
-            raise ValueError(
-                f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at "
-                f"those times alone; train one of {steps} steps (methods for any number: {', '.join(ANY_GRID_METHODS)})"
-            )
-        settings = replace(settings, steps=steps)
+    if steps is not None:
+        settings = _with_steps(settings, steps, run)
     loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
@@ -152,6 +147,16 @@ def export_run(
         lora_only=files.lora_only,
     )
     return directory, record
+
+
+def _with_steps(settings: RunSettings, steps: int, run: Path) -> RunSettings:
+    """The settings with another number of steps. Raises ValueError for a student of one grid."""
+    if steps != settings.steps and settings.method not in ANY_GRID_METHODS:
+        raise ValueError(
+            f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at those "
+            f"times alone; train one of {steps} steps (methods for any number: {', '.join(ANY_GRID_METHODS)})"
+        )
+    return replace(settings, steps=steps)
 
 
 def _find_checkpoint(run: Path, checkpoint: str) -> Path:

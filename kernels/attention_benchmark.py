@@ -135,7 +135,8 @@ def ways(case: Case, mask: AttentionMask, inputs: list[Tensor], *, dense_jvp: bo
     q, k, v, *tangents = inputs
     own = "triton" if case.device.startswith("cuda") else "tiled"
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    ours, floor = attention(*leaves, mask=mask, backend=own), scaled_dot_product_attention(*leaves)
+    ours = attention(leaves[0], leaves[1], leaves[2], mask=mask, backend=own)
+    floor = scaled_dot_product_attention(leaves[0], leaves[1], leaves[2])
     cotangent = torch.ones_like(q)
 
     def backward_of(output: Tensor) -> Callable[[], object]:
@@ -164,10 +165,11 @@ def dense_jvp_call(mask: AttentionMask, inputs: list[Tensor]) -> Callable[[], tu
 
     def call() -> tuple[Tensor, Tensor]:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            function = torch.func.jvp(
-                lambda *x: scaled_dot_product_attention(*x, attn_mask=seen), (q, k, v), tuple(tangents)
+            primals = (q, k, v)
+            result = torch.func.jvp(
+                lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=seen), primals, tuple(tangents)
             )
-        return function
+        return result[0], result[1]
 
     return call
 
@@ -212,7 +214,9 @@ def measure(case: Case, *, rounds: int, dense_jvp: bool, flex: bool, memory: boo
     """
     mask, inputs = build_mask(case), build_inputs(case)
     calls = ways(case, mask, inputs, dense_jvp=dense_jvp)
-    error = tangent_error(mask, inputs, attention_jvp(*inputs, mask=mask).tangent)
+    tangent = attention_jvp(*inputs, mask=mask).tangent
+    assert tangent is not None
+    error = tangent_error(mask, inputs, tangent)
     if not error < TOLERANCE[case.dtype]:
         raise ValueError(f"{case}: the tangent is off by {error:.2e}, more than {TOLERANCE[case.dtype]:.0e}; no times.")
     if flex:

@@ -23,7 +23,6 @@ queries and keys of a tile. Scores are kept in units of log 2.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from fewstep.kernels.attention_checks import check_inputs, check_mask, check_tangents
 from fewstep.kernels.autotune_triton import Kind, TileConfig, TuneKey, choose, interpreting
-from fewstep.kernels.mask import AttentionMask, full
+from fewstep.kernels.mask import AttentionMask, unmasked
 
 LOG2_E = 1.0 / math.log(2.0)
 LN2 = tl.constexpr(math.log(2.0))
@@ -372,12 +371,6 @@ def switches_of(mask: AttentionMask, config: TileConfig) -> MaskSwitches:
         promises = mask.query_active is not None or mask.key_active is not None
         known[tiles] = MaskSwitches(cut or schedule.partial > 0, promises)
     return known[tiles]
-
-
-@lru_cache(maxsize=64)
-def unmasked(queries: int, keys: int, device: torch.device) -> AttentionMask:
-    """The mask of a call without one."""
-    return full(queries, keys, device=device)
 
 
 def prepare_mask(mask: AttentionMask | None, q: Tensor, k: Tensor) -> AttentionMask:

@@ -15,14 +15,12 @@ Legend: q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, E], output and tangent [B
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from fewstep.kernels.attention_tiled import tiled_forward, tiled_forward_jvp
 from fewstep.kernels.attention_tiled_backward import Saved, SavedTangents, tiled_backward, tiled_tangent_backward
-from fewstep.kernels.mask import AttentionMask, full, mask_of
+from fewstep.kernels.mask import AttentionMask, mask_of, unmasked
 
 NO_MASK = 0
 TANGENT_GRADIENT = (
@@ -32,16 +30,10 @@ TANGENT_GRADIENT = (
 )
 
 
-@lru_cache(maxsize=64)
-def full_mask(queries: int, keys: int, device: torch.device) -> AttentionMask:
-    """The mask of a call without one."""
-    return full(queries, keys, device=device)
-
-
 def resolve_mask(handle: int, q: Tensor, k: Tensor) -> AttentionMask:
     """The mask behind a handle, on the device of q."""
     if handle == NO_MASK:
-        return full_mask(q.shape[2], k.shape[2], q.device)
+        return unmasked(q.shape[2], k.shape[2], q.device)
     return mask_of(handle).to(q.device)
 
 

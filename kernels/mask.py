@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 import torch
@@ -167,6 +168,12 @@ def full(queries: int, keys: int | None = None, *, device: Device = "cpu") -> At
     intervals = torch.zeros(1, queries, 1, 2, dtype=torch.int32, device=device)
     intervals[..., 1] = keys
     return AttentionMask(intervals, keys)
+
+
+@lru_cache(maxsize=64)
+def unmasked(queries: int, keys: int, device: torch.device) -> AttentionMask:
+    """`full`, made once for each pair of lengths and kept: the mask of calls without one."""
+    return full(queries, keys, device=device)
 
 
 def causal(tokens: int, *, device: Device = "cpu") -> AttentionMask:
