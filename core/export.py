@@ -41,8 +41,9 @@ from fewstep.core.teacher import Teacher
 
 # Guidance is in the weights; 1 makes diffusers skip its second network call.
 GUIDANCE_SCALE = 1.0
-# The pipeline and the training sampler do the same fp32 arithmetic in another order.
-SAMPLER_TOLERANCE = 1e-5
+# The pipeline and the training sampler do the same fp32 arithmetic in another order. Consistency students amplify its
+# rounding most: 1.06e-5 was seen. A wrong grid, scheduler or text differs by a hundred times more.
+SAMPLER_TOLERANCE = 3e-5
 # Rounding of weights and text encoders, of the largest latent: some tens of the dtype's relative precision.
 ROUNDING_TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 DTYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
@@ -85,7 +86,7 @@ def export_pipeline(
     The directory holds the teacher's pipeline with the student's weights (adapters merged) and a stock scheduler that
     steps on `sampler.times`; `distillation.json` and README.md say what to pass to the pipeline. With `lora_only` it
     holds `pytorch_lora_weights.safetensors` and the scheduler, to be loaded on top of the teacher. It appears at
-    `output` only after the comparison: latents to 1e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
+    `output` only after the comparison: latents to 3e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
 
     Args:
         teacher_path: diffusers directory or hub id of the teacher pipeline.

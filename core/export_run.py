@@ -102,8 +102,7 @@ def export_run(
         checkpoint: "latest", the name of a checkpoint of this run, or a path.
         weights: the moving average or the live weights.
         output: directory to create; by default "export" in the run directory.
-        steps: number of steps of the exported sampler where it is another than the run's; for consistency students,
-            which are trained at all times.
+        steps: of the exported sampler, if not the run's; for consistency students, which are trained at all times.
         device: where the comparison runs.
         files: how the files are written.
 
@@ -115,9 +114,7 @@ def export_run(
     if dtype not in dtypes or weights not in ("ema", "live"):
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
-    settings = read_settings(run)
-    if steps is not None:
-        settings = _with_steps(settings, steps, run)
+    settings = _with_steps(read_settings(run), steps, run)
     loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
@@ -135,22 +132,23 @@ def export_run(
         width=settings.width,
         name=run.resolve().name,
     )
-    directory = run / "export" if output is None else Path(output)
+    output = run / "export" if output is None else Path(output)
     record = export_pipeline(
         settings.teacher_path,
         network,
         sampler=SamplerSpec(times, settings.sampler),
-        output=directory,
+        output=output,
         report=report,
         dtype=dtypes[dtype],
         overwrite=files.overwrite,
         lora_only=files.lora_only,
     )
-    return directory, record
+    return output, record
 
 
-def _with_steps(settings: RunSettings, steps: int, run: Path) -> RunSettings:
-    """The settings with another number of steps. Raises ValueError for a student of one grid."""
+def _with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
+    """The settings, with another number of steps if one is given. Raises ValueError for a student of one grid."""
+    steps = settings.steps if steps is None else steps
     if steps != settings.steps and settings.method not in ANY_GRID_METHODS:
         raise ValueError(
             f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at those "
