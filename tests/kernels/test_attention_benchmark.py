@@ -10,12 +10,14 @@ from fewstep.kernels.attention_benchmark import MASKS, Case, build_inputs, build
 from fewstep.kernels.attention_benchmark_table import record_of, table_of
 from fewstep.kernels.mask_conversion import dense
 
-SMALL = {"heads": 2, "width": 8}
+
+def small(tokens: int, mask: str) -> Case:
+    return Case(tokens, mask, heads=2, width=8)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_products_are_counted_as_by_hand(name: str) -> None:
-    mask = build_mask(Case(96, name, **SMALL))
+    mask = build_mask(small(96, name))
     seen = dense(mask)[0]
     queries = torch.ones(96, dtype=torch.bool) if mask.query_active is None else mask.query_active
     keys = torch.ones(96, dtype=torch.bool) if mask.key_active is None else mask.key_active
@@ -27,7 +29,7 @@ def test_products_are_counted_as_by_hand(name: str) -> None:
 
 
 def test_a_case_is_checked_and_timed_in_all_its_ways() -> None:
-    case = Case(64, "teacher_forcing_active", **SMALL)
+    case = small(64, "teacher_forcing_active")
     result = measure(case, rounds=2, dense_jvp=True, flex=False, memory=False)
     assert result.error < 1e-5
     assert result.error_dense is not None
@@ -45,11 +47,11 @@ def test_a_case_is_checked_and_timed_in_all_its_ways() -> None:
 def test_a_wrong_tangent_is_an_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention_benchmark.TOLERANCE, torch.float32, 1e-12)
     with pytest.raises(ValueError, match="no times"):
-        measure(Case(64, "full", **SMALL), rounds=1, dense_jvp=False, flex=False, memory=False)
+        measure(small(64, "full"), rounds=1, dense_jvp=False, flex=False, memory=False)
 
 
 def test_clean_tangents_are_zero_under_teacher_forcing() -> None:
-    inputs = build_inputs(Case(64, "teacher_forcing", **SMALL))
+    inputs = build_inputs(small(64, "teacher_forcing"))
     assert [float(x[:, :, :32].abs().sum()) for x in inputs[3:]] == [0.0, 0.0, 0.0]
     assert all(float(x[:, :, 32:].abs().sum()) > 1 for x in inputs)
 
@@ -57,7 +59,7 @@ def test_clean_tangents_are_zero_under_teacher_forcing() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_call() -> None:
     """Dense scores of 1,024 tokens and two heads are 8 MB a copy; the outputs of ours are 0.13 MB."""
-    case = Case(1024, "block_causal", **SMALL)
+    case = small(1024, "block_causal")
     assert 16 < peak_memory(case, "dense_jvp") < 200
     assert peak_memory(case, "forward_jvp") < 16
 
