@@ -92,6 +92,13 @@ def check_settings(config: ConsistencyConfig) -> None:
         raise ValueError(f"loss.max_time_share is {loss.max_time_share}; it is a share from 0 to 1")
     if loss.ect_stage_steps < 1 or not 0 < loss.ect_largest_time < 1 or loss.ect_q <= 1 or loss.huber < 0:
         raise ValueError("loss.ect_stage_steps must be >= 1, ect_largest_time in (0, 1), ect_q > 1 and huber >= 0")
+    if loss.max_time_share > 0 and loss.objective == "scm" and loss.coordinates == "trigflow":
+        raise ValueError(
+            "loss.max_time_share trains at t = 1, where TrigFlow's tangent is zero and teaches nothing; set "
+            "loss.coordinates to 'rf', or the share to 0"
+        )
+    if config.method == "rcm" and loss.objective == "ect":
+        raise ValueError("method 'rcm' with loss.objective 'ect': rcm distils a teacher; choose 'scm' or 'dcm'")
     if loss.grid_steps < 2:
         raise ValueError(f"loss.grid_steps is {loss.grid_steps}; dcm walks a grid of at least 2 steps")
     matched = loss.dmd_weight > 0

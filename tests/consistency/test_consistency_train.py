@@ -112,6 +112,11 @@ def test_settings_that_do_not_fit_are_named(inputs: TinyInputs, tmp_path: Path) 
         dataclasses.replace(config, student=dataclasses.replace(config.student, sampler="ode"))
     with pytest.raises(ValueError, match="share from 0 to 1"):
         dataclasses.replace(config, loss=ConsistencyLossConfig(max_time_share=1.5))
+    with pytest.raises(ValueError, match="tangent is zero and teaches nothing"):
+        dataclasses.replace(config, loss=ConsistencyLossConfig(max_time_share=0.5))
+    tilted = ConsistencyLossConfig(objective="ect", dmd_weight=0.1)
+    with pytest.raises(ValueError, match="choose 'scm' or 'dcm'"):
+        dataclasses.replace(config, method="rcm", loss=tilted, fake_score=FAKE_SCORE)
     with pytest.raises(ValueError, match="does not exist"):
         train_consistency(
             dataclasses.replace(config, student=dataclasses.replace(config.student, init="no.safetensors"))
