@@ -89,25 +89,37 @@ def measure_step_cost(config: DmdConfig, *, rounds: int) -> StepCost:
                 trainer.advance()
                 trainer.log(metrics)
 
-        loop_times, call_times = [], []
-        for number in range(rounds + 1):
-            pair = (timed(cycle, trainer.device), timed(calls, trainer.device))
-            if number > 0:
-                loop_times.append(pair[0])
-                call_times.append(pair[1])
-        environment = describe_environment(trainer.device, processes=1)
-        memory = memory_text(trainer.device)
+        cost = compare_in_turns(cycle, calls, trainer, rounds=rounds, steps=updates, batch_size=config.run.batch_size)
         trainer.close()
-    ratios = tuple(loop / alone for loop, alone in zip(loop_times, call_times, strict=True))
+    return cost
+
+
+def compare_in_turns(
+    cycle: Callable[[], None],
+    calls: Callable[[], None],
+    trainer: Trainer,
+    *,
+    rounds: int,
+    steps: int,
+    batch_size: int,
+) -> StepCost:
+    """Time a cycle of `steps` steps and its bare calls in turns, after one round of warm-up.
+
+    Raises ValueError for no round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; time at least one")
+    pairs = [(timed(cycle, trainer.device), timed(calls, trainer.device)) for _ in range(rounds + 1)][1:]
+    ratios = tuple(loop / alone for loop, alone in pairs)
     return StepCost(
-        loop_seconds=statistics.median(loop_times),
-        calls_seconds=statistics.median(call_times),
+        loop_seconds=statistics.median(loop for loop, _ in pairs),
+        calls_seconds=statistics.median(alone for _, alone in pairs),
         ratio=statistics.median(ratios),
         ratios=ratios,
-        steps_per_cycle=updates,
-        batch_size=config.run.batch_size,
-        memory=memory,
-        environment=environment,
+        steps_per_cycle=steps,
+        batch_size=batch_size,
+        memory=memory_text(trainer.device),
+        environment=describe_environment(trainer.device, processes=1),
     )
 
 
