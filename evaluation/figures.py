@@ -53,13 +53,15 @@ def grid_image(pixels: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
+    """A figure as PNG with a clear background, the same bytes each time."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=160, transparent=True, bbox_inches="tight", metadata={"Software": None})
     return stream.getvalue()
 
 
-def _style(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+def style_axes(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+    """The look that all figures share: small grey text, a light grid, two spines."""
     axes.set_title(title, color=INK, fontsize=9, loc="left")
     axes.set_xlabel(x, color=INK, fontsize=8)
     axes.set_ylabel(y, color=INK, fontsize=8)
@@ -95,8 +97,8 @@ def quality_figure(rows: Sequence[ReportRow]) -> bytes | None:
     axes.legend(fontsize=8, labelcolor=INK, frameon=False)
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _style(axes, x="seconds per image (log scale)", y="FID (log scale), lower is better")
-    return _png(figure)
+    style_axes(axes, x="seconds per image (log scale)", y="FID (log scale), lower is better")
+    return png_bytes(figure)
 
 
 def _seconds(row: ReportRow) -> float:
@@ -118,9 +120,9 @@ def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
             if curve.metric == metric:
                 color = PALETTE[runs.index(curve.run) % len(PALETTE)]
                 axes.plot(curve.steps, curve.values, color=color, linewidth=1.1, label=curve.run)
-        _style(axes, title=metric)
+        style_axes(axes, title=metric)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     if len(runs) > 1:
         panels[0].legend(fontsize=7, labelcolor=INK, frameon=False)
-    return _png(figure)
+    return png_bytes(figure)
