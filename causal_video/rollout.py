@@ -1,0 +1,156 @@
+"""Self-forcing: training videos are generated chunk by chunk as in deployment (arXiv:2506.08009, Algorithm 1).
+
+Each chunk gets exactly one call with gradients, its exit step. What later chunks see of it has no graph: prefixes are
+immutable values, so no gradient leaks from chunk to chunk, and a call can be made again to the last bit.
+
+Legend: B batch, C channels, F frames of the rollout, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.causal_video.block import Prompt
+from fewstep.causal_video.cache import RollingCache
+from fewstep.causal_video.calls import condition_first_frame
+from fewstep.causal_video.denoise import ChunkNoise, ChunkResult, ExitStep, VideoCondition, denoise_chunk
+from fewstep.causal_video.network import CausalWan
+from fewstep.causal_video.prefix import KeysValues
+from fewstep.causal_video.settings import CausalSettings
+from fewstep.core.paths import add_noise
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """A generated video.
+
+    Attributes:
+        video: [B, C, F, h, w] predictions of the exit steps, with a graph where gradients were on.
+        exits: one per chunk, for `replay`.
+        cache: after the last chunk; a longer rollout goes on from it.
+    """
+
+    video: Tensor
+    exits: tuple[ExitStep, ...]
+    cache: RollingCache
+
+
+def rollout(
+    network: CausalWan,
+    condition: VideoCondition,
+    noise: ChunkNoise,
+    settings: CausalSettings,
+    *,
+    exits: Sequence[int],
+    cache: RollingCache | None = None,
+    exit_network: nn.Module | None = None,
+) -> Rollout:
+    """Generate len(exits) chunks; each stops at its exit step, and that call alone builds a graph.
+
+    The context of a chunk is that of `context_of`. Text keys and values are computed once for calls without gradients,
+    and again in each exit call, where their projections get a gradient.
+
+    Args:
+        network: the student. Its mode and the caller's grad mode are used as they are.
+        condition: text as embeddings [B, N, width]; `extra` begins with the first frame that is generated.
+        noise: of the stream.
+        settings: layout, policy and schedule.
+        exits: exit step of each chunk, see `StepSchedule.exits`; in every process the same, or collectives never end.
+        cache: goes on from here; None starts a video.
+        exit_network: called in place of `network` at the exits, for instance its DDP wrapper.
+
+    Raises:
+        ValueError: no chunks, an exit that a chunk does not have, an image in the middle of a stream, or a cache of
+            other settings.
+    """
+    cache = RollingCache.empty(settings.layout, settings.policy) if cache is None else cache
+    if cache.plan.layout != settings.layout or cache.plan.policy != settings.policy:
+        raise ValueError("the cache was filled under another layout or policy than these settings have")
+    if len(exits) == 0:
+        raise ValueError("exits is empty: give the exit step of each chunk that is to be generated")
+    if condition.image is not None and cache.next_chunk != 0:
+        raise ValueError(f"an image is the first frame of a video, and this stream is at chunk {cache.next_chunk}")
+    prompt = condition.text if isinstance(condition.text, Prompt) else network.prompt(condition.text)
+    first_frame = settings.layout.start(cache.next_chunk)
+    results: list[ChunkResult] = []
+    for exit_step in exits:
+        chunk = cache.next_chunk
+        frames, times = settings.layout.length(chunk), settings.schedule.of(chunk)
+        if not 0 <= exit_step < len(times):
+            raise ValueError(f"chunk {chunk} has steps 0 to {len(times) - 1}, got the exit {exit_step}")
+        part = condition.of_chunk(settings.layout.start(chunk) - first_frame, frames, is_first=chunk == 0, text=prompt)
+        result = denoise_chunk(
+            network,
+            [noise.draw(chunk, step, frames, prompt.tokens) for step in range(exit_step + 1)],
+            times[: exit_step + 1],
+            part,
+            cache.read(),
+            collect=settings.policy.is_noisy(chunk) and exit_step == len(times) - 1,
+            exit_network=exit_network,
+        )
+        results.append(result)
+        renoise = noise.draw(chunk, len(times), frames, result.x0)
+        cache = cache.commit(context_of(network, result, part, context_time(settings, chunk), renoise))
+    video = torch.cat([result.x0 for result in results], dim=2)
+    return Rollout(video, tuple(result.exit for result in results), cache)
+
+
+def context_time(settings: CausalSettings, chunk: int) -> float:
+    """The time at which a chunk is shown to later ones: 0, or under noisy context the last of its schedule."""
+    return settings.schedule.of(chunk)[-1] if settings.policy.is_noisy(chunk) else 0.0
+
+
+@torch.no_grad()
+def context_of(
+    network: CausalWan, result: ChunkResult, condition: VideoCondition, time: float, noise: Tensor
+) -> KeysValues:
+    """Keys and values that later chunks see of a denoised one, without a graph.
+
+    Those of the exit call if it collected them (noisy context, full schedule); else of a call on the prediction,
+    noised to `time`: 0 for clean context, the last time of the schedule where the exit came early (Causal-rCM).
+    """
+    if result.keys_values is not None:
+        return result.keys_values.detach()
+    x0 = result.x0.detach()
+    t = torch.full_like(x0[:, 0, 0, 0, 0], time)
+    x = x0 if time == 0 else add_noise(x0, noise, t)
+    x, t = condition_first_frame(x, t, condition.image)
+    output = network.append(x, t, condition.text, result.exit.prefix, extra=condition.extra)
+    assert output.keys_values is not None
+    return output.keys_values
+
+
+def replay(network: nn.Module, exits: Sequence[ExitStep], text: Tensor | Prompt) -> Iterator[Tensor]:
+    """The exit predictions x0 of a rollout again, one chunk after the other, with a graph.
+
+    One graph is alive at a time if the caller backpropagates each before asking for the next. Under DDP or FSDP all but
+    the last backward belong under `no_sync`. Valid while weights and randomness inside the network (dropout) are as
+    they were.
+    """
+    for step in exits:
+        yield step.predict(network, text).x0
+
+
+def replayed_backward(network: nn.Module, exits: Sequence[ExitStep], text: Tensor | Prompt, grad: Tensor) -> None:
+    """Accumulate the parameter gradients of a loss of a video, chunk by chunk in the memory of one.
+
+    The gradient is that of the single graph of `rollout`: sum over chunks of (d x0_i / d theta)^T grad_i.
+
+    Args:
+        network: a `CausalWan` or its wrapper.
+        exits: `Rollout.exits`.
+        text: as in the rollout.
+        grad: [B, C, F, h, w], derivative of the loss by `Rollout.video`.
+
+    Raises:
+        ValueError: the gradient has other frames than the exits.
+    """
+    lengths = [step.x.shape[2] for step in exits]
+    if grad.shape[2] != sum(lengths):
+        raise ValueError(f"the exits have {sum(lengths)} frames, the gradient {grad.shape[2]}")
+    for x0, part in zip(replay(network, exits, text), grad.split(lengths, dim=2), strict=True):
+        torch.autograd.backward(x0, part.to(x0))
