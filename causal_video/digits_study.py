@@ -1,0 +1,249 @@
+"""The study of causal students on the embedded video teacher: train chains of stages, sample, judge, write a table.
+
+Legend: N videos, F latent frames, T pixel frames; latents [N, C, F, h, w], pixels [N, 3, T, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.causal_video.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
+from fewstep.causal_video.network import CausalWan
+from fewstep.causal_video.policy import CachePolicy
+from fewstep.causal_video.rollout import rollout
+from fewstep.causal_video.schedule import StepSchedule
+from fewstep.causal_video.settings import CausalSettings
+from fewstep.causal_video.setup import build_student, find_weights
+from fewstep.causal_video.stages import causal_settings
+from fewstep.causal_video.stages_sampling import euler_rollout
+from fewstep.core.checkpoint import latest_checkpoint, load_checkpoint
+from fewstep.core.config import load_config
+from fewstep.core.embedded.video_clips import balanced_clip_prompt, moving_digits
+from fewstep.core.randomness import sample_noise
+from fewstep.core.run_directory import CONFIG_FILE
+from fewstep.core.teacher import Teacher
+from fewstep.dmd.digits_study import LAUNCH, show_and_run
+from fewstep.evaluation.provenance import collect_provenance
+from fewstep.evaluation.video_judges import VideoJudges, load_judges
+from fewstep.evaluation.video_measures import VideoReference, VideoResult, measure_clips, video_reference
+
+TEACHER = "assets/digits_video"
+JUDGES = "assets/digits_video/judges"
+# The stages of each chain, in order; self-forcing has a run for each stage it can start from.
+CHAINS = {
+    "dcm": ("teacher_forcing", "tf_dcm", "self_forcing"),
+    "scm": ("teacher_forcing", "tf_scm", "self_forcing"),
+}
+SCHEDULES = ((4,), (2,), (4, 2), (4, 1))
+SINKS = ("none", "static", "ema")
+# Chunks of a short video are those of the layout; long ones have this many times as many.
+LONG = 4
+FLOW_STEPS, TEACHER_STEPS = 20, 50
+BATCH = 50
+SEED = 0
+SHOWN = ("digit_accuracy", "direction_accuracy", "speed_accuracy", "black_frames", "motion", "frame_distance")
+
+
+@dataclass(frozen=True, eq=False)
+class StudyStudent:
+    """The averaged student of a run beside its teacher."""
+
+    teacher: Teacher
+    network: CausalWan
+    settings: CausalSettings
+    config: CausalConfig
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """Measures of one system at one seed. `schedule` is in calls per chunk, and empty where it says nothing."""
+
+    system: str
+    seed: int | None
+    schedule: str
+    sink: str
+    latent_frames: int
+    result: VideoResult
+
+
+def run_directory(folder: Path, chain: str, stage: str, seed: int) -> Path:
+    """Where a stage of a chain is trained; chains share their first stage."""
+    name = f"{stage}_{chain}" if stage == "self_forcing" else stage
+    return folder / f"{name}_seed{seed}"
+
+
+def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] = ()) -> None:
+    """Train the stages of a chain that are not finished; an interrupted one goes on.
+
+    `changes` are settings for the command line of every stage, such as ("--run.steps", "20").
+    """
+    before: Path | None = None
+    for stage in CHAINS[chain]:
+        run = run_directory(folder, chain, stage, seed)
+        done = run / CONFIG_FILE
+        if done.is_file() and latest_step(run) >= read_config(run).run.steps:
+            print(f"{run} is trained already")
+        else:
+            resume = ("--resume", "latest") if latest_checkpoint(run) is not None else ()
+            start = () if before is None else ("--student.init", str(before))
+            where = ("--run.directory", str(run), "--run.seed", str(seed))
+            config = ("--config", f"configs/causal_video/digits_{stage}.yaml")
+            show_and_run(*LAUNCH, "scripts/train_causal_video.py", *config, *where, *start, *changes, *resume)
+        before = run
+
+
+def latest_step(run: Path) -> int:
+    """Steps of the latest checkpoint; -1 without one."""
+    found = latest_checkpoint(run)
+    return -1 if found is None else load_checkpoint(found).step
+
+
+def read_config(run: Path) -> CausalConfig:
+    """The resolved configuration of a run."""
+    config, _ = load_config(CausalConfig, ["--config", str(run / CONFIG_FILE)], prog="study", description="")
+    return config
+
+
+def load_student(run: Path) -> StudyStudent:
+    """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
+    config = read_config(run)
+    teacher = Teacher.load(config.teacher.path)
+    network = build_student(config.student, teacher, find_weights(str(run)), seed=0).requires_grad_(False)
+    return StudyStudent(teacher, network, causal_settings(config.student), config)
+
+
+def with_sink(policy: CachePolicy, sink: str) -> CachePolicy:
+    """A policy of as many visible frames with another kind of sink; without one the window takes its place."""
+    if policy.window_frames is None:
+        raise ValueError("sinks are compared under a window: set student.policy.window_frames")
+    if sink == "none":
+        return replace(policy, sink="none", sink_frames=0, window_frames=policy.window_frames + policy.sink_frames)
+    return replace(policy, sink=sink)  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def sample_student(
+    student: StudyStudent, prompts: Sequence[str], *, schedule: StepSchedule, sink: str, chunks: int
+) -> Tensor:
+    """Pixels [N, 3, T, H, W] of streamed videos. Students of a flow take Euler steps with the guidance of their run."""
+    policy = with_sink(student.settings.policy, sink)
+    layout = student.settings.layout.extended(chunks)
+    settings = CausalSettings(layout, policy, schedule)
+    channels, _, height, width = teacher_shape(student.teacher)
+    pixels = []
+    for start in range(0, len(prompts), BATCH):
+        numbers = range(start, min(start + BATCH, len(prompts)))
+        text = student.teacher.encode([prompts[number] for number in numbers]).tokens
+        noise = ChunkNoise(SEED, tuple(numbers), (channels, height, width), stream="study")
+        if student.config.method in FLOW_METHODS:
+            latents = euler_rollout(
+                student.network,
+                text,
+                noise,
+                settings,
+                times=student.teacher.family.teacher_grid(student.teacher.pipeline, FLOW_STEPS),
+                guidance=student.config.teacher.guidance,
+                null_text=student.teacher.null_condition.tokens,
+            )
+        else:
+            exits = schedule.exits(schedule.longest - 1, chunks)
+            latents = rollout(student.network, VideoCondition(text), noise, settings, exits=exits).video
+        pixels.append(student.teacher.decode(latents))
+    return torch.cat(pixels)
+
+
+@torch.no_grad()
+def sample_teacher(teacher: Teacher, prompts: Sequence[str], *, steps: int, guidance: float) -> Tensor:
+    """Pixels [N, 3, T, H, W] of the bidirectional teacher."""
+    pixels = []
+    for start in range(0, len(prompts), BATCH):
+        numbers = range(start, min(start + BATCH, len(prompts)))
+        noise = sample_noise(SEED, numbers, teacher_shape(teacher), stream="study")
+        condition = teacher.encode([prompts[number] for number in numbers])
+        pixels.append(teacher.decode(teacher.sample(noise, condition, steps=steps, guidance=guidance)))
+    return torch.cat(pixels)
+
+
+def teacher_shape(teacher: Teacher) -> tuple[int, int, int, int]:
+    """(C, F, h, w) of the embedded teacher's clips."""
+    channels, frames, height, width = teacher.latent_shape(32, 32, frames=25)
+    return channels, frames, height, width
+
+
+def real_reference(judges: VideoJudges, split: Literal["train", "test"], clips: int) -> VideoReference:
+    """Features of real clips; tuning looks at the training split alone."""
+    parts = [
+        moving_digits(split, seed=SEED, indices=range(start, min(start + 100, clips))).pixels
+        for start in range(0, clips, 100)
+    ]
+    return video_reference(judges, torch.cat(parts))
+
+
+def study_prompts(count: int) -> list[str]:
+    """Captions with digits, directions and speeds in equal shares."""
+    return [balanced_clip_prompt(number) for number in range(count)]
+
+
+def judge_seed(folder: Path, chain: str, seed: int, *, samples: int, reference: VideoReference) -> list[StudyRow]:
+    """All rows of the students of one chain and seed: short videos at each schedule, long ones with each sink."""
+    judges, prompts, rows = load_judges(JUDGES), study_prompts(samples), []
+
+    def row(name: str, student: StudyStudent, schedule: tuple[int, ...], sink: str, times: int) -> None:
+        chunks = student.settings.layout.chunks * times
+        grid = StepSchedule.steps(schedule, shift=student.config.student.shift)
+        pixels = sample_student(student, prompts, schedule=grid, sink=sink, chunks=chunks)
+        result = measure_clips(judges, pixels, prompts=prompts, reference=reference)
+        said = f"{FLOW_STEPS} Euler" if student.config.method in FLOW_METHODS else str(list(schedule))
+        frames = student.settings.layout.extended(chunks).frames
+        rows.append(StudyRow(name, seed, said, sink, frames, result))
+
+    for stage in CHAINS[chain]:
+        student = load_student(run_directory(folder, chain, stage, seed))
+        name = f"{stage} ({chain})" if stage == "self_forcing" else stage
+        short = ((4, 2),) if student.config.method in FLOW_METHODS else SCHEDULES
+        for schedule in short:
+            row(name, student, schedule, student.settings.policy.sink, 1)
+        if stage == "self_forcing":
+            for sink in SINKS:
+                row(name, student, (4, 2), sink, LONG)
+    return rows
+
+
+def judge_teacher(*, samples: int, guidance: float, reference: VideoReference) -> StudyRow:
+    """The bidirectional teacher on the same prompts."""
+    teacher, prompts = Teacher.load(TEACHER), study_prompts(samples)
+    pixels = sample_teacher(teacher, prompts, steps=TEACHER_STEPS, guidance=guidance)
+    result = measure_clips(load_judges(JUDGES), pixels, prompts=prompts, reference=reference)
+    return StudyRow("teacher", None, f"{TEACHER_STEPS} Euler", "", teacher_shape(teacher)[1], result)
+
+
+def write_table(rows: Sequence[StudyRow], output: Path, *, command: Sequence[str]) -> None:
+    """Write `results.json` with every row and `README.md` with means over seeds into a folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    provenance = collect_provenance(command[0], arguments=command[1:])
+    content = {"provenance": asdict(provenance), "rows": [asdict(row) for row in rows]}
+    (output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    groups: dict[tuple[str, str, str, int], list[StudyRow]] = {}
+    for row in rows:
+        groups.setdefault((row.system, row.schedule, row.sink, row.latent_frames), []).append(row)
+    head = ("system", "calls per chunk", "sink", "latent frames", *SHOWN, "clip_distance", "drift", "seeds")
+    lines = ["# Causal students on the embedded video teacher", "", f"`{provenance.command}`, {provenance.date}.", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for key, members in groups.items():
+        cells = [spread([getattr(row.result, name) for row in members]) for name in (*SHOWN, "clip_distance", "drift")]
+        lines.append(f"| {' | '.join((*map(str, key), *cells, str(len(members))))} |")
+    (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{mean(values):.3f}" if len(values) < 2 else f"{mean(values):.3f} +- {stdev(values):.3f}"

@@ -1,0 +1,73 @@
+"""Many-step sampling of causal networks that know velocities alone, such as those of teacher and diffusion forcing.
+
+Legend: B batch, C channels, F frames, N text tokens; videos [B, C, F, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.causal_video.cache import RollingCache
+from fewstep.causal_video.calls import condition_first_frame
+from fewstep.causal_video.denoise import ChunkNoise
+from fewstep.causal_video.network import CausalWan
+from fewstep.causal_video.settings import CausalSettings
+
+
+@torch.no_grad()
+def euler_rollout(
+    network: CausalWan,
+    text: Tensor,
+    noise: ChunkNoise,
+    settings: CausalSettings,
+    *,
+    times: Sequence[float],
+    guidance: float = 1.0,
+    null_text: Tensor | None = None,
+    image: Tensor | None = None,
+) -> Tensor:
+    """A video chunk by chunk over the cache, each by Euler steps with guidance u + w (c - u); context is clean.
+
+    Both sides of guidance have a cache of their own, filled under their own text, as one batch of twice the size.
+
+    Args:
+        network: a causal student.
+        text: [B, N, width].
+        noise: its first draw of each chunk is used.
+        settings: layout, all listed chunks of it, and policy; the schedule has no part here.
+        times: falling, of every chunk.
+        guidance: w; 1 is none.
+        null_text: [1, N, width], for guidance.
+        image: [B, C, 1, h, w] of a given first frame.
+
+    Raises:
+        ValueError: guidance without null_text.
+    """
+    if guidance != 1 and null_text is None:
+        raise ValueError(f"guidance is {guidance}; give null_text, the embeddings of the empty prompt")
+    copies = 1 if guidance == 1 else 2
+    if guidance != 1 and null_text is not None:
+        text = torch.cat([null_text.expand(len(text), -1, -1), text])
+    prompt = network.prompt(text)
+    cache, done = RollingCache.empty(settings.layout, settings.policy), []
+    for chunk in range(settings.layout.chunks):
+        given = image if chunk == 0 else None
+        x, prefix = noise.draw(chunk, 0, settings.layout.length(chunk), text), cache.read()
+        for t, t_next in zip(times, (*times[1:], 0.0), strict=True):
+            time = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+            held, frame_time = condition_first_frame(x, time, given)
+            velocity = network.readonly(torch.cat([held] * copies), torch.cat([frame_time] * copies), prompt, prefix)
+            if copies == 2:
+                unconditional, conditional = velocity.chunk(2)
+                velocity = unconditional + guidance * (conditional - unconditional)
+            x = x + (t_next - t) * velocity
+        x, _ = condition_first_frame(x, torch.zeros_like(x[:, 0, 0, 0, 0]), given)
+        clean = torch.zeros(copies * len(x), dtype=x.dtype, device=x.device)
+        stored = network.append(torch.cat([x] * copies), clean, prompt, prefix).keys_values
+        assert stored is not None
+        cache = cache.commit(stored)
+        done.append(x)
+    return torch.cat(done, dim=2)

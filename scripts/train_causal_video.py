@@ -1,0 +1,26 @@
+"""Train a stage of a causal video student: accelerate launch scripts/train_causal_video.py --config
+configs/causal_video/digits_teacher_forcing.yaml"""
+
+from __future__ import annotations
+
+import sys
+
+from fewstep.causal_video.config import CausalConfig
+from fewstep.core.config import parse_config
+
+
+def main() -> None:
+    config, _ = parse_config(CausalConfig, sys.argv[1:], prog="train_causal_video.py", description=__doc__ or "")
+
+    from fewstep.causal_video.train import train_causal_video
+    from fewstep.core.trainer import NonFiniteError
+
+    try:
+        code = train_causal_video(config)
+    except (ValueError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The study's parts: sinks of one size, videos of a finished run, the table."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.causal_video import digits_study as study
+from fewstep.causal_video.layout import ChunkLayout
+from fewstep.causal_video.policy import CachePolicy
+from fewstep.causal_video.schedule import StepSchedule
+from fewstep.causal_video.train import train_causal_video
+from fewstep.evaluation.video_measures import VideoResult
+from tests.causal_video.tiny_causal_run import VideoInputs, tiny_causal
+
+POLICY = CachePolicy(2, 1, "static")
+PROMPTS = ("a red cat", "two dogs")
+
+
+def result_of(accuracy: float) -> VideoResult:
+    return VideoResult(2, 25, accuracy, 0.5, 0.5, 0.0, 0.3, 0.4, 10.0, 20.0, (0.9, 0.7), (1.0, 2.0))
+
+
+def test_sinks_are_compared_over_as_many_visible_frames() -> None:
+    layout = ChunkLayout.uniform(12, 1)
+    for sink in study.SINKS:
+        policy = study.with_sink(POLICY, sink)
+        recent, first = policy.chunk_window(layout).visible(9)
+        assert len(recent) + len(first) == 3
+        assert policy.sink == sink
+    with pytest.raises(ValueError, match=r"set student\.policy\.window_frames"):
+        study.with_sink(CachePolicy(), "static")
+
+
+@pytest.mark.slow
+def test_a_finished_run_streams_at_any_schedule_and_length(inputs: VideoInputs, tmp_path: Path) -> None:
+    changes = {"student.layout": (1, 1, 1), "student.policy": POLICY, "run.steps": 1}
+    videos = []
+    for name in ("teacher_forcing", "self_forcing"):
+        config = tiny_causal(inputs, tmp_path / name, name, changes)
+        assert train_causal_video(config) == 0
+        assert study.latest_step(tmp_path / name) == 1
+        student = study.load_student(tmp_path / name)
+        assert student.config == config
+        for sink, chunks in (("static", 3), ("none", 3), ("none", 6), ("ema", 6)):
+            schedule = StepSchedule.steps([2, 1])
+            videos.append(study.sample_student(student, PROMPTS, schedule=schedule, sink=sink, chunks=chunks))
+        short, window, long, averaged = videos[-4:]
+        assert short.shape == (2, 3, 9, 32, 32)
+        assert long.shape == (2, 3, 21, 32, 32)
+        # Nothing is forgotten within three frames; later on the sink matters, and the beginning stays as it was.
+        assert torch.allclose(short, window, atol=1e-5)
+        assert torch.allclose(long[:, :, :9], short, atol=1e-5)
+        assert float((long[:, :, -4:] - averaged[:, :, -4:]).abs().max()) > 1e-4
+    assert not torch.allclose(videos[0], videos[4], atol=1e-3)
+    assert study.latest_step(tmp_path / "none") == -1
+
+
+def test_the_table_has_means_over_seeds(tmp_path: Path) -> None:
+    row = study.StudyRow("tf_dcm", 0, "[4, 2]", "static", 7, result_of(0.8))
+    rows = [row, dataclasses.replace(row, seed=1, result=result_of(0.9))]
+    rows.append(study.StudyRow("teacher", None, "50 Euler", "", 7, result_of(1.0)))
+    study.write_table(rows, tmp_path, command=["study.py", "--seeds", "0", "1"])
+    lines = (tmp_path / "README.md").read_text(encoding="ascii").splitlines()
+    assert lines[2].startswith("`python study.py --seeds 0 1`")
+    assert "| tf_dcm | [4, 2] | static | 7 | 0.850 +- 0.071 |" in lines[6]
+    assert lines[6].endswith("| 0.200 +- 0.000 | 2 |")
+    assert "| teacher | 50 Euler |  | 7 | 1.000 |" in lines[7]
+    assert len(json.loads((tmp_path / "results.json").read_text(encoding="ascii"))["rows"]) == 3
+
+
+def test_chains_share_their_first_stage() -> None:
+    runs = {
+        study.run_directory(Path("runs"), chain, stage, 1) for chain in study.CHAINS for stage in study.CHAINS[chain]
+    }
+    assert sorted(run.name for run in runs) == [
+        "self_forcing_dcm_seed1",
+        "self_forcing_scm_seed1",
+        "teacher_forcing_seed1",
+        "tf_dcm_seed1",
+        "tf_scm_seed1",
+    ]
