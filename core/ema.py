@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """fp32 running average of the trainable parameters and floating buffers of a module (fp64 ones stay fp64).
+    """fp32 running average of the trainable parameters and saved floating buffers of a module (fp64 ones stay fp64).
 
     shadow <- decay shadow + (1 - decay) live, from `start_step` on; before that the shadow is the live weights. What is
     trainable is decided once, at construction; freezing a parameter for a while later changes nothing. Give the bare
@@ -29,7 +29,9 @@ class Ema:
         self.start_step = start_step
         self._module = module
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        floating = {name for name, buffer in module.named_buffers() if buffer.dtype.is_floating_point}
+        # Buffers that are computed and not saved (Wan's rotary tables) belong to no file of weights.
+        kept = module.state_dict().keys()
+        floating = {name for name, buffer in module.named_buffers() if buffer.dtype.is_floating_point and name in kept}
         live = _tensors(module)
         self._shadow = {name: _averaged(tensor) for name, tensor in live.items() if name in trainable | floating}
 

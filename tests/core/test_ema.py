@@ -166,3 +166,10 @@ def test_freezing_for_a_while_changes_nothing() -> None:
     fill(module, 1.0)
     ema.update(0)
     assert ema.state_dict()["weight"].tolist() == [[0.5, 0.5]]
+
+
+def test_buffers_that_are_not_saved_are_not_averaged() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("running", torch.ones(2))
+    module.register_buffer("table", torch.ones(2), persistent=False)
+    assert sorted(Ema(module, 0.9).state_dict()) == ["bias", "running", "weight"]
