@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +19,9 @@ class Condition:
         pooled: [B, P] pooled text embedding, or None.
         token_counts: [N] float, how many identical tokens each entry stands for, shared by the batch; None is one each.
         time_ids: [B, 6] SDXL micro-conditioning (original size, crop, target size in pixels), or None.
+        token_mask: [B, N], 1 for tokens of the text and 0 for padding, or None where all are looked at. Masked
+            conditions of different N are joined by padding the shorter.
+        guidance: [B] the scale w of u + w (c - u) that a network with a guidance embedding is told, or None.
 
     Raises:
         ValueError: a shape is wrong or batch sizes differ.
@@ -27,6 +31,8 @@ class Condition:
     pooled: Tensor | None = None
     token_counts: Tensor | None = None
     time_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -40,6 +46,14 @@ class Condition:
         counts = self.token_counts
         if counts is not None and counts.shape != self.tokens.shape[1:2]:
             raise ValueError(f"token_counts must be [{self.tokens.shape[1]}], got shape {tuple(counts.shape)}")
+        mask, guidance = self.token_mask, self.guidance
+        if mask is not None and (mask.shape != self.tokens.shape[:2] or counts is not None):
+            raise ValueError(
+                f"token_mask must be {tuple(self.tokens.shape[:2])} and stand without token_counts, "
+                f"got shape {tuple(mask.shape)}"
+            )
+        if guidance is not None and guidance.shape != (self.batch_size,):
+            raise ValueError(f"guidance must be [{self.batch_size}], got shape {tuple(guidance.shape)}")
 
     @property
     def batch_size(self) -> int:
@@ -52,6 +66,8 @@ class Condition:
             pooled=None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
             token_counts=None if self.token_counts is None else self.token_counts.to(device=device),
             time_ids=None if self.time_ids is None else self.time_ids.to(device=device),
+            token_mask=None if self.token_mask is None else self.token_mask.to(device=device),
+            guidance=None if self.guidance is None else self.guidance.to(device=device),
         )
 
     def repeat(self, n: int) -> Condition:
@@ -96,18 +112,23 @@ class Condition:
         """
         if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             raise ValueError(f"mask must be bool [{self.batch_size}], got {mask.dtype} {tuple(mask.shape)}")
-        other = other.expand(self.batch_size)
-        _require_same_layout(self, other)
+        mine_padded, other = _same_length([self, other.expand(self.batch_size)])
+        _require_same_layout(mine_padded, other)
 
         def pick(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
             if mine is None or theirs is None:
                 return None
             return torch.where(mask.to(mine.device).view(-1, *([1] * (mine.ndim - 1))), mine, theirs)
 
-        tokens = pick(self.tokens, other.tokens)
+        tokens = pick(mine_padded.tokens, other.tokens)
         assert tokens is not None
         return Condition(
-            tokens, pick(self.pooled, other.pooled), self.token_counts, pick(self.time_ids, other.time_ids)
+            tokens,
+            pick(self.pooled, other.pooled),
+            self.token_counts,
+            pick(self.time_ids, other.time_ids),
+            pick(mine_padded.token_mask, other.token_mask),
+            pick(self.guidance, other.guidance),
         )
 
     @staticmethod
@@ -119,6 +140,7 @@ class Condition:
         """
         if len(conditions) == 0:
             raise ValueError("cannot join an empty list of conditions")
+        conditions = _same_length(conditions)
         first = conditions[0]
         for condition in conditions[1:]:
             _require_same_layout(first, condition)
@@ -132,6 +154,8 @@ class Condition:
             pooled=join([condition.pooled for condition in conditions]),
             token_counts=first.token_counts,
             time_ids=join([condition.time_ids for condition in conditions]),
+            token_mask=join([condition.token_mask for condition in conditions]),
+            guidance=join([condition.guidance for condition in conditions]),
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
@@ -141,13 +165,30 @@ class Condition:
             pooled=None if self.pooled is None else change(self.pooled),
             token_counts=self.token_counts,
             time_ids=None if self.time_ids is None else change(self.time_ids),
+            token_mask=None if self.token_mask is None else change(self.token_mask),
+            guidance=None if self.guidance is None else change(self.guidance),
         )
+
+
+def _same_length(conditions: Sequence[Condition]) -> list[Condition]:
+    """Conditions with masks, padded with masked zero tokens to the longest; others as they are."""
+    longest = max(condition.tokens.shape[1] for condition in conditions)
+
+    def padded(condition: Condition) -> Condition:
+        missing = longest - condition.tokens.shape[1]
+        if condition.token_mask is None or missing == 0:
+            return condition
+        tokens = functional.pad(condition.tokens, (0, 0, 0, missing))
+        return replace(condition, tokens=tokens, token_mask=functional.pad(condition.token_mask, (0, missing)))
+
+    return [padded(condition) for condition in conditions]
 
 
 def _require_same_layout(a: Condition, b: Condition) -> None:
     if a.tokens.shape[1:] != b.tokens.shape[1:]:
         raise ValueError(f"conditions differ in token shape: {tuple(a.tokens.shape)} and {tuple(b.tokens.shape)}")
-    for name, x, y in (("pooled", a.pooled, b.pooled), ("time_ids", a.time_ids, b.time_ids)):
+    for name in ("pooled", "time_ids", "token_mask", "guidance"):
+        x, y = getattr(a, name), getattr(b, name)
         if (x is None) != (y is None) or (x is not None and y is not None and x.shape[1:] != y.shape[1:]):
             shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in (x, y))
             raise ValueError(f"conditions differ in {name}: {shapes[0]} and {shapes[1]}")

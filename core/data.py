@@ -1,7 +1,7 @@
 """Prompts and latents for training, in an order that depends on the seed and the sample's number alone.
 
-Shapes: latents [N, C, H, W]. Sample number = training step * global batch size + place in the global batch, so a
-resumed run reads on where it stopped and two processes read what one process would.
+Shapes: latents [N, C, H, W], or [N, C, F, H, W] of videos. Sample number = training step * global batch size + place in
+the global batch, so a resumed run reads on where it stopped and two processes read what one process would.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class PromptConditions:
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Latents [N, C, H, W] with a prompt each and, for teacher pairs, the noise [N, C, H, W] they were made from.
+    """Latents [N, C, H, W] or [N, C, F, H, W] with a prompt each and, for teacher pairs, the noise they were made from.
 
     Raises ValueError when counts or shapes disagree, or a prompt is not one line of text, which the file cannot hold.
     """

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family, network_dtype
-from fewstep.core.paths import x0_from_velocity
+from fewstep.core.paths import expand_time, x0_from_velocity
+from fewstep.core.two_time import network_times
 
 
 class Denoiser(nn.Module):
@@ -35,10 +36,14 @@ class Denoiser(nn.Module):
         self.network = network
         self.family = family
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """velocity = eps - x0, [B, C, h, w], fp32 or fp64."""
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None) -> Tensor:
+        """velocity = eps - x0, [B, C, h, w], fp32 or fp64.
+
+        A network of two times (`add_second_time`) gives the average velocity from t down to r [B]; None is r = t.
+        """
         dtype = torch.promote_types(network_dtype(self.network), torch.float32)
-        return self.family.velocity(self.network, x_t.to(dtype), t.to(dtype), condition)
+        times = network_times(self.network, t.to(dtype), None if r is None else r.to(dtype))
+        return self.family.velocity(self.network, x_t.to(dtype), times, condition)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x0 = x_t - t velocity, fp32 or fp64."""
@@ -85,12 +90,13 @@ def guided_velocity(
     t: Tensor,
     condition: Condition,
     null_condition: Condition,
-    guidance: float,
+    guidance: float | Tensor,
 ) -> Tensor:
     """Classifier-free guidance u + guidance (c - u), where 1 is none (arXiv:2207.12598, Eq. 6, with w = guidance - 1).
 
     One network call: on the doubled batch [unconditional, conditional], or on the batch itself when guidance is 1. The
-    size that SDXL is told belongs to the picture and not to the prompt, so the unconditional side is told the same.
+    size that SDXL is told belongs to the picture and not to the prompt, so the unconditional side is told the same; so
+    it is with an embedded guidance.
 
     Args:
         denoiser: a `Denoiser` or a wrapper with its call.
@@ -98,16 +104,19 @@ def guided_velocity(
         t: [B].
         condition: batch B.
         null_condition: batch 1 or B.
-        guidance: any number.
+        guidance: any number, or [B] of them.
 
     Raises:
         ValueError: the two conditions do not fit together.
     """
-    if guidance == 1:
+    if not isinstance(guidance, Tensor) and guidance == 1:
         return denoiser(x_t, t, condition)
     null_condition = null_condition.expand(condition.batch_size)
     if condition.time_ids is not None:
         null_condition = replace(null_condition, time_ids=condition.time_ids)
+    if condition.guidance is not None:
+        null_condition = replace(null_condition, guidance=condition.guidance)
     both = Condition.cat([null_condition, condition])
-    unconditional, conditional = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    unconditional, conditional = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    scale = expand_time(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+    return unconditional + scale * (conditional - unconditional)

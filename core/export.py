@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +25,10 @@ from fewstep.core.export_check import (
     training_latents,
 )
 from fewstep.core.export_components import absent_components, stand_ins
+from fewstep.core.export_sana import is_sprint_network, sprint_teacher
 from fewstep.core.export_schedulers import SamplerSpec, SchedulerPlan, plan_scheduler
+from fewstep.core.export_second_time import bake_second_time
+from fewstep.core.families.sana import call_arguments
 from fewstep.core.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.model_card import (
     RECORD_FILE,
@@ -38,6 +41,7 @@ from fewstep.core.model_card import (
     write_record,
 )
 from fewstep.core.teacher import Teacher
+from fewstep.core.two_time import second_time_of
 
 # Guidance is in the weights; 1 makes diffusers skip its second network call.
 GUIDANCE_SCALE = 1.0
@@ -69,6 +73,11 @@ class _Job:
     probe: Probe
     lora_only: bool
 
+    @property
+    def guidance_scale(self) -> float:
+        """What the pipeline is called with: the scale that its network is told, else 1."""
+        return GUIDANCE_SCALE if self.probe.guidance is None else self.probe.guidance
+
 
 def export_pipeline(
     teacher_path: str,
@@ -84,7 +93,8 @@ def export_pipeline(
     """Write a student as a diffusers directory, load it again and compare it with the sampler of the training.
 
     The directory holds the teacher's pipeline with the student's weights (adapters merged) and a stock scheduler that
-    steps on `sampler.times`; `distillation.json` and README.md say what to pass to the pipeline. With `lora_only` it
+    steps on `sampler.times`. A second time of the network becomes part of its time layers, for these times alone.
+    `distillation.json` and README.md say what to pass to the pipeline. With `lora_only` it
     holds `pytorch_lora_weights.safetensors` and the scheduler, to be loaded on top of the teacher. It appears at
     `output` only after the comparison: latents to 3e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
 
@@ -115,7 +125,7 @@ def export_pipeline(
 def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
     trained = copy.deepcopy(network).float().eval()
     trained_latents = _training_latents(job, trained)
-    stored = _rounded_adapters(trained, job.dtype) if job.lora_only else _plain_network(trained, job.dtype)
+    stored = _rounded_adapters(trained, job.dtype) if job.lora_only else _plain_network(trained, job)
     with _new_directory(output) as draft:
         if job.lora_only:
             _write_adapters(job, stored, draft)
@@ -155,8 +165,23 @@ def _prepare(
         raise ValueError(f"dtype is {dtype}, allowed are {', '.join(str(name) for name in DTYPE_NAMES)}.")
     if lora_only and not hasattr(network, "peft_config"):
         raise ValueError("lora_only is given, but the network has no adapters. Train with student.lora_rank > 0.")
+    two_times = second_time_of(network) is not None
+    if two_times != (spec.sampler == "flow_map"):
+        raise ValueError(
+            f"sampler {spec.sampler!r} with a network of {2 if two_times else 1} time(s): 'flow_map' belongs to "
+            "networks of two times, and they to it."
+        )
+    if lora_only and two_times:
+        raise ValueError("lora_only cannot hold a second time, which goes into the time layers: export it merged.")
     device = next(network.parameters()).device
     teacher = Teacher.load(teacher_path, device=device)
+    is_sprint = is_sprint_network(network)
+    if is_sprint and lora_only:
+        raise ValueError(
+            "lora_only cannot hold a guidance embedding, which the teacher does not have: export it merged."
+        )
+    if is_sprint:
+        teacher = sprint_teacher(teacher)
     expected = teacher.family.network(teacher.pipeline)
     if type(network) is not type(expected):
         raise ValueError(
@@ -169,15 +194,18 @@ def _prepare(
     probe = make_probe(
         teacher.pipeline, teacher.family, spec=spec, device=device, height=report.height, width=report.width
     )
+    if is_sprint:
+        probe = replace(probe, guidance=report.guidance)
     return _Job(teacher, teacher_path, network_name, spec, plan, report, dtype, probe, lora_only)
 
 
-def _plain_network(trained: nn.Module, dtype: torch.dtype) -> Any:
-    """A stock network with the weights of `trained`, adapters merged, in `dtype`."""
-    merged = trained
+def _plain_network(trained: nn.Module, job: _Job) -> Any:
+    """A stock network with the weights of `trained`, adapters merged, the second time baked in, in the files' dtype."""
+    merged, dtype = copy.deepcopy(trained), job.dtype
     if hasattr(trained, "peft_config"):
-        merged = copy.deepcopy(trained)
         merge_lora(merged)
+    if second_time_of(merged) is not None:
+        bake_second_time(merged, job.plan.network_timesteps)
     plain = cast(Any, type(merged)).from_config(merged.config)
     plain.load_state_dict(merged.state_dict())
     plain = plain.to(device=next(merged.parameters()).device, dtype=dtype).eval()
@@ -238,7 +266,7 @@ def _training_latents(job: _Job, network: nn.Module) -> Tensor:
 def _verify(job: _Job, draft: Path, *, stored_latents: Tensor, trained_latents: Tensor) -> Verification:
     pipeline = _load(job, draft).to(job.probe.latents.device)
     latents, seen = pipeline_latents(
-        pipeline, job.plan, job.probe, guidance_scale=GUIDANCE_SCALE, network_name=job.network_name
+        pipeline, job.plan, job.probe, guidance_scale=job.guidance_scale, network_name=job.network_name
     )
     check_timesteps(seen, job.plan)
     verification = Verification(
@@ -274,6 +302,7 @@ def _load(job: _Job, draft: Path) -> Any:
 
 def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord:
     report, plan = job.report, job.plan
+    size = call_arguments(job.teacher.pipeline, report.height, report.width)
     return ExportRecord(
         name=name,
         method=report.method,
@@ -284,11 +313,14 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         network_timesteps=plan.network_timesteps,
         training_guidance=report.guidance,
         num_inference_steps=plan.num_inference_steps,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=job.guidance_scale,
         sigmas=plan.sigmas,
         timesteps=plan.timesteps,
-        height=report.height,
-        width=report.width,
+        height=size.get("height", report.height),
+        width=size.get("width", report.width),
+        max_timesteps=plan.max_timesteps,
+        intermediate_timesteps=plan.intermediate_timesteps,
+        use_resolution_binning=size.get("use_resolution_binning"),
         step_noise=plan.step_noise,
         pipeline=type(job.teacher.pipeline).__name__,
         scheduler=type(plan.scheduler).__name__,

@@ -5,7 +5,7 @@ B pictures, latents [B, C, H, W], K steps.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export_schedulers import SamplerSpec, SchedulerPlan
 from fewstep.core.families.family import Family
+from fewstep.core.families.sana import call_arguments
 from fewstep.core.student import Student
+from fewstep.core.two_time import second_time_of
 
 PROBE_PROMPTS = ("a cat", "7")
 PROBE_SEED = 20240514
@@ -31,6 +33,7 @@ class Probe:
     """One input of the comparison: prompts, latents [B, C, H, W] and the noise between steps, K - 1 times [B, C, H, W].
 
     seed: torch's global generator, set to it, draws exactly `renoise` one after the other.
+    guidance: the scale that a network with a guidance embedding is told, None for others.
     """
 
     prompts: tuple[str, ...]
@@ -39,6 +42,7 @@ class Probe:
     latents: Tensor
     renoise: tuple[Tensor, ...]
     seed: int
+    guidance: float | None = None
 
 
 def make_probe(
@@ -64,8 +68,13 @@ def training_latents(
     """What the student of the training makes of a probe, with the text encoders of `pipeline`: latents [B, C, H, W]."""
     with torch.no_grad():
         condition = family.encode_prompts(pipeline, list(probe.prompts), height=probe.height, width=probe.width)
+    if probe.guidance is not None:
+        scales = torch.full((condition.batch_size,), probe.guidance, device=probe.latents.device)
+        condition = replace(condition, guidance=scales)
     family.prepare_network(network)
-    student = Student(Denoiser(network, family), times=spec.times, sampler=spec.sampler)
+    # A second time that is in the weights already makes the jump an Euler step.
+    baked = spec.sampler == "flow_map" and second_time_of(network) is None
+    student = Student(Denoiser(network, family), times=spec.times, sampler="ode" if baked else spec.sampler)
     return student.sample(probe.latents, condition, probe.renoise)
 
 
@@ -74,6 +83,7 @@ def pipeline_latents(
 ) -> tuple[Tensor, list[float]]:
     """What a diffusers pipeline makes of a probe, and the timesteps that its network was called with."""
     seen: list[float] = []
+    size = {"height": probe.height, "width": probe.width} | call_arguments(pipeline, probe.height, probe.width)
 
     def record(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         timestep = named["timestep"] if "timestep" in named else positional[1]
@@ -85,8 +95,7 @@ def pipeline_latents(
         with _seeded(probe.seed, probe.latents.device):
             latents = pipeline(
                 prompt=list(probe.prompts),
-                height=probe.height,
-                width=probe.width,
+                **size,
                 latents=probe.latents.clone(),
                 num_inference_steps=plan.num_inference_steps,
                 guidance_scale=guidance_scale,

@@ -6,25 +6,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from fewstep.core.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.export import DTYPE_NAMES, export_pipeline
+from fewstep.core.export_sana import sprint_times
 from fewstep.core.export_schedulers import SamplerSpec, nearest_exportable_times
+from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
 from fewstep.core.model_card import ExportRecord, StudentReport
 from fewstep.core.run_directory import CONFIG_FILE
+from fewstep.core.student import Sampler, Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.two_time import SecondTime, add_second_time
 
 LIVE_FILE, EMA_FILE = "student", "student_ema"
 # A Denoiser's parameters carry the name of its one child.
 NETWORK_PREFIX = "network."
 MISSING = object()
+# Its students have a guidance embedding, which their teachers have not, and step where SanaSprintPipeline can.
+SPRINT_METHOD = "sana_sprint"
 
 
 # Methods whose students are trained at all times, not at the times of one grid.
-ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm")
+ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint")
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,12 @@ class RunSettings:
     guidance: float
     steps: int
     shift: float
-    sampler: Literal["sde", "ode"]
+    sampler: Sampler
     lora_rank: int
     lora_alpha: float
     height: int | None
     width: int | None
+    second_time: SecondTime | Literal["none"] = "none"
 
 
 def read_settings(run: str | Path) -> RunSettings:
@@ -67,7 +76,7 @@ def read_settings(run: str | Path) -> RunSettings:
             raise ValueError(f"{file} has no {'.'.join(keys)}; it is not the resolved configuration of a distillation")
         return default if value is MISSING else value
 
-    # Methods without adapters or without a size of their own have no such keys.
+    # Methods without adapters, a size of their own or a second time have no such keys.
     return RunSettings(
         method=read("method"),
         teacher_path=read("teacher", "path"),
@@ -79,6 +88,7 @@ def read_settings(run: str | Path) -> RunSettings:
         lora_alpha=float(read("student", "lora_alpha", default=1.0)),
         height=read("data", "height", default=None),
         width=read("data", "width", default=None),
+        second_time=read("second_time", default="none"),
     )
 
 
@@ -115,13 +125,7 @@ def export_run(
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
     settings = _with_steps(read_settings(run), steps, run)
-    loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
-    name = EMA_FILE if weights == "ema" else LIVE_FILE
-    if name not in loaded.tensors:
-        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
-    teacher = Teacher.load(settings.teacher_path, device=device)
-    network = _student_network(teacher, settings, loaded.tensors[name])
-    times = nearest_exportable_times(teacher.pipeline, step_grid(settings.steps, shift=settings.shift))
+    loaded = load_run_student(run, settings, checkpoint=checkpoint, weights=weights, device=device)
     report = StudentReport(
         method=settings.method,
         base_model=settings.teacher_path,
@@ -135,8 +139,8 @@ def export_run(
     output = run / "export" if output is None else Path(output)
     record = export_pipeline(
         settings.teacher_path,
-        network,
-        sampler=SamplerSpec(times, settings.sampler),
+        loaded.student.denoiser.network,
+        sampler=SamplerSpec(loaded.student.times, settings.sampler),
         output=output,
         report=report,
         dtype=dtypes[dtype],
@@ -144,6 +148,36 @@ def export_run(
         lora_only=files.lora_only,
     )
     return output, record
+
+
+@dataclass(frozen=True)
+class RunStudent:
+    """The student of a run beside its teacher, and the step of the training that its weights are of."""
+
+    teacher: Teacher
+    student: Student
+    step: int
+
+
+def load_run_student(
+    run: Path, settings: RunSettings, *, checkpoint: str = "latest", weights: str = "ema", device: str = "cpu"
+) -> RunStudent:
+    """The student as it samples in training, from a checkpoint of a run; the arguments of `export_run`.
+
+    Raises:
+        ValueError: a file or weight is missing, or does not fit the teacher.
+    """
+    loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
+    name = EMA_FILE if weights == "ema" else LIVE_FILE
+    if name not in loaded.tensors:
+        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
+    teacher = Teacher.load(settings.teacher_path, device=device)
+    network = _student_network(teacher, settings, loaded.tensors[name])
+    grid = step_grid(settings.steps, shift=settings.shift)
+    if settings.method == SPRINT_METHOD:
+        grid = sprint_times(settings.steps)
+    times = nearest_exportable_times(teacher.pipeline, grid)
+    return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
 
 
 def _with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
@@ -173,10 +207,15 @@ def _find_checkpoint(run: Path, checkpoint: str) -> Path:
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The teacher's network with the student's adapters, if any, and its weights."""
     network = teacher.denoiser.network
+    if settings.method == SPRINT_METHOD:
+        assert isinstance(network, SanaTransformer2DModel)
+        network = with_guidance_embedding(network)
     network.requires_grad_(True)
     if settings.lora_rank > 0:
         targets = teacher.family.lora_targets
         add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=0)
+    if settings.second_time != "none":
+        add_second_time(network, settings.second_time)
     plain = {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items()}
     # A LoRA student stores its adapters alone; what stays the teacher's is exactly what was not trained.
     missing, unexpected = network.load_state_dict(plain, strict=False)

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SCMScheduler,
 )
 
+from fewstep.core.export_sana import sprint_angles
 from fewstep.core.grids import euler_scheduler_parameters, shift_of_grid, validate_grid
 from fewstep.core.paths import VariancePreserving
+from fewstep.core.student import Sampler
 
 # The scheduler computes in fp32; one ulp of a time near 1 is 6e-8 and a handful of operations follow.
 GRID_TOLERANCE = 2e-6
@@ -36,17 +39,18 @@ class SamplerSpec:
     """How a student samples.
 
     times: canonical times of the steps, strictly descending in (0, 1], without the final 0.
-    sampler: "sde" re-noises the predicted x0 at the next time, "ode" takes an Euler step along the velocity.
+    sampler: "sde" re-noises the predicted x0 at the next time, "ode" takes an Euler step along the velocity, "flow_map"
+        one along the average velocity of a network of two times.
     Raises ValueError for another order, range or name.
     """
 
     times: tuple[float, ...]
-    sampler: Literal["sde", "ode"]
+    sampler: Sampler
 
     def __post_init__(self) -> None:
         validate_grid(self.times)
-        if self.sampler not in ("sde", "ode"):
-            raise ValueError(f'sampler is {self.sampler!r}, allowed are "sde" and "ode".')
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler is {self.sampler!r}, allowed are {', '.join(get_args(Sampler))}.")
 
     @property
     def steps(self) -> int:
@@ -57,11 +61,13 @@ class SamplerSpec:
 class SchedulerPlan:
     """A scheduler and what the pipeline has to be called with for it to step on the student's grid.
 
-    scheduler: a FlowMatchEulerDiscreteScheduler, LCMScheduler, DDIMScheduler or EulerDiscreteScheduler.
+    scheduler: a FlowMatchEulerDiscreteScheduler, LCMScheduler, DDIMScheduler, EulerDiscreteScheduler or SCMScheduler.
     network_timesteps: what the network is called with, in the units of the pipeline (fp32 values or table indices).
     step_noise: where the noise between steps comes from, "none" if there is none: the "generator" of the call, or
         torch's "global" one, because the pipeline does not hand its generator to the scheduler.
     sigmas, timesteps: extra arguments of the pipeline's __call__, None where the scheduler needs none.
+    max_timesteps, intermediate_timesteps: angles, extra arguments of SanaSprintPipeline's __call__; the first is None
+        for other pipelines, the second for other than two steps.
     """
 
     scheduler: Any
@@ -70,9 +76,13 @@ class SchedulerPlan:
     step_noise: Literal["none", "generator", "global"]
     sigmas: tuple[float, ...] | None = None
     timesteps: tuple[int, ...] | None = None
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | None = None
 
-    def extra_arguments(self) -> dict[str, list[float] | list[int]]:
+    def extra_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the pipeline's __call__ beside `num_inference_steps` and `guidance_scale`."""
+        if self.max_timesteps is not None:
+            return {"max_timesteps": self.max_timesteps, "intermediate_timesteps": self.intermediate_timesteps}
         if self.sigmas is not None:
             return {"sigmas": list(self.sigmas)}
         if self.timesteps is not None:
@@ -86,8 +96,19 @@ def plan_scheduler(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerP
     Raises ValueError if no stock scheduler can express the grid or the sampler with this pipeline.
     """
     scheduler = pipeline.scheduler
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, SCMScheduler):
+        first, middle = sprint_angles(spec)
+        step_noise, fresh = _step_noise(pipeline, spec), SCMScheduler(sigma_data=scheduler.config["sigma_data"])
+        return SchedulerPlan(
+            fresh, spec.steps, spec.times, step_noise, max_timesteps=first, intermediate_timesteps=middle
+        )
+    if _is_flow(scheduler):
         return _plan_flow(pipeline, spec, num_train_timesteps=scheduler.config["num_train_timesteps"])
+    if spec.sampler == "flow_map":
+        raise ValueError(
+            f"the teacher's scheduler is {type(scheduler).__name__}; flow maps of two times are exported with "
+            "FlowMatchEulerDiscreteScheduler. Give a teacher of rectified flow."
+        )
     if isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
         return _plan_variance_preserving(pipeline, spec)
     raise ValueError(
@@ -96,8 +117,13 @@ def plan_scheduler(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerP
     )
 
 
+def _is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler walks rectified flow: a DPM-Solver with flow sigmas has a DDPM table too, unused."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def _step_noise(pipeline: DiffusionPipeline, spec: SamplerSpec) -> Literal["none", "generator", "global"]:
-    if spec.sampler == "ode" or spec.steps == 1:
+    if spec.sampler != "sde" or spec.steps == 1:
         return "none"
     # The pipelines that hand their generator on do it in this method; the flow pipelines have none.
     return "generator" if hasattr(pipeline, "prepare_extra_step_kwargs") else "global"
@@ -106,7 +132,10 @@ def _step_noise(pipeline: DiffusionPipeline, spec: SamplerSpec) -> Literal["none
 def _plan_flow(pipeline: DiffusionPipeline, spec: SamplerSpec, *, num_train_timesteps: int) -> SchedulerPlan:
     stochastic = spec.sampler == "sde"
     step_noise = _step_noise(pipeline, spec)
-    network_timesteps = tuple(num_train_timesteps * time for time in spec.times)
+    # SANA's pipeline scales what the scheduler says by a number of its network.
+    network = getattr(pipeline, "transformer", None)
+    scale = num_train_timesteps * getattr(getattr(network, "config", None), "timestep_scale", 1)
+    network_timesteps = tuple(scale * time for time in spec.times)
     shift, terminal = _flow_parameters(spec.times, num_train_timesteps)
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=num_train_timesteps,
@@ -163,7 +192,7 @@ def nearest_exportable_times(pipeline: DiffusionPipeline, times: Sequence[float]
 
     Raises ValueError if two times fall on one entry.
     """
-    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+    if _is_flow(pipeline.scheduler):
         return tuple(times)
     path = VariancePreserving(pipeline.scheduler.alphas_cumprod)
     last = path.alphas_cumprod.shape[0] - 1

@@ -67,7 +67,7 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
             ) from error
         if not text:
             raise ValueError(f"{file} line {number} has a blank caption; the embeddings of a real caption are needed")
-        if not picture.is_file():
+        if not picture.exists():
             raise ValueError(f"{file} line {number} names {picture}, which does not exist")
         rows.append((picture, text))
     if not rows:
@@ -97,12 +97,17 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
     """One picture as [3, height, width] in [0, 1]. Raises ValueError when the file is no picture."""
     try:
         with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-            scale = max(height / picture.height, width / picture.width)
-            size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
-            # torchvision annotates these functions for tensors alone; a picture stays a picture in them.
-            lanczos = vision.InterpolationMode.LANCZOS
-            resized = vision.resize(picture, size, lanczos)  # pyright: ignore[reportArgumentType]
-            return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]
+            return fit_picture(picture, height, width)
     except OSError as error:
         raise ValueError(f"{path} is no whole picture that PIL can read: {error}") from error
+
+
+def fit_picture(picture: Image.Image, height: int, width: int) -> torch.Tensor:
+    """A picture as [3, height, width] in [0, 1]: resized to cover that size, then cut to its centre."""
+    picture = picture.convert("RGB")
+    scale = max(height / picture.height, width / picture.width)
+    size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
+    # torchvision annotates these functions for tensors alone; a picture stays a picture in them.
+    lanczos = vision.InterpolationMode.LANCZOS
+    resized = vision.resize(picture, size, lanczos)  # pyright: ignore[reportArgumentType]
+    return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]

@@ -65,6 +65,8 @@ class ExportRecord:
     network_timesteps: what the network is called with at these times.
     num_inference_steps, guidance_scale, sigmas, timesteps, height, width: arguments of the pipeline's __call__, None
         where it needs none.
+    max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
+    use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
     absent_components: parts of the pipeline that the teacher does without; a merged export holds stand-ins for them.
     step_noise: where the noise between steps comes from: "none", the "generator" of the call, or torch's "global" one.
     """
@@ -73,7 +75,7 @@ class ExportRecord:
     method: str
     base_model: str
     steps: int
-    sampler: Literal["sde", "ode"]
+    sampler: Literal["sde", "ode", "flow_map"]
     times: tuple[float, ...]
     network_timesteps: tuple[float, ...]
     training_guidance: float
@@ -94,6 +96,9 @@ class ExportRecord:
     figures: tuple[Figure, ...]
     verification: Verification | None
     versions: tuple[tuple[str, str], ...]
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | None = None
+    use_resolution_binning: bool | None = None
 
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments that every call of the exported pipeline needs."""
@@ -106,7 +111,12 @@ class ExportRecord:
             "timesteps": None if self.timesteps is None else list(self.timesteps),
             "height": self.height,
             "width": self.width,
+            "use_resolution_binning": self.use_resolution_binning,
         }
+        if self.max_timesteps is not None:
+            # The pipeline has defaults of its own, which fit two steps: None has to be passed for others.
+            arguments["max_timesteps"] = self.max_timesteps
+            arguments["intermediate_timesteps"] = self.intermediate_timesteps
         return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -234,6 +244,12 @@ def _summary(record: ExportRecord) -> str:
 
 
 def _arguments_remark(record: ExportRecord) -> str:
+    if record.max_timesteps is not None:
+        return (
+            "SanaSprintPipeline stores neither the number of steps nor its angles, so pass all of the above. The "
+            f"network is told the guidance: {record.guidance_scale:g} is the scale of the check below, others that the "
+            "training covered work as well. It costs no second network call.\n"
+        )
     text = (
         "A diffusers pipeline stores neither the number of steps nor the guidance, so pass both: "
         f"`num_inference_steps={record.num_inference_steps}` and `guidance_scale={record.guidance_scale}` (the "
@@ -267,7 +283,12 @@ def _seed_remark(record: ExportRecord) -> str:
 
 
 def _grid_table(record: ExportRecord) -> str:
-    update = "re-noise the predicted x0 (sde)" if record.sampler == "sde" else "Euler step (ode)"
+    updates = {
+        "sde": "re-noise the predicted x0 (sde)",
+        "ode": "Euler step (ode)",
+        "flow_map": "jump of the flow map, an Euler step of weights that are made for these times alone (flow_map)",
+    }
+    update = updates[record.sampler]
     rows = [f"{record.scheduler}; between steps: {update}.\n", "| step | time t | network timestep |", "|---|---|---|"]
     pairs = zip(record.times, record.network_timesteps, strict=True)
     rows += [f"| {i} | {time:.6g} | {timestep:.6g} |" for i, (time, timestep) in enumerate(pairs, start=1)]

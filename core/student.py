@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.grids import validate_grid
 from fewstep.core.paths import add_noise, x0_from_velocity
+
+Sampler = Literal["sde", "ode", "flow_map"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Student:
 
         sde: (1 - t') x0 + t' n with fresh noise n (DMD2, arXiv:2405.14867, Sec. 4.4; LCM, arXiv:2310.04378, Alg. 3)
         ode: x + (t' - t) velocity, an Euler step
+        flow_map: x + (t' - t) u(x, t, t'), the jump of a network of two times (MeanFlow, arXiv:2505.13447), t' = 0 at
+            the end; exact for an exact network, whatever the times are
 
     and the last x0 is the sample.
 
@@ -44,13 +48,13 @@ class Student:
         ValueError: the times are no grid, or the sampler is unknown.
     """
 
-    def __init__(self, denoiser: Denoiser, times: Sequence[float], sampler: Literal["sde", "ode"] = "sde") -> None:
+    def __init__(self, denoiser: Denoiser, times: Sequence[float], sampler: Sampler = "sde") -> None:
         validate_grid(times)
-        if sampler not in ("sde", "ode"):
-            raise ValueError(f"sampler must be sde or ode, got {sampler!r}")
+        if sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be {' or '.join(get_args(Sampler))}, got {sampler!r}")
         self.denoiser = denoiser
         self.times = tuple(times)
-        self.sampler: Literal["sde", "ode"] = sampler
+        self.sampler: Sampler = sampler
 
     def rollout(
         self,
@@ -62,10 +66,12 @@ class Student:
     ) -> RolloutOutput:
         """Steps 0 ... grad_step; only the call at `grad_step` builds a graph (backward simulation, DMD2, Sec. 4.4).
 
+        A flow map jumps from there to 0 in one.
+
         Args:
             noise: [B, C, h, w], standard normal, as the stock pipeline takes it.
             condition: batch B.
-            renoise: renoise[i] [B, C, h, w] is the fresh noise after step i; the ODE sampler uses none.
+            renoise: renoise[i] [B, C, h, w] is the fresh noise after step i; the others use none.
             grad_step: 0 ... K - 1; None is the last step.
             denoiser: called in place of the own one at `grad_step`, for instance its DDP wrapper.
 
@@ -82,7 +88,11 @@ class Student:
             for i in range(last):
                 x_t = self._step(x_t, condition, i, renoise)
         t = self._time(x_t, last)
-        velocity = (self.denoiser if denoiser is None else denoiser)(x_t, t, condition)
+        called = self.denoiser if denoiser is None else denoiser
+        if self.sampler == "flow_map":
+            velocity = called(x_t, t, condition, torch.zeros_like(t))
+        else:
+            velocity = called(x_t, t, condition)
         return RolloutOutput(x0_from_velocity(x_t.to(velocity.dtype), velocity, t), x_t, t)
 
     @torch.no_grad()
@@ -100,6 +110,8 @@ class Student:
 
     def _step(self, x_t: Tensor, condition: Condition, i: int, renoise: Sequence[Tensor]) -> Tensor:
         t, t_next = self._time(x_t, i), self._time(x_t, i + 1)
+        if self.sampler == "flow_map":
+            return x_t + (self.times[i + 1] - self.times[i]) * self.denoiser(x_t, t, condition, t_next)
         velocity = self.denoiser(x_t, t, condition)
         if self.sampler == "ode":
             return x_t + (self.times[i + 1] - self.times[i]) * velocity

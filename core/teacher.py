@@ -1,6 +1,7 @@
 """The frozen many-step model that is distilled, with its prompt encoder, decoder and deterministic sampler.
 
-Legend: B batch; latents, noise, x_t, velocity [B, C, h, w]; pixels [B, 3, H, W] in [0, 1]; t [B] canonical.
+Legend: B batch; latents, noise, x_t, velocity [B, C, h, w]; pixels [B, 3, H, W] in [0, 1]; t [B] canonical. Teachers of
+videos have a time axis after the channels: latents [B, C, F, h, w], pixels [B, 3, frames, H, W], t [B] or [B, F].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
+from fewstep.core.families.family import VideoFamily
 from fewstep.core.families.table import build_family
 from fewstep.core.paths import x0_from_velocity
 
@@ -71,14 +73,14 @@ class Teacher:
             folder, dtype=dtype, use_safetensors=True, **dict.fromkeys(null_components)
         )
         vae = pipeline.components.get("vae")
-        if vae is not None and dtype == torch.float16 and vae.config.force_upcast:
+        if vae is not None and dtype == torch.float16 and vae.config.get("force_upcast"):
             vae.to(torch.float32)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, path=str(path))
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
-        """Guided velocity u + guidance (c - u), fp32 at least."""
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
+        """Guided velocity u + guidance (c - u), fp32 at least; guidance is one number or [B] of them."""
         return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
@@ -114,9 +116,18 @@ class Teacher:
         """Latents of pixels in [0, 1]: a draw with `generator`, the mode of the posterior without."""
         return self.family.encode_pixels(self.pipeline, pixels, generator)
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) for pictures of that size in pixels; None is the pipeline's own size."""
-        return self.family.latent_shape(self.pipeline, height, width)
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, *, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """(C, h, w) for pictures of that size in pixels, (C, F, h, w) for videos; None is the pipeline's own size.
+
+        `frames` counts pixel frames. Raises ValueError when it is given and the teacher makes pictures.
+        """
+        if frames is None:
+            return self.family.latent_shape(self.pipeline, height, width)
+        if not isinstance(self.family, VideoFamily):
+            raise ValueError(f"frames is {frames}, and a teacher of the family {self.family.name} makes pictures")
+        return self.family.video_shape(self.pipeline, frames=frames, height=height, width=width)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, *, steps: int, guidance: float) -> Tensor:

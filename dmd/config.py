@@ -30,8 +30,9 @@ class StudentConfig:
     """Network calls per sample."""
     shift: float = 1.0
     """Time shift of the step grid."""
-    sampler: Literal["sde", "ode"] = "sde"
-    """'sde' re-noises the prediction with fresh noise at each step, 'ode' takes Euler steps."""
+    sampler: Literal["sde", "ode", "flow_map"] = "sde"
+    """'sde' re-noises the prediction with fresh noise at each step, 'ode' takes Euler steps, 'flow_map' the jumps of a
+    network of two times (consistency methods that have one)."""
     lora_rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
     lora_alpha: float = 64.0
@@ -134,6 +135,8 @@ class DmdConfig:
 def check_settings(config: DmdConfig) -> None:
     """Raise ValueError for settings that cannot work together, with what to change."""
     student, loss, data = config.student, config.loss, config.data
+    if student.sampler == "flow_map":
+        raise ValueError("student.sampler 'flow_map' needs a network of two times; use scripts/train_consistency.py")
     if student.steps < 1:
         raise ValueError(f"student.steps is {student.steps}; it must be at least 1")
     if config.fake_score.updates_per_student_update < 1:

@@ -88,13 +88,23 @@ class DmdData:
         return cls(read_prompts(data.prompts), real, pairs)
 
 
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(C, h, w) of a picture's latents. Raises ValueError for a teacher of videos, whose latents have frames."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"this teacher makes videos, latents {shape}, and this script trains students for pictures: use "
+            "scripts/train_causal_video.py"
+        )
+    return shape[0], shape[1], shape[2]
+
+
 def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     """Load the teacher, copy it into student and fake score, and hand both to the trainer.
 
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
-    shape = teacher.latent_shape(config.data.height, config.data.width)
+    shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
     for name, dataset in (("latents", data.real), ("pairs", data.pairs)):
         if dataset is not None and tuple(dataset.latents.shape[1:]) != shape:
             found = tuple(dataset.latents.shape[1:])

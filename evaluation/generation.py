@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SanaSprintPipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family
+from fewstep.core.families.sana import call_arguments
 from fewstep.core.families.table import build_family
 from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher import check_pipeline_folder
@@ -44,8 +45,8 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
 
 def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
     """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`; pixels [B, 3, H, W]."""
-    output = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **grid.arguments())
-    return output.images
+    arguments = grid.arguments() | call_arguments(pipeline, grid.height, grid.width)
+    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments).images
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,14 @@ def _noise_per_image(pipeline: DiffusionPipeline) -> Iterator[list[torch.Generat
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Prompts of an SD3 pipeline encoded once: the empty prompt in row 0 and the row of each other one."""
+    """Prompts of an SD3 or SANA pipeline encoded once: the empty prompt in row 0 and the row of each other one.
+
+    has_negative: whether the pipeline guides by a second prompt; SANA-Sprint does not.
+    """
 
     rows: dict[str, int]
     conditions: Condition
+    has_negative: bool
 
     @classmethod
     def encode(cls, pipeline: DiffusionPipeline, prompts: Sequence[str], *, family: Family) -> _Prompts:
@@ -108,26 +113,38 @@ class _Prompts:
         rows = {prompt: row for row, prompt in enumerate(unique, start=1)}
         starts = range(0, len(unique), ENCODE_BATCH)
         parts = [family.encode_prompts(pipeline, unique[start : start + ENCODE_BATCH]) for start in starts]
-        return cls(rows, Condition.cat([family.encode_null(pipeline), *parts]))
+        has_negative = not isinstance(pipeline, SanaSprintPipeline)
+        return cls(rows, Condition.cat([family.encode_null(pipeline), *parts]), has_negative)
 
     def arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
         """Arguments of the stock call in place of the prompts."""
         condition = self.conditions.index(torch.tensor([self.rows[prompt] for prompt in prompts]))
-        arguments: dict[str, Any] = {"prompt_embeds": condition.tokens, "pooled_prompt_embeds": condition.pooled}
+        arguments = _embeddings(condition)
         # The text of a real T5 has no repeated tokens to count.
         if condition.token_counts is not None:
             arguments["joint_attention_kwargs"] = {"key_bias": condition.token_counts.log()}
-        if guidance > 1.0:
+        if guidance > 1.0 and self.has_negative:
             null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64))
-            arguments |= {"negative_prompt_embeds": null.tokens, "negative_pooled_prompt_embeds": null.pooled}
+            arguments |= {f"negative_{name}": value for name, value in _embeddings(null).items()}
+            # SANA's own default is an empty text, which it takes for a second one beside the embeddings.
+            arguments["negative_prompt"] = None
         return arguments
+
+
+def _embeddings(condition: Condition) -> dict[str, Any]:
+    """Tokens with the pooled text of SD3 or the mask of SANA, as the stock calls name them."""
+    if condition.token_mask is not None:
+        return {"prompt_embeds": condition.tokens, "prompt_attention_mask": condition.token_mask}
+    return {"prompt_embeds": condition.tokens, "pooled_prompt_embeds": condition.pooled}
 
 
 @contextmanager
 def _encoded_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Iterator[_Prompts | None]:
-    """Encoded prompts for SD3, whose network understands token counts inside; None for other families."""
+    """Encoded prompts for SD3, whose network understands token counts inside, and for SANA without its padding; None
+    for other families.
+    """
     family = build_family(pipeline)
-    if family.name != "sd3":
+    if family.name not in ("sd3", "sana"):
         yield None
         return
     network: Any = family.network(pipeline)
@@ -191,7 +208,7 @@ def generate(
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="pt",
-                    **grid.arguments(),
+                    **(grid.arguments() | call_arguments(pipeline, grid.height, grid.width)),
                 ).images
                 drawn = not torch.equal(before, _global_random_state(pipeline.device))
             if drawn and len(texts) > 1:

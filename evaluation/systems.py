@@ -14,22 +14,27 @@ MIN_SAMPLES = 20
 
 @dataclass(frozen=True)
 class StepGrid:
-    """What a pipeline has to be called with: `sigmas` or `timesteps` of its steps, and the size of its pictures in
-    pixels where that is not its own; nothing is the usual case.
+    """What a pipeline has to be called with: `sigmas` or `timesteps` of its steps, SanaSprintPipeline's angles, and the
+    size of its pictures in pixels where that is not its own; nothing is the usual case.
     """
 
     sigmas: tuple[float, ...] | None = None
     timesteps: tuple[int, ...] | None = None
     height: int | None = None
     width: int | None = None
+    max_timesteps: float | None = None
+    intermediate_timesteps: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call."""
         grids = {"sigmas": self.sigmas, "timesteps": self.timesteps}
         size = {"height": self.height, "width": self.width}
-        return {name: list(values) for name, values in grids.items() if values is not None} | {
-            name: value for name, value in size.items() if value is not None
-        }
+        arguments: dict[str, Any] = {name: list(values) for name, values in grids.items() if values is not None}
+        arguments |= {name: value for name, value in size.items() if value is not None}
+        if self.max_timesteps is not None:
+            # None is an argument here: the pipeline's default fits two steps alone.
+            arguments |= {"max_timesteps": self.max_timesteps, "intermediate_timesteps": self.intermediate_timesteps}
+        return arguments
 
 
 OWN_GRID = StepGrid()
@@ -73,6 +78,8 @@ def read_system(
         None if timesteps is None else tuple(timesteps),
         height=record.get("height"),
         width=record.get("width"),
+        max_timesteps=record.get("max_timesteps"),
+        intermediate_timesteps=record.get("intermediate_timesteps") if fits else None,
     )
     return System(name or folder.name, str(folder), int(chosen_steps), float(chosen_guidance), grid)
 
@@ -132,7 +139,8 @@ def picture_size(system: System) -> tuple[int, int]:
     network = "transformer" if (folder / "transformer").is_dir() else "unet"
     try:
         latent = json.loads((folder / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        levels = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        levels = vae["encoder_block_out_channels" if "encoder_block_out_channels" in vae else "block_out_channels"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{folder} does not tell its picture size: {network}/config.json needs sample_size and vae/config.json "

@@ -98,6 +98,7 @@ def check_denoiser_jvp(
     t: Tensor,
     condition: Condition,
     *,
+    r: Tensor | None = None,
     dx: Tensor | None = None,
     dt: Tensor | None = None,
     tolerance: float | None = None,
@@ -112,6 +113,7 @@ def check_denoiser_jvp(
         x_t: [B, C, h, w].
         t: [B], not close to 0 or 1, for steps go to both sides.
         condition: batch B.
+        r: [B] the time at which the velocity's average ends, for a network of two times; it stands still. None is t.
         dx: like x_t; None is the velocity, the direction of the sampler's path.
         dt: like t; None is one.
         tolerance: see `check_jvp`.
@@ -123,7 +125,7 @@ def check_denoiser_jvp(
     wide = torch.promote_types(dtype, torch.float32)
     x_t, t = x_t.to(wide), t.to(wide)
     with torch.no_grad():
-        dx = denoiser(x_t, t, condition) if dx is None else dx.to(wide)
+        dx = denoiser(x_t, t, condition, r) if dx is None else dx.to(wide)
     dt = torch.ones_like(t) if dt is None else dt.to(wide)
 
     def check(
@@ -131,7 +133,7 @@ def check_denoiser_jvp(
     ) -> JvpCheck:
         try:
             return check_jvp(
-                lambda x, time: denoiser(x, time, condition),
+                lambda x, time: denoiser(x, time, condition, r),
                 (x_t, t),
                 directions,
                 tolerance=tolerance,

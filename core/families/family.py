@@ -7,7 +7,7 @@ canonical.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import AutoencoderKL
@@ -77,12 +77,23 @@ class Family(Protocol):
         """Latents at the scale of the network: a draw with `generator`, the mode of the posterior without."""
         ...
 
-    def latent_shape(self, pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, h, w) of a picture of that size in pixels; None is the pipeline's own size."""
+    def latent_shape(self, pipeline: Any, height: int | None, width: int | None) -> tuple[int, ...]:
+        """(C, h, w) of a picture of that size in pixels, (C, F, h, w) of a video; None is the pipeline's own size."""
         ...
 
     def teacher_grid(self, pipeline: Any, steps: int) -> tuple[float, ...]:
         """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out."""
+        ...
+
+
+@runtime_checkable
+class VideoFamily(Protocol):
+    """What a family of video models has beside `Family`, whose latents are [B, C, F, h, w] here and t [B] or [B, F]."""
+
+    def video_shape(
+        self, pipeline: Any, *, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of a video of that many pixel frames and that size; None is the stock pipeline's own."""
         ...
 
 

@@ -72,7 +72,8 @@ class Sd3Family:
         counts = condition.token_counts
         output = network(
             hidden_states=x_t.to(dtype),
-            timestep=t.expand(x_t.shape[0]) * self.time_scale,
+            # Twice as many times as samples go to a network of two times.
+            timestep=t.expand(max(t.numel(), len(x_t))) * self.time_scale,
             encoder_hidden_states=condition.tokens.to(dtype),
             pooled_projections=condition.pooled.to(dtype),
             joint_attention_kwargs=None if counts is None else {"key_bias": counts.to(x_t).log()},

@@ -8,13 +8,18 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from fewstep.core.families.family import Family
+from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sd3 import Sd3Family
 from fewstep.core.families.unet import UnetFamily
+from fewstep.core.families.wan import WanFamily
 
 FAMILIES: dict[str, Callable[[Any], Family]] = {
+    "SanaPipeline": SanaFamily.from_pipeline,
+    "SanaSprintPipeline": SanaFamily.from_pipeline,
     "StableDiffusion3Pipeline": Sd3Family.from_pipeline,
     "StableDiffusionPipeline": UnetFamily.from_pipeline,
     "StableDiffusionXLPipeline": UnetFamily.from_pipeline,
+    "WanPipeline": WanFamily.from_pipeline,
 }
 
 

@@ -294,7 +294,7 @@ def test_source_of_the_noise_between_steps(pipeline, steps, sampler, expected):
 
 
 def test_other_schedulers_and_samplers_are_refused():
-    with pytest.raises(ValueError, match='sampler is \'euler\', allowed are "sde" and "ode"'):
+    with pytest.raises(ValueError, match="sampler is 'euler', allowed are sde, ode, flow_map"):
         SamplerSpec((1.0,), "euler")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="strictly"):
         SamplerSpec((0.5, 1.0), "sde")

@@ -13,6 +13,7 @@ from fewstep.core.families.table import build_family
 from fewstep.core.families.unet import UnetFamily
 from fewstep.core.grids import step_grid
 from fewstep.core.student import Student
+from fewstep.core.two_time import add_second_time, second_time_of
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, build_sd15
 
 MEAN, STD = 0.4, 1.3
@@ -160,11 +161,69 @@ def test_unet_student_starts_from_unit_noise_at_a_timestep_below_the_last() -> N
     assert (sample - (noise - (1 - alpha.square()).sqrt() * eps) / alpha).abs().max() < 1e-5
 
 
+class GaussianFlowMap(nn.Module):
+    """The exact average velocity from t down to r for data N(MEAN, STD^2), times `scale`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.calls: list[tuple[float, float, bool]] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, r: Tensor) -> Tensor:
+        start, end = t[0].item(), r[0].item()
+        self.calls.append((start, end, torch.is_grad_enabled()))
+        shrink = math.sqrt((((1 - end) * STD) ** 2 + end**2) / (((1 - start) * STD) ** 2 + start**2))
+        x_r = (1 - end) * MEAN + shrink * (x_t - (1 - start) * MEAN)
+        return self.scale * (x_t - x_r) / (start - end)
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.9, 0.2), step_grid(4), step_grid(8, shift=5.0)])
+def test_an_exact_flow_map_is_exact_on_any_grid(times: Sequence[float]) -> None:
+    denoiser = GaussianFlowMap()
+    student = Student(denoiser, times, "flow_map")  # pyright: ignore[reportArgumentType]
+    noise = torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    assert (student.sample(noise, NOTHING) - (MEAN + STD * noise)).abs().max() < 1e-13
+    assert [call[:2] for call in denoiser.calls] == list(zip(times, (*times[1:], 0.0), strict=True))
+
+
+@pytest.mark.parametrize("grad_step", [0, 1, 2])
+def test_a_flow_map_jumps_to_the_end_at_the_gradient_step(grad_step: int) -> None:
+    denoiser = GaussianFlowMap()
+    times = step_grid(3)
+    student = Student(denoiser, times, "flow_map")  # pyright: ignore[reportArgumentType]
+    noise = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    output = student.rollout(noise, NOTHING, (), grad_step)
+    ends = (*times[1 : grad_step + 1], 0.0)
+    expected = [(times[i], ends[i], i == grad_step) for i in range(grad_step + 1)]
+    assert denoiser.calls == expected
+    assert (output.x0.detach() - (MEAN + STD * noise)).abs().max() < 1e-13
+    (gradient,) = torch.autograd.grad(output.x0.sum(), denoiser.scale)
+    assert gradient.item() == pytest.approx((output.x0 - output.x_t).sum().item())
+
+
+def test_a_flow_map_of_a_real_network_needs_two_times() -> None:
+    pipeline = build_sd3()
+    family = build_family(pipeline)
+    student = Student(Denoiser(pipeline.transformer, family), step_grid(2), "flow_map")
+    condition = family.encode_prompts(pipeline, ["cat", "dog"])
+    noise = torch.randn(2, *LATENT_SHAPE)
+    with pytest.raises(ValueError, match="has one time and is given r"):
+        student.sample(noise, condition)
+    add_second_time(student.denoiser.network, "gate")
+    output = student.rollout(noise, condition)
+    output.x0.square().mean().backward()
+    layers = second_time_of(student.denoiser.network)
+    assert layers is not None
+    gradient = layers.second.get_submodule("linear_2").get_parameter("weight").grad
+    assert gradient is not None
+    assert gradient.norm() > 0
+
+
 def test_what_cannot_be_rolled_out_is_an_error() -> None:
     denoiser = GaussianMap("consistency")
     with pytest.raises(ValueError, match="strictly"):
         Student(denoiser, (0.5, 1.0))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="sde or ode"):
+    with pytest.raises(ValueError, match="sde or ode or flow_map"):
         Student(denoiser, (1.0,), "heun")  # pyright: ignore[reportArgumentType]
     student = Student(denoiser, step_grid(3))  # pyright: ignore[reportArgumentType]
     noise = torch.randn(1, 1, 2, 2, dtype=torch.float64)

@@ -1,0 +1,261 @@
+"""SANA: linear-attention transformers that speak rectified flow (arXiv:2410.10629), and SANA-Sprint (arXiv:2503.09641).
+
+Legend: B batch, N text tokens, D width of a token, M image tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import network_dtype, pixel_size
+from fewstep.core.grids import validate_grid
+
+AnySanaPipeline = SanaPipeline | SanaSprintPipeline
+# Blocks whose outputs SANA-Sprint's discriminator reads, of the 20 that its network has (arXiv:2503.09641).
+SPRINT_BLOCKS, SPRINT_DEPTH = (2, 8, 14, 19), 20
+
+
+@dataclass(frozen=True)
+class SanaFamily:
+    """SANA in canonical coordinates: the network's output is the velocity.
+
+    A SanaPipeline calls its network at 1000 t times the network's `timestep_scale`; 0.001 there is the dense time
+    embedding of SANA-Sprint, which sees t. SanaSprintPipeline works in TrigFlow, and around its network converts to
+    rectified flow and back: the network itself gives the velocity at t.
+
+    Attributes:
+        time_scale: the network's time at t = 1.
+        sprint: states start as SanaSprintPipeline starts them.
+    """
+
+    time_scale: float
+    sprint: bool = False
+    name: str = "sana"
+    lora_targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "conv_inverted",
+        "conv_point",
+    )
+
+    @staticmethod
+    def from_pipeline(pipeline: AnySanaPipeline) -> SanaFamily:
+        """The family of a pipeline. Raises ValueError when its scheduler is of another kind or is no flow scheduler."""
+        if isinstance(pipeline, SanaSprintPipeline):
+            if not isinstance(pipeline.scheduler, SCMScheduler):
+                raise ValueError(f"SANA-Sprint needs an SCMScheduler, this pipeline has {type(pipeline.scheduler)}")
+            return SanaFamily(time_scale=1.0, sprint=True)
+        scheduler: Any = _require_flow_scheduler(pipeline)
+        # In this order 1000 * 0.001 is exactly 1.
+        scale = scheduler.config["num_train_timesteps"] * pipeline.transformer.config["timestep_scale"]
+        return SanaFamily(time_scale=float(scale))
+
+    def network(self, pipeline: AnySanaPipeline) -> SanaTransformer2DModel:
+        return pipeline.transformer
+
+    def prepare_network(self, network: SanaTransformer2DModel) -> None:
+        """Nothing: the stock network is called as it is."""
+
+    def velocity(self, network: SanaTransformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output at time `time_scale` t, its first half where it learnt a variance too.
+
+        A network with a guidance embedding is told `condition.guidance` times its `guidance_embeds_scale`; others do
+        not look at it.
+
+        Raises:
+            ValueError: the condition has no token mask, or no guidance where the network has an embedding of it.
+        """
+        if condition.token_mask is None:
+            raise ValueError("SANA needs a mask of its text tokens, and the condition has none: encode with its family")
+        dtype = network_dtype(network)
+        guidance = None
+        if network.config["guidance_embeds"]:
+            if condition.guidance is None:
+                raise ValueError(
+                    "this network has a guidance embedding, and the condition has no guidance: "
+                    "dataclasses.replace(condition, guidance=...) with a scale for each sample"
+                )
+            guidance = condition.guidance.to(t) * network.config["guidance_embeds_scale"]
+        output = network(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=condition.tokens.to(dtype),
+            timestep=t.expand(x_t.shape[0]) * self.time_scale,
+            guidance=guidance,
+            encoder_attention_mask=condition.token_mask,
+            return_dict=False,
+        )[0]
+        return output[:, : x_t.shape[1]].to(x_t.dtype)
+
+    def initial_state(self, noise: Tensor, t: float) -> Tensor:
+        """The noise itself for SanaPipeline; SANA-Sprint takes it for the TrigFlow state, sqrt(t^2 + (1 - t)^2) noise.
+
+        The square root is 1 / Z of TrigFlow's change of coordinates. At t = 1 both are the noise.
+        """
+        return noise * (t**2 + (1 - t) ** 2) ** 0.5 if self.sprint else noise
+
+    def feature_modules(self, network: SanaTransformer2DModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
+        """The chosen transformer blocks, by default SANA-Sprint's (2, 8, 14, 19 of 20), at that relative depth.
+
+        Raises:
+            ValueError: a block does not exist, or is named twice.
+        """
+        count = len(network.transformer_blocks)
+        if blocks is None:
+            last = count - 1
+            chosen = sorted({round(block * last / (SPRINT_DEPTH - 1)) for block in SPRINT_BLOCKS})
+        else:
+            chosen = list(blocks)
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
+            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
+        return [network.transformer_blocks[block] for block in chosen]
+
+    def feature_channels(self, network: SanaTransformer2DModel, blocks: Sequence[int] | None) -> list[int]:
+        width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
+        return [width] * len(self.feature_modules(network, blocks))
+
+    def feature_map(self, output: Any) -> Tensor:
+        """Image tokens [B, M, D] of a block as [B, D, M]."""
+        return output.transpose(1, 2)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: AnySanaPipeline, prompts: list[str], *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """Tokens [B, N, D] with their mask, behind the stock pipeline's instruction to its language model.
+
+        Tokens that are padding in the whole batch are left out: attention gives them no weight. SANA is not told the
+        size.
+        """
+        return _encode(pipeline, prompts, instruction=_call_default(pipeline, "complex_human_instruction"))
+
+    @torch.no_grad()
+    def encode_null(
+        self, pipeline: AnySanaPipeline, *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """The empty prompt without the instruction, as the stock pipeline encodes its negative prompt."""
+        return _encode(pipeline, [""], instruction=None)
+
+    def decode_latents(self, pipeline: AnySanaPipeline, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1], fp32 at least."""
+        vae: AutoencoderDC = pipeline.vae
+        raw = (latents / vae.config["scaling_factor"]).to(vae.dtype)
+        pixels = vae.decode(raw, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        return (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+    def encode_pixels(
+        self, pipeline: AnySanaPipeline, pixels: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Latents at the scale of the network. The autoencoder is deterministic: nothing is drawn from `generator`.
+
+        Raises:
+            ValueError: the pixels are no picture batch of three channels.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must be [B, 3, H, W], got shape {tuple(pixels.shape)}")
+        vae: AutoencoderDC = pipeline.vae
+        raw = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
+        return raw.to(torch.promote_types(raw.dtype, torch.float32)) * vae.config["scaling_factor"]
+
+    def latent_shape(self, pipeline: AnySanaPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w). Raises ValueError when a side is no multiple of 32 pixels, which the stock pipelines ask for."""
+        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+        side = config["sample_size"] * factor
+        height, width = pixel_size((side, side), height, width, multiple=max(32, factor * config["patch_size"]))
+        return config["in_channels"], height // factor, width // factor
+
+    def teacher_grid(self, pipeline: AnySanaPipeline, steps: int) -> tuple[float, ...]:
+        """The sigmas of the pipeline's own scheduler.
+
+        Of a DPM-Solver with flow sigmas these are its times; its own steps are of second order, so that a teacher's
+        Euler steps on them equal it for `solver_order` 1 alone.
+
+        Raises:
+            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
+        """
+        if self.sprint:
+            raise ValueError("SANA-Sprint is a few-step student and has no grid of a teacher: distil a SanaPipeline")
+        scheduler: Any = _require_flow_scheduler(pipeline)
+        config = scheduler.config
+        if config.get("use_dynamic_shifting") or config.get("stochastic_sampling") or config.get("invert_sigmas"):
+            raise ValueError(
+                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
+                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
+            )
+        scheduler = type(scheduler).from_config(config)
+        scheduler.set_timesteps(steps)
+        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
+        validate_grid(times)
+        return times
+
+
+def _call_default(pipeline: AnySanaPipeline, name: str) -> Any:
+    """What the pipeline's call takes for an argument that is not given."""
+    return inspect.signature(pipeline.__call__).parameters[name].default
+
+
+def _encode(pipeline: AnySanaPipeline, prompts: list[str], *, instruction: list[str] | None) -> Condition:
+    length = _call_default(pipeline, "max_sequence_length")
+    if isinstance(pipeline, SanaSprintPipeline):
+        tokens, mask = pipeline.encode_prompt(
+            prompts, max_sequence_length=length, complex_human_instruction=instruction
+        )
+    else:
+        tokens, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+            complex_human_instruction=instruction,
+        )
+    assert tokens is not None
+    # A text without any token attends to all of its padding alike, so nothing may be left out then.
+    used = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any(dim=1).all() else mask.shape[1]
+    return Condition(tokens[:, :used], token_mask=mask[:, :used])
+
+
+def _require_flow_scheduler(pipeline: AnySanaPipeline) -> FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler:
+    scheduler: Any = pipeline.scheduler
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        config = scheduler.config
+        if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
+            return scheduler
+    raise ValueError(
+        f"SANA needs a FlowMatchEulerDiscreteScheduler, or a DPMSolverMultistepScheduler with use_flow_sigmas and "
+        f"prediction_type flow_prediction; this pipeline has {type(scheduler).__name__} without: replace "
+        "scheduler/scheduler_config.json by the original model's"
+    )
+
+
+def call_arguments(pipeline: Any, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+    """What a call of a SANA pipeline needs for pictures of that size in pixels; nothing for pipelines of other kinds.
+
+    SANA's own default is 1024 pixels whatever its network was made for, and binning moves the size to one of a table
+    that knows four sizes of networks.
+
+    Raises:
+        ValueError: see `SanaFamily.latent_shape`.
+    """
+    if not isinstance(pipeline, AnySanaPipeline):
+        return {}
+    _, rows, columns = SanaFamily.from_pipeline(pipeline).latent_shape(pipeline, height, width)
+    factor = pipeline.vae_scale_factor
+    return {"height": rows * factor, "width": columns * factor, "use_resolution_binning": False}

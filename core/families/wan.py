@@ -1,0 +1,250 @@
+"""Wan 2.1 and 2.2 text-to-video: transformers over video latents that speak rectified flow already (arXiv:2503.20314).
+
+Legend: B batch, F latent frames, N text tokens, D width of a token, M video tokens, P tokens of a latent frame; latents
+[B, C, F, h, w]; pixels [B, 3, 4 (F - 1) + 1, H, W] in [0, 1]; t [B], or [B, F] for a time per latent frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Tensor
+
+from fewstep.core.condition import Condition
+from fewstep.core.families.family import network_dtype, pixel_size
+from fewstep.core.grids import validate_grid
+
+WanScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
+
+# What the stock pipeline makes when it is told no size: pixel height and width, and pixel frames.
+STOCK_SIZE, STOCK_FRAMES = (480, 832), 81
+# The length to which the stock pipeline pads its text with zero tokens, all of which the network attends to.
+STOCK_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class WanFamily:
+    """Wan in canonical coordinates: the network's output is the velocity, its time is `time_scale` t.
+
+    A time per frame [B, F] is told per token, as Wan 2.2 TI2V does. The networks of Wan 2.2 that were trained with a
+    time per token (`expand_timesteps`) are always told it so; others are told one time when all frames share it.
+
+    Attributes:
+        time_scale: the network's time at t = 1, the scheduler's `num_train_timesteps`.
+        text_tokens: length of the text; 512, or the tokenizer's `model_max_length` where that is less. A stock pipeline
+            must then be called with it as `max_sequence_length`.
+        time_per_token: `expand_timesteps` of the pipeline.
+    """
+
+    time_scale: int
+    text_tokens: int = STOCK_TEXT_TOKENS
+    time_per_token: bool = False
+    name: str = "wan"
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    @staticmethod
+    def from_pipeline(pipeline: WanPipeline) -> WanFamily:
+        """The family of a pipeline.
+
+        Raises:
+            ValueError: the pipeline has two networks (Wan 2.2 A14B), a network for images (image-to-video), or a
+                scheduler that is no flow.
+        """
+        if pipeline.transformer is None or pipeline.transformer_2 is not None or pipeline.config["boundary_ratio"]:
+            raise ValueError(
+                "this pipeline switches between two networks at boundary_ratio (Wan 2.2 A14B), and a teacher here is "
+                "one network: use Wan 2.1 or Wan 2.2 TI2V-5B, or a folder with transformer alone whose "
+                "model_index.json has no transformer_2 and boundary_ratio null, which is right for times above it only"
+            )
+        config = pipeline.transformer.config
+        if config.in_channels != config.out_channels or config.image_dim is not None:
+            raise ValueError(
+                f"the network takes {config.in_channels} channels and gives {config.out_channels}, image_dim "
+                f"{config.image_dim}: it is told an image beside the text; use a text-to-video model"
+            )
+        return WanFamily(
+            time_scale=_require_flow_scheduler(pipeline).config["num_train_timesteps"],
+            text_tokens=min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length),
+            time_per_token=bool(pipeline.config["expand_timesteps"]),
+        )
+
+    def network(self, pipeline: WanPipeline) -> WanTransformer3DModel:
+        assert pipeline.transformer is not None
+        return pipeline.transformer
+
+    def prepare_network(self, network: WanTransformer3DModel) -> None:
+        """Nothing to change."""
+
+    def velocity(self, network: WanTransformer3DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output at time `time_scale` t. Raises ValueError when sizes do not fit."""
+        dtype = network_dtype(network)
+        output = network(
+            hidden_states=x_t.to(dtype),
+            timestep=self._timestep(network, x_t, t),
+            encoder_hidden_states=condition.tokens.to(dtype),
+            return_dict=False,
+        )[0]
+        return output.to(x_t.dtype)
+
+    def _timestep(self, network: WanTransformer3DModel, x_t: Tensor, t: Tensor) -> Tensor:
+        """[B], or [B, M] where the time differs between frames or the network was trained so."""
+        depth, *patch = network.config["patch_size"]
+        if x_t.ndim != 5 or x_t.shape[2] % depth or any(x % p for x, p in zip(x_t.shape[3:], patch, strict=True)):
+            raise ValueError(
+                f"Wan takes latents [B, C, F, h, w] whose F, h and w are multiples of its patches {(depth, *patch)}, "
+                f"got shape {tuple(x_t.shape)}"
+            )
+        batch, _, frames, height, width = x_t.shape
+        if t.ndim == 1 and not self.time_per_token:
+            # Twice as many times as samples go to a network of two times.
+            return t.expand(max(t.numel(), batch)) * self.time_scale
+        if depth != 1 or (t.ndim == 2 and t.shape[1] != frames) or t.ndim > 2:
+            raise ValueError(
+                f"time must be [B], or [B, {frames}] for a network whose patches are one frame deep, got shape "
+                f"{tuple(t.shape)} and depth {depth}"
+            )
+        per_frame = t if t.ndim == 2 else t[:, None].expand(-1, frames)
+        per_token = per_frame.repeat_interleave(height // patch[0] * (width // patch[1]), dim=1)
+        return per_token.expand(max(len(per_token), batch), -1) * self.time_scale
+
+    def initial_state(self, noise: Tensor, t: float) -> Tensor:
+        """The noise itself: the stock pipeline does not rescale it, wherever its grid starts."""
+        return noise
+
+    def feature_modules(self, network: WanTransformer3DModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
+        """The chosen transformer blocks, by default the middle one.
+
+        Raises:
+            ValueError: a block does not exist, or is named twice.
+        """
+        count = len(network.blocks)
+        chosen = [count // 2] if blocks is None else list(blocks)
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
+            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
+        return [network.blocks[block] for block in chosen]
+
+    def feature_channels(self, network: WanTransformer3DModel, blocks: Sequence[int] | None) -> list[int]:
+        width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
+        return [width] * len(self.feature_modules(network, blocks))
+
+    def feature_map(self, output: Any) -> Tensor:
+        """Video tokens [B, M, D] of a block as [B, D, M]."""
+        return output.transpose(1, 2)
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipeline: WanPipeline, prompts: list[str], *, height: int | None = None, width: int | None = None
+    ) -> Condition:
+        """Tokens [B, text_tokens, D], zeros behind the text; Wan is not told the size."""
+        tokens, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+        )
+        return Condition(tokens)
+
+    def encode_null(self, pipeline: WanPipeline, *, height: int | None = None, width: int | None = None) -> Condition:
+        """The empty prompt. (Wan's authors recommend a long negative prompt, which stock calls are given by hand.)"""
+        return self.encode_prompts(pipeline, [""])
+
+    def decode_latents(self, pipeline: WanPipeline, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, 4 (F - 1) + 1, H, W] in [0, 1], fp32 at least."""
+        vae = pipeline.vae
+        mean, std = _latent_statistics(vae, latents)
+        pixels: Any = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
+        return (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+
+    def encode_pixels(self, pipeline: WanPipeline, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents [B, C, F, h, w] at the scale of the network, fp32 at least.
+
+        Raises:
+            ValueError: the pixels are no video batch of three channels and 4 k + 1 frames.
+        """
+        vae = pipeline.vae
+        if pixels.ndim != 5 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must be [B, 3, F, H, W], got shape {tuple(pixels.shape)}")
+        latent_frames(pixels.shape[2], factor=vae.config["scale_factor_temporal"])
+        posterior = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
+        raw = posterior.mode() if generator is None else posterior.sample(generator)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        mean, std = _latent_statistics(vae, raw)
+        return (raw - mean) / std
+
+    def latent_shape(self, pipeline: WanPipeline, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of a video of the stock length, 81 pixel frames. Raises ValueError as `video_shape`."""
+        return self.video_shape(pipeline, height=height, width=width)
+
+    def video_shape(
+        self, pipeline: WanPipeline, *, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of a video of that size; None is the stock pipeline's own 81 frames of 480 x 832.
+
+        Raises:
+            ValueError: a side is no multiple of the pixels that a patch covers (16 at least in the stock pipeline), or
+                the frames are not 4 k + 1.
+        """
+        config, vae = self.network(pipeline).config, pipeline.vae.config
+        factor, patch = vae["scale_factor_spatial"], config["patch_size"]
+        # The stock pipeline insists on multiples of 16 whatever the patches are.
+        multiple = max(16, factor * max(patch[1:]))
+        height, width = pixel_size(STOCK_SIZE, height, width, multiple=multiple)
+        count = latent_frames(STOCK_FRAMES if frames is None else frames, factor=vae["scale_factor_temporal"])
+        return config["in_channels"], count, height // factor, width // factor
+
+    def teacher_grid(self, pipeline: WanPipeline, steps: int) -> tuple[float, ...]:
+        """The sigmas of the pipeline's own scheduler.
+
+        With FlowMatchEuler an Euler sampler on them is the stock sampler. UniPC steps on the same kind of grid with a
+        multistep solver; Euler on its times is first order, so it needs more steps for the same accuracy.
+
+        Raises:
+            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
+        """
+        config = _require_flow_scheduler(pipeline).config
+        if config.get("use_dynamic_shifting") or config.get("stochastic_sampling") or config.get("invert_sigmas"):
+            raise ValueError(
+                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
+                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
+            )
+        scheduler: Any = type(pipeline.scheduler).from_config(config)
+        scheduler.set_timesteps(steps)
+        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
+        validate_grid(times)
+        return times
+
+
+def latent_frames(pixel_frames: int, *, factor: int = 4) -> int:
+    """Latent frames of a video: the first stands for one pixel frame, each other one for `factor`.
+
+    Raises:
+        ValueError: the number of pixel frames is not factor k + 1.
+    """
+    if pixel_frames < 1 or (pixel_frames - 1) % factor:
+        raise ValueError(f"frames must be {factor} k + 1 (1, {factor + 1}, {2 * factor + 1}, ...), got {pixel_frames}")
+    return (pixel_frames - 1) // factor + 1
+
+
+def _latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) per channel with raw = std latents + mean, broadcastable over latents."""
+    mean, std = (torch.tensor(vae.config[name]).to(latents) for name in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+def _require_flow_scheduler(pipeline: WanPipeline) -> WanScheduler:
+    scheduler: Any = pipeline.scheduler
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    if isinstance(scheduler, UniPCMultistepScheduler) and scheduler.config["use_flow_sigmas"]:
+        return scheduler
+    raise ValueError(
+        f"Wan needs a FlowMatchEulerDiscreteScheduler or a UniPCMultistepScheduler with use_flow_sigmas, this pipeline "
+        f"has {type(scheduler).__name__}: replace scheduler/scheduler_config.json by the original model's"
+    )
