@@ -1,4 +1,7 @@
-"""The commands of the consistency study on the embedded teacher: train, export at several step counts, evaluate."""
+"""The commands of the consistency study on the embedded teacher: train, export at several step counts, evaluate.
+
+Decoupled MeanFlow has no export; `two_time_study.py` draws its samples and judges them the same way.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,22 @@ from pathlib import Path
 
 from fewstep.dmd.digits_study import LAUNCH, TEACHER, record_training, show_and_run
 
-METHODS = ("dcm", "ect", "scm", "rcm")
+METHODS = ("dcm", "ect", "scm", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow")
+NOT_EXPORTED = ("dmf",)
 # All rows have guidance 1, which the students are trained with.
 TEACHER_STEPS, STUDENT_STEPS = (50, 4, 2, 1), (1, 2, 4)
+# One method that re-noises between steps and one that does not, over more of them.
+CURVES, CURVE_STEPS = ("scm", "anyflow"), (1, 2, 4, 8, 16, 32)
+
+
+def steps_of(method: str) -> tuple[int, ...]:
+    """The numbers of steps at which a method is shown."""
+    return CURVE_STEPS if method in CURVES else STUDENT_STEPS
+
+
+def teacher_steps(methods: Sequence[str]) -> tuple[int, ...]:
+    """Those at which the teacher is shown beside them."""
+    return tuple(sorted({*TEACHER_STEPS, *(steps for method in methods for steps in steps_of(method))}, reverse=True))
 
 
 def run_directory(folder: Path, method: str, seed: int) -> Path:
@@ -23,31 +39,32 @@ def export_directory(folder: Path, method: str, seed: int, steps: int) -> Path:
 
 
 def train_and_export(folder: Path, method: str, *, seed: int, changes: Sequence[str] = ()) -> None:
-    """Train one student and export it for each step count; an interrupted run goes on, one that is exported is kept.
+    """Train one student and export it for each step count that is missing; an interrupted run goes on.
 
-    `changes` are settings for the command line, such as ("--run.steps", "20").
+    A run that has an export is trained already. `changes` are settings for the command line, such as
+    ("--run.steps", "20").
     """
     run = run_directory(folder, method, seed)
-    if (export_directory(folder, method, seed, STUDENT_STEPS[-1]) / "model_index.json").is_file():
-        print(f"{run} is exported already")
-        return
     resume = ("--resume", "latest") if any(run.glob("checkpoint-*")) else ()
-    config = f"configs/consistency/{method}_digits.yaml"
-    where = ("--config", config, "--run.directory", str(run), "--run.seed", str(seed))
-    show_and_run(*LAUNCH, "scripts/train_consistency.py", *where, *changes, *resume)
-    for steps in STUDENT_STEPS:
+    if not any(run.glob("export_*step/model_index.json")):
+        config = f"configs/consistency/{method}_digits.yaml"
+        where = ("--config", config, "--run.directory", str(run), "--run.seed", str(seed))
+        show_and_run(*LAUNCH, "scripts/train_consistency.py", *where, *changes, *resume)
+    for steps in () if method in NOT_EXPORTED else steps_of(method):
         output = export_directory(folder, method, seed, steps)
-        choice = ("--steps", str(steps), "--output", str(output), "--overwrite")
-        show_and_run("scripts/export_pipeline.py", "--run", str(run), *choice)
+        if not (output / "model_index.json").is_file():
+            choice = ("--steps", str(steps), "--output", str(output), "--overwrite")
+            show_and_run("scripts/export_pipeline.py", "--run", str(run), *choice)
 
 
 def evaluate(folder: Path, methods: Sequence[str], seeds: Sequence[int], *, samples: int, output: Path) -> None:
-    """Judge all students at all step counts beside the teacher without guidance; the report goes to `output`."""
-    rows = [(f"teacher={TEACHER}", steps) for steps in TEACHER_STEPS]
+    """Judge all students that export beside the teacher without guidance; the report goes to `output`."""
+    exported = [method for method in methods if method not in NOT_EXPORTED]
+    rows = [(f"teacher={TEACHER}", steps) for steps in teacher_steps(exported)]
     rows += [
         (f"{method}={export_directory(folder, method, seed, steps)}", steps)
-        for method in methods
-        for steps in STUDENT_STEPS
+        for method in exported
+        for steps in steps_of(method)
         for seed in seeds
     ]
     pipelines = [f"--pipeline={name}" for name, _ in rows]

@@ -1,15 +1,16 @@
-"""What a consistency run is made of: teacher, student, data, and for rCM the fake score, built from the settings."""
+"""What a consistency run is made of, built from the settings: teacher, student, data, and perhaps a fake score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fewstep.consistency.config import ConsistencyConfig
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.export_schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
@@ -18,7 +19,15 @@ from fewstep.core.roles import Role
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
-from fewstep.dmd.setup import REAL_SEED, LatentSource, build_fake_score, build_student_denoiser
+from fewstep.core.two_time import add_second_time, holds_second_time
+from fewstep.dmd.setup import (
+    REAL_SEED,
+    LatentSource,
+    build_fake_score,
+    build_student_denoiser,
+    image_shape,
+    load_weights,
+)
 
 # Times and samples of the check before the first step: the middle of the path, and few samples.
 CHECKED_TIMES = (0.3, 0.7)
@@ -44,7 +53,7 @@ class ConsistencyData:
 
 @dataclass(frozen=True)
 class ConsistencySetup:
-    """Everything the loop calls. `latent_shape` is (C, h, w); fake score and its role are rCM's."""
+    """Everything the loop calls. `latent_shape` is (C, h, w); fake score and its role match distributions."""
 
     teacher: Teacher
     student: Student
@@ -62,13 +71,13 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     Raises ValueError when a component or size does not fit, or the network has no tangent where one is needed.
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
-    shape = teacher.latent_shape(config.data.height, config.data.width)
+    shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
     found = tuple(data.real.latents.shape[1:])
     if found != shape:
         raise ValueError(f"data.latents holds latents of shape {found}, this run makes {shape}; set data.height/width")
 
-    denoiser = build_student_denoiser(config.student, teacher, seed=config.run.seed)
-    if config.loss.objective == "scm" and config.loss.tangent == "jvp":
+    denoiser = build_student(config, teacher)
+    if takes_tangent(config):
         try:
             use_jvp_attention(denoiser.network)
         except ValueError as error:
@@ -93,7 +102,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 
     return ConsistencySetup(
         teacher=teacher,
-        student=Student(denoiser, times, "sde"),
+        student=Student(denoiser, times, config.student.sampler),
         student_role=student_role,
         prompts=embed(data.prompts),
         latent_shape=shape,
@@ -103,17 +112,44 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     )
 
 
+def takes_tangent(config: ConsistencyConfig) -> bool:
+    """Whether this run differentiates its student in forward mode."""
+    return config.loss.objective not in ("dcm", "ect") and config.loss.tangent == "jvp"
+
+
+def build_student(config: ConsistencyConfig, teacher: Teacher) -> Denoiser:
+    """A trainable fp32 copy of the teacher's network, with a second time and adapters where they are configured.
+
+    `student.init` may be a file of a network of one time or of two. Layers of the second time are trained beside
+    adapters.
+    """
+    settings, seed = config.student, config.run.seed
+    if config.second_time == "none":
+        return build_student_denoiser(settings, teacher, seed=seed)
+    one_time = settings.init is None or not holds_second_time(settings.init)
+    denoiser = build_student_denoiser(replace(settings, init=settings.init if one_time else None), teacher, seed=seed)
+    add_second_time(denoiser.network, config.second_time)
+    if not one_time:
+        assert settings.init is not None
+        if settings.lora_rank > 0:
+            raise ValueError(
+                "student.init holds a network of two times, which cannot start adapters; train all weights"
+            )
+        load_weights(denoiser, settings.init)
+    return denoiser
+
+
 def check_tangent(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> str | None:
     """Compare the student's tangent with central differences; what was found, as text, or None where none is taken.
 
     Raises:
         ValueError: the tangent is not the derivative of the network.
     """
-    loss = config.loss
-    if loss.objective != "scm" or loss.tangent != "jvp" or not loss.check_tangent:
+    if not takes_tangent(config) or not config.loss.check_tangent:
         return None
     samples = list(range(len(CHECKED_TIMES)))
     _, x_t, condition = setup.real.rows(samples, trainer.device)
     t = torch.tensor(CHECKED_TIMES, device=trainer.device)
-    check = check_denoiser_jvp(setup.student.denoiser, x_t, t, condition)
+    r = None if config.second_time == "none" else t / 2
+    check = check_denoiser_jvp(setup.student.denoiser, x_t, t, condition, r=r)
     return f"tangent against differences: off by {check.state.error:.1e} along x, {check.time.error:.1e} along t"

@@ -1,4 +1,4 @@
-"""The training loop of consistency distillation, alone (sCM, dCM) or with distribution matching (rCM)."""
+"""The training loop of consistency and flow map students, alone or with distribution matching (rCM, AnyFlow)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.consistency.batch import Networks, noise_data
 from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.flow_map_loss import backward_simulation, simulate
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
-from fewstep.consistency.turns import Networks, consistency_turn, noise_data
+from fewstep.consistency.turns import consistency_turn
 from fewstep.consistency.watch import describe_run
+from fewstep.core.condition import Condition
 from fewstep.core.randomness import shared_integer
 from fewstep.core.roles import frozen
 from fewstep.core.run_directory import RunDirectory
@@ -26,9 +29,9 @@ from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
 def train_consistency(config: ConsistencyConfig) -> int:
     """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
 
-    Without `loss.dmd_weight` every step is the student's. With it (rCM, arXiv:2510.08431), from step `loss.dmd_start`
-    on, every `updates_per_student_update`-th step is the student's, on the sum of both losses, and the others are the
-    fake score's.
+    Without `loss.dmd_weight` every step is the student's. With it (rCM, arXiv:2510.08431; AnyFlow's second stage,
+    arXiv:2605.13724), from step `loss.dmd_start` on, every `updates_per_student_update`-th step is the student's, on
+    the sum of both losses, and the others are the fake score's.
 
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
@@ -104,10 +107,18 @@ def consistency_backward(
     """Add the gradients of the consistency loss for one slice of data; returns what to log."""
     _, x0, condition = setup.real.rows(draw.indices, trainer.device)
     first_time = setup.student.times[0]
-    noised = noise_data(x0, condition, draw=draw, loss=config.loss, first_time=first_time, step=trainer.step)
+    noised = noise_data(
+        x0,
+        condition,
+        draw=draw,
+        loss=config.loss,
+        first_time=first_time,
+        step=trainer.step,
+        progress=trainer.step / config.run.steps,
+    )
     role = setup.student_role
     networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
-    turn = consistency_turn(noised, networks, draw=draw, loss=config.loss)
+    turn = consistency_turn(noised, networks, draw=draw, loss=config.loss, mean_over_processes=trainer.mean_over_ranks)
     trainer.check_finite("consistency loss", turn.loss)
     trainer.backward(turn.loss)
     return {"consistency_loss": turn.loss.detach(), **turn.record}
@@ -119,10 +130,37 @@ def student_samples(config: ConsistencyConfig, setup: ConsistencySetup, trainer:
     The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
     """
     condition = setup.prompts.of_samples(draw.indices, config.run.seed)
+    if setup.student.sampler == "flow_map":
+        return flow_map_samples(config, setup, trainer, draw=draw, condition=condition)
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
     wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
     return setup.student.rollout(draw.noise(setup.latent_shape, "noise"), condition, renoise, grad_step, wrapped).x0
+
+
+def flow_map_samples(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw, condition: Condition
+) -> Tensor:
+    """x0 [B, C, h, w] at the end of a rollout of a random number of steps, in three jumps at most (AnyFlow).
+
+    A random segment of the rollout is trained; the jumps after it carry the gradient and do not learn from it, which is
+    one forward with a graph for the weights whatever the length (the public code trains all three).
+    """
+    choices, seed = config.loss.rollout_steps, config.run.seed
+    steps = choices[shared_integer(seed, trainer.step, "rollout_steps", len(choices))]
+    segment = shared_integer(seed, trainer.step, "rollout_segment", steps)
+    role = setup.student_role
+    trained = role.wrapped if torch.is_grad_enabled() else role.module
+
+    def jump(x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return trained(x_t, t, condition, r)
+
+    def frozen_jump(x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        with frozen(role.module):
+            return role.module(x_t, t, condition, r)
+
+    jumps = backward_simulation(steps, segment, shift=config.student.shift)
+    return simulate(jump, draw.noise(setup.latent_shape, "noise"), jumps, frozen=frozen_jump)
 
 
 def matching_backward(

@@ -6,12 +6,13 @@ Legend: B batch; x0, eps, x_t, x_tau [B, C, h, w]; t, tau [B], t in [0, 1] with 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
+from fewstep.consistency.config import FLOW_MAPS, ConsistencyLossConfig
 from fewstep.consistency.discrete_loss import (
     consistency_distillation_loss,
     ect_weight,
@@ -19,6 +20,7 @@ from fewstep.consistency.discrete_loss import (
     shared_noise_states,
     teacher_step,
 )
+from fewstep.consistency.flow_turns import draw_pair, flow_map_turn
 from fewstep.consistency.scm_loss import (
     ConsistencyLoss,
     Tangent,
@@ -29,66 +31,24 @@ from fewstep.consistency.scm_loss import (
     trig_tangent,
 )
 from fewstep.consistency.tangents import central_derivative, total_derivative
-from fewstep.consistency.times import TimePair, ect_times, grid_times, logit_normal, mix_max_time
+from fewstep.consistency.times import TimePair, ect_times, grid_times
 from fewstep.consistency.trigflow import VelocityFunction, to_trig_state, trig_from_velocity, trig_function
-from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, expand_time, x0_from_velocity
-from fewstep.core.teacher import Teacher
 from fewstep.dmd.turns import Draw
 
 
-@dataclass(frozen=True)
-class Noised:
-    """Data of one batch with the noise and the time they are noised to; `step` counts the steps of the run."""
-
-    x0: Tensor
-    eps: Tensor
-    t: Tensor
-    condition: Condition
-    step: int
-
-    @property
-    def x_t(self) -> Tensor:
-        return add_noise(self.x0, self.eps, self.t)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The student bare and wrapped, and the teacher with its guidance.
-
-    Forward mode does not pass through the hooks of a distributed wrapper: `student` is called for what has no gradient,
-    `wrapped` for what has one.
-    """
-
-    student: nn.Module
-    wrapped: nn.Module
-    teacher: Teacher
-    guidance: float
-
-    @torch.no_grad()
-    def teacher_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.teacher.velocity(x_t, t, condition, self.guidance)
-
-
-@dataclass(frozen=True)
-class ConsistencyTurn:
-    """The student's loss, and what to log of it; 0-dim tensors without graph."""
-
-    loss: Tensor
-    record: dict[str, Tensor]
-
-
-def noise_data(
-    x0: Tensor, condition: Condition, *, draw: Draw, loss: ConsistencyLossConfig, first_time: float, step: int
-) -> Noised:
-    """A random time for each sample: logit-normal, and the student's first time for a share of the samples."""
-    t = logit_normal(draw.noise((), "consistency_time"), mean=loss.time_mean, std=loss.time_std)
-    t = mix_max_time(t, draw.uniform("consistency_max_time"), share=loss.max_time_share, maximum=first_time)
-    return Noised(x0, draw.noise(tuple(x0.shape[1:]), "consistency_noise"), t, condition, step)
-
-
-def consistency_turn(noised: Noised, networks: Networks, *, draw: Draw, loss: ConsistencyLossConfig) -> ConsistencyTurn:
-    """The consistency loss that is configured, on one batch."""
+def consistency_turn(
+    noised: Noised,
+    networks: Networks,
+    *,
+    draw: Draw,
+    loss: ConsistencyLossConfig,
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> ConsistencyTurn:
+    """The loss that is configured, on one batch. `mean_over_processes` averages a tensor over the run's processes."""
+    if loss.objective in FLOW_MAPS:
+        pair = draw_pair(noised, draw, loss)
+        return flow_map_turn(noised, pair, networks, draw=draw, loss=loss, mean_over_processes=mean_over_processes)
     if loss.objective == "dcm":
         uniform = draw.uniform("consistency_grid")
         return dcm_turn(noised, networks, grid_times(uniform, steps=loss.grid_steps, shift=loss.grid_shift))

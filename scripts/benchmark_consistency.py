@@ -1,6 +1,6 @@
-"""Three seeds of each consistency method at 1, 2 and 4 steps: the table in assets/benchmarks/digits_consistency.
+"""Three seeds of each consistency method at 1, 2 and 4 steps, two methods up to 32, as in assets/benchmarks.
 
-Runs that are already exported are kept, so an interrupted benchmark goes on where it stopped.
+Runs that have exports are not trained again, and only missing exports are made: it goes on where it stopped.
 """
 
 import argparse
@@ -19,14 +19,19 @@ def main() -> None:
     parser.add_argument("--train_only", action="store_true", help="leave out the evaluation")
     options = parser.parse_args()
 
-    from fewstep.consistency.digits_study import METHODS, evaluate, train_and_export
+    from fewstep.consistency import digits_study as study
+    from fewstep.consistency.two_time_study import write_results
 
-    methods = options.methods or METHODS
+    folder, output, methods = Path(options.runs), Path(options.output), options.methods or study.METHODS
     for seed in options.seeds:
         for method in methods:
-            train_and_export(Path(options.runs), method, seed=seed)
-    if not options.train_only:
-        evaluate(Path(options.runs), methods, options.seeds, samples=options.samples, output=Path(options.output))
+            study.train_and_export(folder, method, seed=seed)
+    if options.train_only:
+        return
+    study.evaluate(folder, methods, options.seeds, samples=options.samples, output=output)
+    for method in set(methods) & set(study.NOT_EXPORTED):
+        runs = [study.run_directory(folder, method, seed) for seed in options.seeds]
+        print(write_results(runs, study.steps_of(method), name=method, samples=options.samples, output=output))
 
 
 if __name__ == "__main__":

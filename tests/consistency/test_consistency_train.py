@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.consistency.batch import Networks, noise_data
 from fewstep.consistency.config import ConsistencyLossConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
-from fewstep.consistency.turns import Networks, consistency_turn, noise_data
+from fewstep.consistency.turns import consistency_turn
 from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.config import save_resolved
 from fewstep.core.export_run import export_run

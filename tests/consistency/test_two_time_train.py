@@ -1,0 +1,235 @@
+"""Runs of students with two times: what moves, both stages of AnyFlow, resume, starting files, export, and mistakes."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.train import flow_map_samples, train_consistency, train_step
+from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.export_run import export_run, load_run_student, read_settings
+from fewstep.core.randomness import sample_noise, shared_integer
+from fewstep.core.roles import Role
+from fewstep.core.two_time import second_time_of
+from fewstep.dmd.turns import Draw
+from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
+from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
+from tests.tiny_pipelines import LATENT_SHAPE
+
+
+def weights_of(role: Role | None) -> dict[str, torch.Tensor]:
+    assert role is not None
+    return {name: value.detach().clone() for name, value in role.parameters}
+
+
+def moved_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_stages_of_anyflow(inputs: TinyInputs, tmp_path: Path) -> None:
+    """One step of the first stage, then student and fake score in turns; the student's take both losses."""
+    config = tiny_consistency(inputs, tmp_path, "anyflow_dmd")
+    setup, trainer = start_consistency(config)
+    logged, moved = [], []
+    for _ in range(4):
+        before = weights_of(setup.student_role), weights_of(setup.fake_role)
+        metrics = train_step(config, setup, trainer)
+        trainer.advance()
+        after = weights_of(setup.student_role), weights_of(setup.fake_role)
+        moved.append(tuple(len(moved_names(a, b)) > 0 for a, b in zip(before, after, strict=True)))
+        logged.append(sorted(name for name in metrics if name.endswith("_loss")))
+    trainer.close()
+    assert moved == [(True, False), (True, False), (False, True), (True, False)]
+    both = ["consistency_loss", "matching_loss"]
+    assert logged == [["consistency_loss"], both, ["fake_score_loss"], both]
+
+
+@pytest.mark.parametrize("name", ["meanflow", "anyflow"])
+def test_weights_of_the_second_time_move(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
+    config = tiny_consistency(inputs, tmp_path, name)
+    setup, trainer = start_consistency(config)
+    before = weights_of(setup.student_role)
+    for _ in range(2):
+        train_step(config, setup, trainer)
+        trainer.advance()
+    moved = moved_names(before, weights_of(setup.student_role))
+    trainer.close()
+    layers = {key for key in before if "timestep_embedder" in key}
+    assert len(layers) == 8
+    assert layers <= moved
+
+
+def test_with_adapters_the_second_embedding_is_trained_beside_them(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path / "run", "anyflow")
+    config = dataclasses.replace(config, student=dataclasses.replace(config.student, lora_rank=2))
+    assert train_consistency(config) == 0
+    names = set(load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).tensors["student"])
+    plain = {name for name in names if ".lora_" not in name and "pos_embed" not in name}
+    prefix = "network.time_text_embed.timestep_embedder.second"
+    assert plain == {f"{prefix}.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
+    _, record = export_run(tmp_path / "run", steps=3)
+    assert (record.steps, record.weights, record.sampler) == (3, "merged", "flow_map")
+
+
+@pytest.mark.parametrize("name", ["alphaflow", "anyflow_dmd"])
+def test_a_resumed_run_equals_an_uninterrupted_one(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
+    """The run is of one length throughout, since alphaflow's schedule follows it: the last checkpoint is taken away."""
+    straight = tmp_path / "straight"
+    assert train_consistency(tiny_consistency(inputs, straight, name)) == 0
+    shutil.copytree(straight, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "resumed", name, {"resume": "latest"})) == 0
+    left, right = (load_checkpoint(list_checkpoints(tmp_path / folder)[-1]) for folder in ("straight", "resumed"))
+    assert left.step == 4
+    assert_same_checkpoint(left, right)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("meanflow", 1), ("imf", 2), ("anyflow", 4), ("alphaflow", 8)])
+def test_export_of_any_number_of_steps(inputs: TinyInputs, tmp_path: Path, name: str, steps: int) -> None:
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "run", name)) == 0
+    assert len(list((tmp_path / "run").glob("samples/*"))) == 1
+    path, record = export_run(tmp_path / "run", steps=steps)
+    assert (path / "model_index.json").is_file()
+    assert (record.method, record.steps, record.sampler) == (name, steps, "flow_map")
+    assert record.verification is not None
+    assert record.verification.sampler_difference < 1e-5
+
+
+def test_decoupled_is_sampled_here_and_has_no_export(inputs: TinyInputs, tmp_path: Path) -> None:
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "run", "dmf")) == 0
+    with pytest.raises(ValueError, match="'decoupled' has no export"):
+        export_run(tmp_path / "run")
+    loaded = load_run_student(tmp_path / "run", read_settings(tmp_path / "run"))
+    assert loaded.step == 4
+    noise = sample_noise(1, [0, 1], LATENT_SHAPE)
+    latents = loaded.student.sample(noise, loaded.teacher.encode(["ab", "c"]))
+    assert latents.shape == (2, *LATENT_SHAPE)
+    assert latents.isfinite().all()
+
+
+def test_a_run_starts_from_weights_of_one_time_or_two(inputs: TinyInputs, tmp_path: Path) -> None:
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "two", "anyflow", {"steps": 2})) == 0
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "one", "dcm", {"steps": 2})) == 0
+    for source in ("two", "one"):
+        file = list_checkpoints(tmp_path / source)[-1] / "student.safetensors"
+        config = tiny_consistency(inputs, tmp_path / f"next_{source}", "anyflow")
+        student = dataclasses.replace(config.student, init=str(file))
+        setup, trainer = start_consistency(dataclasses.replace(config, student=student))
+        trainer.close()
+        expected = load_checkpoint(file.parent).tensors["student"]
+        found = dict(setup.student_role.module.named_parameters())
+        place = "network.time_text_embed.timestep_embedder"
+        first = expected[f"{place}.first.linear_1.weight" if source == "two" else f"{place}.linear_1.weight"]
+        assert torch.equal(found[f"{place}.first.linear_1.weight"], first)
+        second = expected[f"{place}.second.linear_1.weight"] if source == "two" else first
+        assert torch.equal(found[f"{place}.second.linear_1.weight"], second)
+        adapters = dataclasses.replace(config, student=dataclasses.replace(student, lora_rank=2))
+        if source == "two":
+            with pytest.raises(ValueError, match="cannot start adapters"):
+                start_consistency(
+                    dataclasses.replace(adapters, run=dataclasses.replace(config.run, directory=str(tmp_path / "x")))
+                )
+
+
+def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Path) -> None:
+    """The gradient of the weights is that of the trained jump alone, through the state of the jumps after it."""
+    config = tiny_consistency(inputs, tmp_path, "anyflow_dmd")
+    setup, trainer = start_consistency(config)
+    draw = Draw(5, [0, 1], trainer.device)
+    condition = setup.prompts.of_samples(draw.indices, 5)
+    calls = count_calls(setup.student_role.module)
+    seen = set()
+    for step in range(12):
+        trainer.step = step
+        steps = (1, 2, 4)[shared_integer(5, step, "rollout_steps", 3)]
+        segment = shared_integer(5, step, "rollout_segment", steps)
+        calls.clear()
+        x0 = flow_map_samples(config, setup, trainer, draw=draw, condition=condition)
+        assert len(calls) == 1 + (segment > 0) + (segment < steps - 1)
+        # Which calls may learn: those that ran with gradients while the weights took some.
+        assert sum(calls) == 1
+        seen.add((steps, segment))
+        x0.square().mean().backward()
+        assert all(value.grad is not None and value.requires_grad for _, value in setup.student_role.parameters)
+        setup.student_role.module.zero_grad()
+        with torch.no_grad():
+            again = flow_map_samples(config, setup, trainer, draw=draw, condition=condition)
+        assert torch.allclose(again, x0.detach(), atol=1e-6)
+    trainer.close()
+    assert len(seen) >= 4
+
+
+def count_calls(module: nn.Module) -> list[bool]:
+    """Filled at every call of the module: whether its weights take part in the graph."""
+    calls: list[bool] = []
+
+    def note(called: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls.append(torch.is_grad_enabled() and next(called.parameters()).requires_grad)
+
+    module.register_forward_pre_hook(note)
+    return calls
+
+
+def test_the_tangent_is_checked_along_the_second_time(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path, "meanflow")
+    setup, trainer = start_consistency(config)
+    assert second_time_of(setup.student.denoiser.network) is not None
+    checked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, check_tangent=True))
+    text = check_tangent(checked, setup, trainer)
+    trainer.close()
+    assert text is not None
+    assert text.startswith("tangent against differences: off by ")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("meanflow", {"second_time": "none"}, r"'meanflow' learns u\(x, t, r\); set second_time"),
+        ("meanflow", {"second_time": "decoupled"}, "'decoupled' is the network of dmf"),
+        ("dmf", {"second_time": "gate"}, "'decoupled' is the network of dmf"),
+        ("meanflow", {"student.sampler": "sde"}, "student.sampler is 'sde'; a network of two times"),
+        ("scm", {"second_time": "gate"}, "second_time is 'gate' with loss.objective 'scm', which has one time"),
+        ("scm", {"student.sampler": "flow_map"}, "student.sampler is 'flow_map'; a consistency function"),
+        ("anyflow", {"loss.dmd_weight": 0.1}, "method 'anyflow' with loss.dmd_weight 0.1 and no fake_score"),
+        ("anyflow", {"fake_score": FAKE_SCORE}, "loss.dmd_weight 0.0 and a fake_score"),
+        ("meanflow", {"loss.dmd_weight": 0.1, "fake_score": FAKE_SCORE}, "the others have neither"),
+        ("anyflow_dmd", {"fake_score.updates_per_student_update": 1}, "below 2 the fake score would never learn"),
+        ("anyflow_dmd", {"loss.rollout_steps": ()}, "loss.rollout_steps is"),
+        ("anyflow_dmd", {"loss.rollout_steps": (4, 0)}, "loss.rollout_steps is"),
+        ("alphaflow", {"loss.alpha_end": 0.0}, "loss.alpha_start 0.0 must be below loss.alpha_end 0.0"),
+        ("meanflow", {"loss.equal_share": 1.5}, r"loss.equal_share must lie in \[0, 1\]"),
+        ("meanflow", {"loss.kappa": 1.0}, r"loss.kappa in \[0, 1\)"),
+        ("meanflow", {"method": "imf"}, "set both to the same"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    inputs: TinyInputs, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    config = tiny_consistency(inputs, tmp_path, name)
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, _, field = key.partition(".")
+        values[section] = dataclasses.replace(getattr(config, section), **{field: value}) if field else value
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **values)
+
+
+def test_a_network_without_tangent_names_the_setting(
+    inputs: TinyInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_consistency(inputs, tmp_path, "meanflow")
+    monkeypatch.setattr("fewstep.core.families.attention_jvp.NETWORKS", ())
+    with pytest.raises(ValueError, match=r"set loss\.tangent to 'central'"):
+        start_consistency(config)
+
+
+def test_settings_default_to_the_teacher() -> None:
+    loss = ConsistencyLossConfig()
+    assert (loss.velocity, loss.pairs, loss.kappa) == ("teacher", "ordered", 0.0)
+    assert loss.rollout_steps == (2, 4, 8, 16, 50)
