@@ -37,15 +37,10 @@ def test_plain_diffusers_loads_and_runs_it(teacher: Teacher) -> None:
     assert type(stock) is WanPipeline
     stock.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 8, 7, 8, 8, generator=torch.Generator().manual_seed(0))
-    size: dict[str, Any] = {
-        "height": 32,
-        "width": 32,
-        "num_frames": 25,
-        "max_sequence_length": 16,
-        "guidance_scale": 2.0,
-    }
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 25, "max_sequence_length": 16}
     prompt = "a seven moving left quickly"
-    video = stock(prompt, latents=noise, num_inference_steps=2, guidance_scale=2.0, output_type="pt", **size).frames
+    output: Any = stock(prompt, latents=noise, num_inference_steps=2, guidance_scale=2.0, output_type="pt", **size)
+    video = output.frames
     assert video.shape == (1, 25, 3, 32, 32)
     latents = teacher.sample(noise, teacher.encode([prompt]), steps=2, guidance=2.0)
     assert (teacher.decode(latents).transpose(1, 2) - video).abs().max() < 1e-4

@@ -105,7 +105,8 @@ def test_saved_teacher_is_a_stock_pipeline_and_repeats(tmp_path: Path) -> None:
     assert stock.tokenizer.model_max_length == 16
     stock.set_progress_bar_config(disable=True)
     size: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 25, "max_sequence_length": 16}
-    video = stock("a two moving up slowly", num_inference_steps=1, output_type="pt", **size).frames
+    output: Any = stock("a two moving up slowly", num_inference_steps=1, output_type="pt", **size)
+    video = output.frames
     assert video.shape == (1, 25, 3, 32, 32)
     assert read_prompts(tmp_path / "prompts.txt") == tuple(all_clip_captions())
     saved = LatentDataset.load(tmp_path / "train_latents")

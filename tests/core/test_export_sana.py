@@ -104,7 +104,7 @@ def test_stock_pipeline_equals_the_training_sampler(teacher_folder, tmp_path, ti
     }
     assert "told the guidance: 4.5" in (folder / "README.md").read_text()
     pipeline: Any = DiffusionPipeline.from_pretrained(folder)
-    assert isinstance(pipeline, SanaSprintPipeline)
+    assert type(pipeline).__name__ == SanaSprintPipeline.__name__
     pipeline.set_progress_bar_config(disable=True)
     images: list[Any] = [
         pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt", **{**call, **other}).images
