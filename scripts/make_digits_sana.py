@@ -1,4 +1,4 @@
-"""Train the embedded SANA teacher and write it to assets/digits_sana. About 25 minutes on one core."""
+"""Train the embedded SANA teacher and write it to assets/digits_sana. About 30 minutes of CPU time on one core."""
 
 from __future__ import annotations
 
