@@ -25,7 +25,7 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.roles import memory_table
 from fewstep.core.sample_grid import save_grid
 from fewstep.core.trainer import Trainer
-from fewstep.core.watch import GRID_SEED, saturation
+from fewstep.core.watch import GRID_SEED, saturation, training_statistics
 
 TEACHER_STEPS, FLOW_STEPS = 50, 20
 # Columns of a contact sheet at most.
@@ -99,20 +99,7 @@ class VideoWatch:
         """Say what is unhealthy in a record of means; nothing when no record was due."""
         if means is None or not self.trainer.is_main:
             return
-        reference = self._reference()
-        statistics = HealthStatistics(
-            student_mean=means.get("matching_student_mean"),
-            student_std=means.get("matching_student_std"),
-            reference_mean=reference.mean().item(),
-            reference_std=reference.std().item(),
-            direction_rms=means.get("matching_direction_rms"),
-            student_grad_norm=means.get("student_grad_norm"),
-            fake_grad_norm=means.get("fake_grad_norm"),
-            brightness=self.pictures.brightness,
-            reference_brightness=self.pictures.reference_brightness,
-            saturation=self.pictures.saturation,
-            reference_saturation=self.pictures.reference_saturation,
-        )
+        statistics = training_statistics(means, self._reference(), self.pictures)
         for message in self.monitor.update(statistics):
             self.trainer.note(f"health: {message.text}")
 

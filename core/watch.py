@@ -108,22 +108,26 @@ class Watch:
         """Say what is unhealthy in a record of means; nothing when no record was due."""
         if means is None or not self.trainer.is_main:
             return
-        reference = self._reference()
-        statistics = HealthStatistics(
-            student_mean=means.get("matching_student_mean"),
-            student_std=means.get("matching_student_std"),
-            reference_mean=reference.mean().item(),
-            reference_std=reference.std().item(),
-            direction_rms=means.get("matching_direction_rms"),
-            student_grad_norm=means.get("student_grad_norm"),
-            fake_grad_norm=means.get("fake_grad_norm"),
-            brightness=self.pictures.brightness,
-            reference_brightness=self.pictures.reference_brightness,
-            saturation=self.pictures.saturation,
-            reference_saturation=self.pictures.reference_saturation,
-        )
+        statistics = training_statistics(means, self._reference(), self.pictures)
         for message in self.monitor.update(statistics):
             self.trainer.note(f"health: {message.text}")
+
+
+def training_statistics(means: Mapping[str, float], reference: Tensor, pictures: HealthStatistics) -> HealthStatistics:
+    """What a run's health is judged by: logged means, the teacher's latents, and the latest `pictures`."""
+    return HealthStatistics(
+        student_mean=means.get("matching_student_mean"),
+        student_std=means.get("matching_student_std"),
+        reference_mean=reference.mean().item(),
+        reference_std=reference.std().item(),
+        direction_rms=means.get("matching_direction_rms"),
+        student_grad_norm=means.get("student_grad_norm"),
+        fake_grad_norm=means.get("fake_grad_norm"),
+        brightness=pictures.brightness,
+        reference_brightness=pictures.reference_brightness,
+        saturation=pictures.saturation,
+        reference_saturation=pictures.reference_saturation,
+    )
 
 
 def saturation(pixels: Tensor) -> float:

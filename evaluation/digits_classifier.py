@@ -171,11 +171,13 @@ def train_classifier(
     return classifier, record
 
 
-def save_classifier(classifier: DigitsClassifier, record: TrainingRecord, *, path: str | Path) -> None:
-    """Write weights (safetensors) and record (JSON) into the folder `path`."""
+def save_classifier(
+    classifier: nn.Module, record: TrainingRecord, *, path: str | Path, weights_file: str = WEIGHTS_FILE
+) -> None:
+    """Write weights (safetensors, under the name `weights_file`) and record (JSON) into the folder `path`."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, folder / WEIGHTS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, folder / weights_file)
     (folder / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="ascii")
 
 

@@ -10,22 +10,20 @@ Run `python -m fewstep.evaluation.scorers_held_out --output DIR` to train and sa
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.core.embedded.digits import load_digits_split
-from fewstep.evaluation.digits_classifier import RECORD_FILE, TrainingRecord, augment
+from fewstep.evaluation.digits_classifier import TrainingRecord, augment, save_classifier
 from fewstep.evaluation.reward_digits import DigitLogProbability
 
 WEIGHTS_FILE = "held_out_classifier.safetensors"
@@ -114,10 +112,7 @@ def train_held_out(
 
 def save_held_out(classifier: HeldOutClassifier, record: TrainingRecord, *, path: str | Path) -> None:
     """Write weights (safetensors) and record (JSON) into the folder `path`."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, folder / WEIGHTS_FILE)
-    (folder / RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="ascii")
+    save_classifier(classifier, record, path=path, weights_file=WEIGHTS_FILE)
 
 
 def load_held_out(path: str | Path, *, device: str = "cpu") -> DigitLogProbability:
