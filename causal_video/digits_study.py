@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import median
 from typing import Literal
 
 import torch
@@ -40,10 +40,11 @@ TEACHER = "assets/digits_video"
 JUDGES = "assets/digits_video/judges"
 # The stages of each chain, in order; self-forcing has a run for each stage it can start from.
 CHAINS = {
+    "ode": ("ode", "self_forcing"),
     "dcm": ("teacher_forcing", "tf_dcm", "self_forcing"),
     "scm": ("teacher_forcing", "tf_scm", "self_forcing"),
 }
-SCHEDULES = ((4,), (2,), (4, 2), (4, 1))
+SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
 SINKS = ("none", "static", "ema")
 # Chunks of a short video are those of the layout; long ones have this many times as many.
 LONG = 4
@@ -227,7 +228,7 @@ def judge_teacher(*, samples: int, guidance: float, reference: VideoReference) -
 
 
 def write_table(rows: Sequence[StudyRow], output: Path, *, command: Sequence[str]) -> None:
-    """Write `results.json` with every row and `README.md` with means over seeds into a folder."""
+    """Write `results.json` with every row and `README.md` with medians over seeds into a folder."""
     output.mkdir(parents=True, exist_ok=True)
     provenance = collect_provenance(command[0], arguments=command[1:])
     content = {"provenance": asdict(provenance), "rows": [asdict(row) for row in rows]}
@@ -245,5 +246,6 @@ def write_table(rows: Sequence[StudyRow], output: Path, *, command: Sequence[str
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{mean(values):.3f}" if len(values) < 2 else f"{mean(values):.3f} +- {stdev(values):.3f}"
+    """Median over seeds, and the smallest and the largest."""
+    middle = f"{median(values):.3f}"
+    return middle if len(values) < 2 else f"{middle} [{min(values):.3f}, {max(values):.3f}]"

@@ -10,7 +10,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--chains", nargs="+", default=["dcm", "scm"], choices=["dcm", "scm"])
+    parser.add_argument("--chains", nargs="+", default=["ode", "dcm", "scm"], choices=["ode", "dcm", "scm"])
     parser.add_argument("--runs", default="runs/benchmark_causal_video", help="folder of the training runs")
     parser.add_argument("--samples", type=int, default=400, help="videos per row and seed")
     parser.add_argument("--reference", default="test", choices=["train", "test"], help="split of the real clips")
@@ -33,7 +33,7 @@ def main() -> None:
     for chain in options.chains:
         for seed in options.seeds:
             rows += study.judge_seed(folder, chain, seed, samples=options.samples, reference=reference)
-    # Both chains begin with the same run.
+    # Two chains begin with the same run.
     unique = {(row.system, row.seed, row.schedule, row.sink, row.latent_frames): row for row in rows}
     study.write_table(list(unique.values()), Path(options.output), command=sys.argv)
 

@@ -58,25 +58,27 @@ def test_a_finished_run_streams_at_any_schedule_and_length(inputs: VideoInputs, 
     assert study.latest_step(tmp_path / "none") == -1
 
 
-def test_the_table_has_means_over_seeds(tmp_path: Path) -> None:
+def test_the_table_has_medians_over_seeds(tmp_path: Path) -> None:
     row = study.StudyRow("tf_dcm", 0, "[4, 2]", "static", 7, result_of(0.8))
     rows = [row, dataclasses.replace(row, seed=1, result=result_of(0.9))]
     rows.append(study.StudyRow("teacher", None, "50 Euler", "", 7, result_of(1.0)))
     study.write_table(rows, tmp_path, command=["study.py", "--seeds", "0", "1"])
     lines = (tmp_path / "README.md").read_text(encoding="ascii").splitlines()
     assert lines[2].startswith("`python study.py --seeds 0 1`")
-    assert "| tf_dcm | [4, 2] | static | 7 | 0.850 +- 0.071 |" in lines[6]
-    assert lines[6].endswith("| 0.200 +- 0.000 | 2 |")
+    assert "| tf_dcm | [4, 2] | static | 7 | 0.850 [0.800, 0.900] |" in lines[6]
+    assert lines[6].endswith("| 0.200 [0.200, 0.200] | 2 |")
     assert "| teacher | 50 Euler |  | 7 | 1.000 |" in lines[7]
     assert len(json.loads((tmp_path / "results.json").read_text(encoding="ascii"))["rows"]) == 3
 
 
-def test_chains_share_their_first_stage() -> None:
+def test_consistency_chains_share_their_first_stage() -> None:
     runs = {
         study.run_directory(Path("runs"), chain, stage, 1) for chain in study.CHAINS for stage in study.CHAINS[chain]
     }
     assert sorted(run.name for run in runs) == [
+        "ode_seed1",
         "self_forcing_dcm_seed1",
+        "self_forcing_ode_seed1",
         "self_forcing_scm_seed1",
         "teacher_forcing_seed1",
         "tf_dcm_seed1",
