@@ -1,7 +1,8 @@
 """Clips of handwritten digits that move on a small canvas and bounce at its walls, with their captions.
 
-A digit fills a square of 16 pixels on a canvas of 32, so its position (top, left) moves in [0, 16] along each axis.
-Positions are real numbers and rendered bilinearly.
+A digit fills a square of 16 pixels on a canvas of 32, so its position (top, left) moves in [0, 16] along each axis. It
+starts at a multiple of 4 pixels, which is one latent of the embedded autoencoder; positions between pixels are rendered
+bilinearly.
 
 Shapes: N clips, F pixel frames, pixels [N, 3, F, 32, 32] in [0, 1], positions [N, F, 2] (top, left) in pixels.
 """
@@ -30,16 +31,21 @@ DIRECTION_WORDS = ("left", "right", "up", "down")
 # (top, left) of a unit step in each direction.
 DIRECTION_STEPS = ((0.0, -1.0), (0.0, 1.0), (-1.0, 0.0), (1.0, 0.0))
 SPEED_WORDS = ("slowly", "quickly")
-# Pixels per frame: a slow digit crosses 6 pixels in a clip of 25 frames, a quick one would cross 18.
-SPEEDS = (0.25, 0.75)
-# How far from the wall behind it a digit starts at most: a slow one does not reach the wall ahead within a clip, a
-# quick one reaches it in frame 16 at the earliest.
-START_MARGINS = (10.0, 4.0)
+# Pixels per frame: a slow digit crosses 12 pixels in a clip of 25 frames, a quick one would cross 24. In a latent frame,
+# which is four frames, they move by half a latent and by a whole one.
+SPEEDS = (0.5, 1.0)
+# Digits start on a grid of this many pixels, and at most one of it away from the wall behind them: a slow one does not
+# turn within a clip, a quick one turns after 12 frames at the earliest.
+START_SPACING = 4.0
+START_MARGINS = 2
+START_LINES = int(REACH / START_SPACING) + 1
 
 ACTION_WORDS = ("none", *DIRECTION_WORDS)
-ACTION_SPEED = 0.75
-# Frames that an action is held for at least and at most, both included.
-ACTION_HOLD = (3, 10)
+ACTION_SPEED = 1.0
+# An action is held for this many times ACTION_FRAMES frames, at least and at most, both included. Four frames after the
+# first are one latent frame, so a latent frame has one action.
+ACTION_FRAMES = 4
+ACTION_HOLD = (1, 3)
 
 # {d} is a digit, {w} a direction, {s} a speed.
 PHRASINGS = (
@@ -209,10 +215,10 @@ def moving_digits(
     phrasings = _pick(draw[:, 4], len(PHRASINGS))
 
     unit = torch.tensor(DIRECTION_STEPS, dtype=torch.float64)[directions]
-    margin = draw[:, 5] * torch.tensor(START_MARGINS, dtype=torch.float64)[speeds]
-    # Along the motion: `margin` from the wall behind. Across it: anywhere.
+    margin = _pick(draw[:, 5], START_MARGINS) * START_SPACING
+    # Along the motion: `margin` from the wall behind. Across it: any line of the grid.
     behind = torch.where(unit > 0, margin[:, None], REACH - margin[:, None])
-    start = torch.where(unit == 0, (draw[:, 6] * REACH)[:, None], behind)
+    start = torch.where(unit == 0, (_pick(draw[:, 6], START_LINES) * START_SPACING)[:, None], behind)
     velocity = unit * torch.tensor(SPEEDS, dtype=torch.float64)[speeds][:, None]
     positions = straight_positions(start, velocity, frames)
     named = zip(labels[rows].tolist(), directions.tolist(), speeds.tolist(), phrasings.tolist(), strict=True)
@@ -223,7 +229,7 @@ def moving_digits(
 def steered_digits(
     split: Literal["train", "test"], *, seed: int, indices: Sequence[int], frames: int = CLIP_FRAMES
 ) -> SteeredDigits:
-    """Clips whose digit follows a random action per frame, each held for 3 to 10 frames; a function as `moving_digits`.
+    """Clips whose digit follows a random action per latent frame, held for 1 to 3 of them; otherwise as `moving_digits`.
 
     Captions are "a seven". Raises ValueError for fewer than one frame.
     """
@@ -238,10 +244,10 @@ def steered_digits(
     for clip in range(len(rows)):
         frame, piece = 1, 0
         while frame < frames:
-            hold = shortest + int(_pick(holds[clip, piece, 0], longest - shortest + 1))
+            hold = ACTION_FRAMES * (shortest + int(_pick(holds[clip, piece, 0], longest - shortest + 1)))
             actions[clip, frame : frame + hold] = _pick(holds[clip, piece, 1], len(ACTION_WORDS))
             frame, piece = frame + hold, piece + 1
-    positions = steered_positions(draw[:, 2:] * REACH, actions)
+    positions = steered_positions(_pick(draw[:, 2:], START_LINES) * START_SPACING, actions)
     captions = tuple(f"a {DIGIT_WORDS[digit]}" for digit in labels[rows].tolist())
     return SteeredDigits(render(digits[rows], positions), labels[rows], actions, positions, captions)
 

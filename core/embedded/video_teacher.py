@@ -71,7 +71,7 @@ class VideoTeacherRecipe:
     clips: int = 6000
     short_steps: int = 3500
     short_frames: int = 3
-    transformer_steps: int = 6000
+    transformer_steps: int = 7500
     batch_size: int = 16
     learning_rate: float = 1e-3
     ema_decay: float = 0.998

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fewstep.core.embedded.digits import DIGIT_WORDS, label_of_prompt
 from fewstep.core.embedded.video_clips import (
+    ACTION_FRAMES,
     ACTION_HOLD,
     ACTION_SPEED,
     CANVAS,
@@ -15,6 +16,7 @@ from fewstep.core.embedded.video_clips import (
     DIRECTION_WORDS,
     REACH,
     SPEEDS,
+    START_SPACING,
     all_clip_captions,
     balanced_clip_prompt,
     bounce,
@@ -67,10 +69,19 @@ def test_directions_are_visible_and_slow_digits_do_not_bounce() -> None:
     unit = torch.tensor(DIRECTION_STEPS, dtype=torch.float64)[clips.directions]
     speed = torch.tensor(SPEEDS, dtype=torch.float64)[clips.speeds]
     ahead = (moved * unit[:, None]).sum(dim=-1)
-    # 15 frames straight ahead whatever the speed; all of them when slow.
-    assert (ahead[:, :15] - speed[:, None]).abs().max() < 1e-9
+    # 12 frames straight ahead whatever the speed; all of them when slow.
+    assert (ahead[:, :12] - speed[:, None]).abs().max() < 1e-9
     assert (ahead[clips.speeds == 0] - SPEEDS[0]).abs().max() < 1e-9
     assert (ahead[clips.speeds == 1] < 0).any()
+    starts = clips.positions[:, 0]
+    assert starts.remainder(START_SPACING).abs().max() == 0
+    assert {tuple(start) for start in starts.tolist()} == {
+        (4.0 * top, 4.0 * left)
+        for top in range(5)
+        for left in range(5)
+        # Nobody starts away from all walls, for there is one behind each.
+        if (top, left) != (2, 2)
+    }
 
 
 def test_choices_are_uniform_and_captions_name_them() -> None:
@@ -137,10 +148,11 @@ def test_steered_clips_hold_their_actions() -> None:
     assert clips.actions.flatten().bincount().min() > 0.15 * clips.actions.numel()
     assert set(clips.captions) == {f"a {word}" for word in DIGIT_WORDS}
     changes = (clips.actions[:, 1:].diff(dim=1) != 0).sum().item() / 200
-    # 48 frames in pieces of 6.5 on average, a fifth of which repeat the action before.
-    assert 4.5 < changes < 7.5
+    # 48 frames in pieces of 8 on average, a fifth of which repeat the action before.
+    assert 3.5 < changes < 5.5
+    assert clips.actions[:, 1:].unflatten(1, (12, ACTION_FRAMES)).diff(dim=2).abs().max() == 0
     first = torch.stack([(row != row[0]).long().argmax() for row in clips.actions[:, 1:] if (row != row[0]).any()])
-    assert first.min() >= ACTION_HOLD[0]
+    assert first.min() == ACTION_HOLD[0] * ACTION_FRAMES
     again = steered_digits("train", seed=1, indices=[17], frames=49)
     assert torch.equal(again.actions[0], clips.actions[17])
     assert torch.equal(again.pixels[0], clips.pixels[17])

@@ -1,9 +1,6 @@
 """Two processes train together what one process trains alone, and each goes on where the other stopped."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.train import train_dmd
 from tests.dmd.run_server import SCRIPT, Run, RunServer
 from tests.dmd.tiny_run import WITH_GAN, TinyInputs, changed, measured, tiny_config
+from tests.two_processes import launch_two
 
 # Processes of their own are slow on a busy machine.
 pytestmark = pytest.mark.timeout(600)
@@ -55,18 +53,6 @@ def assert_close_runs(run: Path, one: Path, *, first_step: int = 1) -> None:
             torch.testing.assert_close(tensor, right.tensors[name][key], rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
 
 
-def launch_two(config: Path) -> None:
-    """`accelerate launch` with two processes. Its --cpu would start one, so the environment asks for the CPU."""
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    # Port 0 is any free one, so that two runs of the tests on one machine do not meet.
-    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(SCRIPT), "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es) on cpu" in done.stdout
-
-
 def start_two(server: RunServer, folder: Path, *arguments: str) -> list[Run]:
     """Two processes as a launcher would start them, forked from the server."""
     with socket.socket() as free:
@@ -87,7 +73,7 @@ def start_two(server: RunServer, folder: Path, *arguments: str) -> list[Run]:
 def test_two_processes_equal_one_and_one_goes_on(inputs: TinyInputs, one: Path, tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path / "run")
     save_resolved(tmp_path / "config.yaml", config)
-    launch_two(tmp_path / "config.yaml")
+    assert "2 process(es) on cpu" in launch_two(str(SCRIPT), "--config", str(tmp_path / "config.yaml"))
     assert_close_runs(tmp_path / "run", one)
     assert load_checkpoint(tmp_path / "run" / "checkpoint-3").tensors["generators"]["cpu"].shape[0] == 2
 
