@@ -46,8 +46,8 @@ CHAINS = {
 }
 SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
 SINKS = ("none", "static", "ema")
-# Chunks of a short video are those of the layout; long ones have this many times as many.
-LONG = 4
+# Chunks of a short video are those of the layout; long ones have this many times as many, for a share of the prompts.
+LONG, LONG_SHARE = 10, 4
 FLOW_STEPS, TEACHER_STEPS = 20, 50
 BATCH = 50
 SEED = 0
@@ -201,8 +201,9 @@ def judge_seed(folder: Path, chain: str, seed: int, *, samples: int, reference: 
     def row(name: str, student: StudyStudent, schedule: tuple[int, ...], sink: str, times: int) -> None:
         chunks = student.settings.layout.chunks * times
         grid = StepSchedule.steps(schedule, shift=student.config.student.shift)
-        pixels = sample_student(student, prompts, schedule=grid, sink=sink, chunks=chunks)
-        result = measure_clips(judges, pixels, prompts=prompts, reference=reference)
+        asked = prompts if times == 1 else prompts[: max(2, len(prompts) // LONG_SHARE)]
+        pixels = sample_student(student, asked, schedule=grid, sink=sink, chunks=chunks)
+        result = measure_clips(judges, pixels, prompts=asked, reference=reference)
         said = f"{FLOW_STEPS} Euler" if student.config.method in FLOW_METHODS else str(list(schedule))
         frames = student.settings.layout.extended(chunks).frames
         rows.append(StudyRow(name, seed, said, sink, frames, result))
