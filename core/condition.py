@@ -22,6 +22,7 @@ class Condition:
         token_mask: [B, N], 1 for tokens of the text and 0 for padding, or None where all are looked at. Masked
             conditions of different N are joined by padding the shorter.
         guidance: [B] the scale w of u + w (c - u) that a network with a guidance embedding is told, or None.
+        control: [B, C, h, w] latents of the pictures that a ControlNet follows, or None.
 
     Raises:
         ValueError: a shape is wrong or batch sizes differ.
@@ -33,6 +34,7 @@ class Condition:
     time_ids: Tensor | None = None
     token_mask: Tensor | None = None
     guidance: Tensor | None = None
+    control: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -54,6 +56,9 @@ class Condition:
             )
         if guidance is not None and guidance.shape != (self.batch_size,):
             raise ValueError(f"guidance must be [{self.batch_size}], got shape {tuple(guidance.shape)}")
+        control = self.control
+        if control is not None and (control.ndim != 4 or control.shape[0] != self.batch_size):
+            raise ValueError(f"control must be [{self.batch_size}, C, h, w], got shape {tuple(control.shape)}")
 
     @property
     def batch_size(self) -> int:
@@ -68,6 +73,7 @@ class Condition:
             time_ids=None if self.time_ids is None else self.time_ids.to(device=device),
             token_mask=None if self.token_mask is None else self.token_mask.to(device=device),
             guidance=None if self.guidance is None else self.guidance.to(device=device),
+            control=None if self.control is None else self.control.to(device=device, dtype=dtype),
         )
 
     def repeat(self, n: int) -> Condition:
@@ -129,6 +135,7 @@ class Condition:
             pick(self.time_ids, other.time_ids),
             pick(mine_padded.token_mask, other.token_mask),
             pick(self.guidance, other.guidance),
+            pick(self.control, other.control),
         )
 
     @staticmethod
@@ -156,7 +163,12 @@ class Condition:
             time_ids=join([condition.time_ids for condition in conditions]),
             token_mask=join([condition.token_mask for condition in conditions]),
             guidance=join([condition.guidance for condition in conditions]),
+            control=join([condition.control for condition in conditions]),
         )
+
+    def with_control(self, control: Tensor) -> Condition:
+        """The same with the latents [B, C, h, w] of the pictures that a ControlNet follows."""
+        return replace(self, control=control.to(self.tokens.device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Condition:
         """Apply `change` to every tensor with a batch axis."""
@@ -167,6 +179,7 @@ class Condition:
             time_ids=None if self.time_ids is None else change(self.time_ids),
             token_mask=None if self.token_mask is None else change(self.token_mask),
             guidance=None if self.guidance is None else change(self.guidance),
+            control=None if self.control is None else change(self.control),
         )
 
 
@@ -187,7 +200,7 @@ def _same_length(conditions: Sequence[Condition]) -> list[Condition]:
 def _require_same_layout(a: Condition, b: Condition) -> None:
     if a.tokens.shape[1:] != b.tokens.shape[1:]:
         raise ValueError(f"conditions differ in token shape: {tuple(a.tokens.shape)} and {tuple(b.tokens.shape)}")
-    for name in ("pooled", "time_ids", "token_mask", "guidance"):
+    for name in ("pooled", "time_ids", "token_mask", "guidance", "control"):
         x, y = getattr(a, name), getattr(b, name)
         if (x is None) != (y is None) or (x is not None and y is not None and x.shape[1:] != y.shape[1:]):
             shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in (x, y))

@@ -96,7 +96,7 @@ def guided_velocity(
 
     One network call: on the doubled batch [unconditional, conditional], or on the batch itself when guidance is 1. The
     size that SDXL is told belongs to the picture and not to the prompt, so the unconditional side is told the same; so
-    it is with an embedded guidance.
+    it is with an embedded guidance and with the picture of a ControlNet.
 
     Args:
         denoiser: a `Denoiser` or a wrapper with its call.
@@ -116,6 +116,8 @@ def guided_velocity(
         null_condition = replace(null_condition, time_ids=condition.time_ids)
     if condition.guidance is not None:
         null_condition = replace(null_condition, guidance=condition.guidance)
+    if condition.control is not None:
+        null_condition = replace(null_condition, control=condition.control)
     both = Condition.cat([null_condition, condition])
     unconditional, conditional = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     scale = expand_time(guidance, x_t) if isinstance(guidance, Tensor) else guidance

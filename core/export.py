@@ -1,11 +1,6 @@
 """A student becomes a diffusers directory that stock diffusers loads without this package."""
 
 import copy
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from fewstep.core.export_anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
 from fewstep.core.export_check import (
     ExportMismatchError,
     Probe,
@@ -25,13 +21,14 @@ from fewstep.core.export_check import (
     training_latents,
 )
 from fewstep.core.export_components import absent_components, stand_ins
+from fewstep.core.export_directory import check_finite, check_output, new_directory, remove_machine_names
 from fewstep.core.export_sana import is_sprint_network, sprint_teacher
 from fewstep.core.export_schedulers import SamplerSpec, SchedulerPlan, plan_scheduler
 from fewstep.core.export_second_time import bake_second_time
 from fewstep.core.families.sana import call_arguments
+from fewstep.core.families.wan import video_arguments
 from fewstep.core.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.model_card import (
-    RECORD_FILE,
     ExportRecord,
     StudentReport,
     Verification,
@@ -56,7 +53,6 @@ DTYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.bfloat16: "bfloat16",
 }
 LIBRARIES = ("fewstep", "diffusers", "transformers", "torch", "peft", "safetensors")
-NAME_KEYS = ("_name_or_path", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,7 @@ class _Job:
     dtype: torch.dtype
     probe: Probe
     lora_only: bool
+    pipeline_name: str
 
     @property
     def guidance_scale(self) -> float:
@@ -93,7 +90,8 @@ def export_pipeline(
     """Write a student as a diffusers directory, load it again and compare it with the sampler of the training.
 
     The directory holds the teacher's pipeline with the student's weights (adapters merged) and a stock scheduler that
-    steps on `sampler.times`. A second time of the network becomes part of its time layers, for these times alone.
+    steps on `sampler.times`. A second time of the network becomes part of its time layers, for these times alone; for
+    Wan it stays, in an AnyFlowPipeline, which takes any number of steps.
     `distillation.json` and README.md say what to pass to the pipeline. With `lora_only` it
     holds `pytorch_lora_weights.safetensors` and the scheduler, to be loaded on top of the teacher. It appears at
     `output` only after the comparison: latents to 3e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
@@ -115,7 +113,7 @@ def export_pipeline(
         ExportMismatchError: the loaded export differs from the training sampler; nothing is left at `output`.
     """
     output = Path(output)
-    _check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     # Networks are initialised at random before their weights are loaded; the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
         job = _prepare(teacher_path, network, spec=sampler, report=report, dtype=dtype, lora_only=lora_only)
@@ -126,30 +124,18 @@ def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
     trained = copy.deepcopy(network).float().eval()
     trained_latents = _training_latents(job, trained)
     stored = _rounded_adapters(trained, job.dtype) if job.lora_only else _plain_network(trained, job)
-    with _new_directory(output) as draft:
+    with new_directory(output) as draft:
         if job.lora_only:
             _write_adapters(job, stored, draft)
         else:
             _write_pipeline(job, stored, draft)
-        _remove_machine_names(draft, public_name(job.report.base_model))
-        stored_latents = _training_latents(job, stored.float())
+        remove_machine_names(draft, public_name(job.report.base_model))
+        stored_latents = _training_latents(job, _with_exact_tables(stored.float(), trained))
         verification = _verify(job, draft, stored_latents=stored_latents, trained_latents=trained_latents)
         record = _record(job, verification, name=job.report.name or output.name)
         write_record(record, draft)
         write_model_card(record, draft, license_fields=license_of(job.teacher_path))
     return record
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    if not output.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{output} exists. Give another directory, or overwrite=True (--overwrite) to replace.")
-    is_export = output.is_dir() and ((output / RECORD_FILE).is_file() or not any(output.iterdir()))
-    if not is_export:
-        raise ValueError(
-            f"{output} is no export (it has no {RECORD_FILE}), so it is not overwritten. Remove it yourself."
-        )
 
 
 def _prepare(
@@ -190,27 +176,42 @@ def _prepare(
         )
     components = teacher.pipeline.components
     network_name = next(name for name, component in components.items() if component is expected)
-    plan = plan_scheduler(teacher.pipeline, spec)
-    probe = make_probe(
-        teacher.pipeline, teacher.family, spec=spec, device=device, height=report.height, width=report.width
-    )
+    any_step = is_anyflow_student(network)
+    plan = plan_anyflow(cast(Any, teacher.pipeline), spec) if any_step else plan_scheduler(teacher.pipeline, spec)
+    size = {"frames": report.frames, "height": report.height, "width": report.width}
+    probe = make_probe(teacher.pipeline, teacher.family, spec=spec, device=device, **size)
     if is_sprint:
         probe = replace(probe, guidance=report.guidance)
-    return _Job(teacher, teacher_path, network_name, spec, plan, report, dtype, probe, lora_only)
+    pipeline_name = "AnyFlowPipeline" if any_step else type(teacher.pipeline).__name__
+    return _Job(teacher, teacher_path, network_name, spec, plan, report, dtype, probe, lora_only, pipeline_name)
 
 
 def _plain_network(trained: nn.Module, job: _Job) -> Any:
-    """A stock network with the weights of `trained`, adapters merged, the second time baked in, in the files' dtype."""
+    """A network with the weights of `trained` in the files' dtype, adapters merged: a stock one with the second time
+    baked in, or a Wan of two times, which its own pipeline is written with."""
     merged, dtype = copy.deepcopy(trained), job.dtype
     if hasattr(trained, "peft_config"):
         merge_lora(merged)
+    if is_anyflow_student(merged):
+        merged = merged.to(dtype)
+        check_finite(merged.state_dict(), dtype)
+        return merged
     if second_time_of(merged) is not None:
         bake_second_time(merged, job.plan.network_timesteps)
     plain = cast(Any, type(merged)).from_config(merged.config)
     plain.load_state_dict(merged.state_dict())
     plain = plain.to(device=next(merged.parameters()).device, dtype=dtype).eval()
-    _check_finite(plain.state_dict(), dtype)
+    check_finite(plain.state_dict(), dtype)
     return plain
+
+
+def _with_exact_tables(stored: nn.Module, trained: nn.Module) -> nn.Module:
+    """`stored` with the tables of `trained` that are computed and not saved, which rounding its weights has rounded."""
+    exact, saved = dict(trained.named_buffers()), stored.state_dict().keys()
+    for name, buffer in stored.named_buffers():
+        if name not in saved and name in exact:
+            buffer.copy_(exact[name])
+    return stored
 
 
 def _rounded_adapters(trained: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -220,23 +221,18 @@ def _rounded_adapters(trained: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, parameter in rounded.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(parameter.to(dtype))
-    _check_finite(lora_state_dict(rounded), dtype)
+    check_finite(lora_state_dict(rounded), dtype)
     return rounded
-
-
-def _check_finite(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"weight {name} is not finite as {dtype}. Check the checkpoint, or export with a wider dtype."
-            )
 
 
 def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
     """Save the teacher's pipeline with the student in it. All its modules end in fp32, rounded to the files' dtype."""
-    pipeline = job.teacher.pipeline
+    pipeline: Any = job.teacher.pipeline
     absent = stand_ins(pipeline)
-    pipeline.register_modules(**{job.network_name: stored, "scheduler": job.plan.scheduler, **absent})
+    if is_anyflow_student(stored):
+        pipeline = anyflow_pipeline(pipeline, stored, job.plan.scheduler)
+    else:
+        pipeline.register_modules(**{job.network_name: stored, "scheduler": job.plan.scheduler, **absent})
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     if job.dtype != torch.float32:
         for module in modules:
@@ -302,7 +298,9 @@ def _load(job: _Job, draft: Path) -> Any:
 
 def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord:
     report, plan = job.report, job.plan
-    size = call_arguments(job.teacher.pipeline, report.height, report.width)
+    source = job.teacher.pipeline
+    size = call_arguments(source, report.height, report.width)
+    size |= video_arguments(source, frames=report.frames, height=report.height, width=report.width)
     return ExportRecord(
         name=name,
         method=report.method,
@@ -321,8 +319,10 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         max_timesteps=plan.max_timesteps,
         intermediate_timesteps=plan.intermediate_timesteps,
         use_resolution_binning=size.get("use_resolution_binning"),
+        num_frames=size.get("num_frames"),
+        max_sequence_length=size.get("max_sequence_length"),
         step_noise=plan.step_noise,
-        pipeline=type(job.teacher.pipeline).__name__,
+        pipeline=job.pipeline_name,
         scheduler=type(plan.scheduler).__name__,
         weights="lora" if job.lora_only else "merged",
         dtype=DTYPE_NAMES[job.dtype],
@@ -333,34 +333,3 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         verification=verification,
         versions=tuple((library, version(library)) for library in LIBRARIES),
     )
-
-
-def _remove_machine_names(draft: Path, name: str) -> None:
-    """Replace the paths that diffusers and transformers note in their configurations by the name of the teacher."""
-    for file in draft.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = [key for key in NAME_KEYS if isinstance(content, dict) and content.get(key)]
-        if found:
-            content.update(dict.fromkeys(found, name))
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _new_directory(output: Path) -> Iterator[Path]:
-    """A draft beside `output` that takes its place when the block ends without an error, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    # mkdtemp makes it private, an export is as readable as any file of its owner
-    draft.chmod(0o755)
-    try:
-        yield draft
-        if output.exists():
-            retired = draft.with_name(f"{draft.name}.old")
-            output.rename(retired)
-            draft.rename(output)
-            shutil.rmtree(retired)
-        else:
-            draft.rename(output)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise

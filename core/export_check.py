@@ -1,6 +1,6 @@
 """Loads an export again and compares it with the sampler of the training.
 
-B pictures, latents [B, C, H, W], K steps.
+B pictures or videos, latents [B, C, H, W] or [B, C, F, H, W], K steps.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export_schedulers import SamplerSpec, SchedulerPlan
-from fewstep.core.families.family import Family
+from fewstep.core.families.family import Family, VideoFamily
 from fewstep.core.families.sana import call_arguments
+from fewstep.core.families.wan import video_arguments
 from fewstep.core.student import Student
 from fewstep.core.two_time import second_time_of
 
@@ -34,6 +35,7 @@ class Probe:
 
     seed: torch's global generator, set to it, draws exactly `renoise` one after the other.
     guidance: the scale that a network with a guidance embedding is told, None for others.
+    frames: pixel frames of a video, None for the pipeline's own, and for pictures.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +45,7 @@ class Probe:
     renoise: tuple[Tensor, ...]
     seed: int
     guidance: float | None = None
+    frames: int | None = None
 
 
 def make_probe(
@@ -53,13 +56,23 @@ def make_probe(
     device: torch.device,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
 ) -> Probe:
-    """A probe for pictures of `height` x `width` pixels, by default the pipeline's own size."""
-    shape = (len(PROBE_PROMPTS), *family.latent_shape(pipeline, height, width))
+    """A probe for pictures or videos of `height` x `width` pixels and `frames`, by default the pipeline's own size.
+
+    Raises ValueError where frames are given for pictures.
+    """
+    if isinstance(family, VideoFamily):
+        sizes: tuple[int, ...] = family.video_shape(pipeline, frames=frames, height=height, width=width)
+    elif frames is None:
+        sizes = family.latent_shape(pipeline, height, width)
+    else:
+        raise ValueError(f"frames is {frames}, and a pipeline of the family {family.name} makes pictures")
+    shape = (len(PROBE_PROMPTS), *sizes)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(device)
     with _seeded(PROBE_SEED, device):
         renoise = tuple(torch.randn(shape, device=device) for _ in range(spec.steps - 1))
-    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED)
+    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED, frames=frames)
 
 
 def training_latents(
@@ -83,7 +96,9 @@ def pipeline_latents(
 ) -> tuple[Tensor, list[float]]:
     """What a diffusers pipeline makes of a probe, and the timesteps that its network was called with."""
     seen: list[float] = []
-    size = {"height": probe.height, "width": probe.width} | call_arguments(pipeline, probe.height, probe.width)
+    height, width = probe.height, probe.width
+    size = {"height": height, "width": width} | call_arguments(pipeline, height, width)
+    size |= video_arguments(pipeline, frames=probe.frames, height=height, width=width)
 
     def record(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         timestep = named["timestep"] if "timestep" in named else positional[1]

@@ -14,6 +14,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.export import DTYPE_NAMES, export_pipeline
 from fewstep.core.export_sana import sprint_times
 from fewstep.core.export_schedulers import SamplerSpec, nearest_exportable_times
+from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
@@ -32,7 +33,7 @@ SPRINT_METHOD = "sana_sprint"
 
 
 # Methods whose students are trained at all times, not at the times of one grid.
-ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint")
+ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class RunSettings:
     height: int | None
     width: int | None
     second_time: SecondTime | Literal["none"] = "none"
+    frames: int | None = None
 
 
 def read_settings(run: str | Path) -> RunSettings:
@@ -76,7 +78,7 @@ def read_settings(run: str | Path) -> RunSettings:
             raise ValueError(f"{file} has no {'.'.join(keys)}; it is not the resolved configuration of a distillation")
         return default if value is MISSING else value
 
-    # Methods without adapters, a size of their own or a second time have no such keys.
+    # Methods without adapters, a size of their own, frames or a second time have no such keys.
     return RunSettings(
         method=read("method"),
         teacher_path=read("teacher", "path"),
@@ -89,6 +91,7 @@ def read_settings(run: str | Path) -> RunSettings:
         height=read("data", "height", default=None),
         width=read("data", "width", default=None),
         second_time=read("second_time", default="none"),
+        frames=read("data", "frames", default=None),
     )
 
 
@@ -124,8 +127,10 @@ def export_run(
     if dtype not in dtypes or weights not in ("ema", "live"):
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
-    settings = _with_steps(read_settings(run), steps, run)
+    settings = with_steps(read_settings(run), steps, run)
     loaded = load_run_student(run, settings, checkpoint=checkpoint, weights=weights, device=device)
+    if isinstance(loaded.student.denoiser.network, ControlledSana):
+        raise ValueError(f"{run} trained a student with a ControlNet: use scripts/export_sana_control.py")
     report = StudentReport(
         method=settings.method,
         base_model=settings.teacher_path,
@@ -134,13 +139,16 @@ def export_run(
         ema=weights == "ema",
         height=settings.height,
         width=settings.width,
+        frames=settings.frames,
         name=run.resolve().name,
     )
     output = run / "export" if output is None else Path(output)
     record = export_pipeline(
         settings.teacher_path,
         loaded.student.denoiser.network,
-        sampler=SamplerSpec(loaded.student.times, settings.sampler),
+        sampler=SamplerSpec(
+            loaded.student.times, settings.sampler, settings.shift if settings.sampler == "flow_map" else None
+        ),
         output=output,
         report=report,
         dtype=dtypes[dtype],
@@ -167,7 +175,7 @@ def load_run_student(
     Raises:
         ValueError: a file or weight is missing, or does not fit the teacher.
     """
-    loaded = load_checkpoint(_find_checkpoint(run, checkpoint))
+    loaded = load_checkpoint(find_checkpoint(run, checkpoint))
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
         raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
@@ -180,7 +188,7 @@ def load_run_student(
     return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
 
 
-def _with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
+def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
     """The settings, with another number of steps if one is given. Raises ValueError for a student of one grid."""
     steps = settings.steps if steps is None else steps
     if steps != settings.steps and settings.method not in ANY_GRID_METHODS:
@@ -191,7 +199,8 @@ def _with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSetti
     return replace(settings, steps=steps)
 
 
-def _find_checkpoint(run: Path, checkpoint: str) -> Path:
+def find_checkpoint(run: Path, checkpoint: str) -> Path:
+    """A checkpoint of a run by name, by path, or the latest. Raises ValueError that names those there are."""
     known = ", ".join(path.name for path in list_checkpoints(run)) or "none"
     if checkpoint == "latest":
         found = latest_checkpoint(run)
@@ -207,7 +216,7 @@ def _find_checkpoint(run: Path, checkpoint: str) -> Path:
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The teacher's network with the student's adapters, if any, and its weights."""
     network = teacher.denoiser.network
-    if settings.method == SPRINT_METHOD:
+    if settings.method == SPRINT_METHOD and not isinstance(network, ControlledSana):
         assert isinstance(network, SanaTransformer2DModel)
         network = with_guidance_embedding(network)
     network.requires_grad_(True)

@@ -41,11 +41,14 @@ class SamplerSpec:
     times: canonical times of the steps, strictly descending in (0, 1], without the final 0.
     sampler: "sde" re-noises the predicted x0 at the next time, "ode" takes an Euler step along the velocity, "flow_map"
         one along the average velocity of a network of two times.
+    shift: of the grid, for a scheduler that makes the grids of other step counts too; None is what the times say, which
+        is 1 for one step.
     Raises ValueError for another order, range or name.
     """
 
     times: tuple[float, ...]
     sampler: Sampler
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         validate_grid(self.times)
@@ -61,7 +64,8 @@ class SamplerSpec:
 class SchedulerPlan:
     """A scheduler and what the pipeline has to be called with for it to step on the student's grid.
 
-    scheduler: a FlowMatchEulerDiscreteScheduler, LCMScheduler, DDIMScheduler, EulerDiscreteScheduler or SCMScheduler.
+    scheduler: a FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, DDIMScheduler,
+        EulerDiscreteScheduler or SCMScheduler.
     network_timesteps: what the network is called with, in the units of the pipeline (fp32 values or table indices).
     step_noise: where the noise between steps comes from, "none" if there is none: the "generator" of the call, or
         torch's "global" one, because the pipeline does not hand its generator to the scheduler.

@@ -29,6 +29,7 @@ class StudentReport:
     guidance: the scale w of the teacher in u + w (c - u) during training, 1 is none.
     base_model: the teacher as the user named it: a hub id or a path, see `public_name`.
     height, width: pixels the student was trained at, None for the pipeline's own.
+    frames: pixel frames of the videos it was trained at, None for the pipeline's own, and for pictures.
     name: title of the model card, by default the name of the directory.
     """
 
@@ -41,6 +42,7 @@ class StudentReport:
     height: int | None = None
     width: int | None = None
     name: str | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ExportRecord:
         where it needs none.
     max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
     use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
+    num_frames, max_sequence_length: arguments of pipelines of videos, None for others.
     absent_components: parts of the pipeline that the teacher does without; a merged export holds stand-ins for them.
     step_noise: where the noise between steps comes from: "none", the "generator" of the call, or torch's "global" one.
     """
@@ -99,6 +102,13 @@ class ExportRecord:
     max_timesteps: float | None = None
     intermediate_timesteps: float | None = None
     use_resolution_binning: bool | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def any_steps(self) -> bool:
+        """Whether the files serve every number of steps, not `steps` alone."""
+        return self.scheduler == "FlowMapEulerDiscreteScheduler" and self.sigmas is None
 
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments that every call of the exported pipeline needs."""
@@ -112,6 +122,8 @@ class ExportRecord:
             "height": self.height,
             "width": self.width,
             "use_resolution_binning": self.use_resolution_binning,
+            "num_frames": self.num_frames,
+            "max_sequence_length": self.max_sequence_length,
         }
         if self.max_timesteps is not None:
             # The pipeline has defaults of its own, which fit two steps: None has to be passed for others.
@@ -189,7 +201,7 @@ def model_card(record: ExportRecord, *, license_fields: dict[str, str]) -> str:
     front: dict[str, Any] = {
         "library_name": "diffusers",
         "base_model": record.base_model,
-        "tags": ["diffusers", "text-to-image", "few-step", "distillation", record.method],
+        "tags": ["diffusers", f"text-to-{_kind(record)}", "few-step", "distillation", record.method],
     }
     if record.weights == "lora":
         front["tags"].append("lora")
@@ -208,7 +220,7 @@ def model_card(record: ExportRecord, *, license_fields: dict[str, str]) -> str:
 
 
 def loading_snippet(record: ExportRecord, directory: str) -> str:
-    """Python that loads the export from `directory` with diffusers alone and makes one image."""
+    """Python that loads the export from `directory` with diffusers alone and makes one image or video."""
     arguments = ", ".join(f"{name}={value}" for name, value in record.call_arguments().items())
     dtype = "" if record.dtype == "float32" else f", dtype=torch.{record.dtype}"
     lines = ["import torch"] if dtype or record.step_noise == "global" else []
@@ -229,16 +241,23 @@ def loading_snippet(record: ExportRecord, directory: str) -> str:
         ]
     if record.step_noise == "global":
         lines.append("torch.manual_seed(0)")
-    lines.append(f'image = pipeline("a prompt", {arguments}).images[0]')
+    made = "frames = {}.frames[0]" if _kind(record) == "video" else "image = {}.images[0]"
+    lines.append(made.format(f'pipeline("a prompt", {arguments})'))
     return "\n".join(lines) + "\n"
+
+
+def _kind(record: ExportRecord) -> str:
+    """What the pipeline makes."""
+    return "image" if record.num_frames is None else "video"
 
 
 def _summary(record: ExportRecord) -> str:
     calls = "one network call" if record.steps == 1 else f"{record.steps} network calls"
     kind = "LoRA weights" if record.weights == "lora" else "pipeline"
+    article = "an image" if _kind(record) == "image" else "a video"
     averaged = "moving average of the weights" if record.ema else "live weights"
     return (
-        f"A diffusers {kind} that makes an image in {calls}: {record.base_model}, distilled with {record.method} "
+        f"A diffusers {kind} that makes {article} in {calls}: {record.base_model}, distilled with {record.method} "
         f"against a teacher guidance of {record.training_guidance:g} (step {record.training_step}, {averaged}).\n"
     )
 
@@ -253,8 +272,11 @@ def _arguments_remark(record: ExportRecord) -> str:
     text = (
         "A diffusers pipeline stores neither the number of steps nor the guidance, so pass both: "
         f"`num_inference_steps={record.num_inference_steps}` and `guidance_scale={record.guidance_scale}` (the "
-        "guidance of the teacher is already in the weights; more of it doubles the cost and harms the image).\n"
+        "guidance of the teacher is already in the weights; more of it doubles the cost and harms the "
+        f"{_kind(record)}).\n"
     )
+    if record.any_steps:
+        text += "\nAny other number of steps works with the same files: 1 is the fastest, more are shorter jumps.\n"
     if record.absent_components and record.weights == "merged":
         text += (
             f"\nThe teacher does without {', '.join(record.absent_components)}. The parts of that name are stand-ins "
@@ -271,15 +293,15 @@ def _seed_remark(record: ExportRecord) -> str:
     if record.step_noise == "global":
         return (
             f"{record.pipeline} does not hand its `generator` to the scheduler. The `generator` of the call decides "
-            "the first noise only; the noise between the steps comes from torch's global generator. For an image that "
+            "the first noise only; the noise between the steps comes from torch's global generator. For a result that "
             "can be made again, call `torch.manual_seed(seed)` directly before every call of the pipeline.\n"
         )
     if record.step_noise == "generator":
         return (
             "The `generator` of the call decides the first noise and the noise between the steps; the same seed gives "
-            "the same image. Latents alone (`latents=`) do not fix the image.\n"
+            "the same result. Latents alone (`latents=`) do not fix it.\n"
         )
-    return "No noise enters after the first, so the `generator` (or `latents`) of the call decides the image.\n"
+    return "No noise enters after the first, so the `generator` (or `latents`) of the call decides the result.\n"
 
 
 def _grid_table(record: ExportRecord) -> str:
@@ -289,6 +311,8 @@ def _grid_table(record: ExportRecord) -> str:
         "flow_map": "jump of the flow map, an Euler step of weights that are made for these times alone (flow_map)",
     }
     update = updates[record.sampler]
+    if record.any_steps:
+        update = "jump of the flow map, whose network is told both times (flow_map)"
     rows = [f"{record.scheduler}; between steps: {update}.\n", "| step | time t | network timestep |", "|---|---|---|"]
     pairs = zip(record.times, record.network_timesteps, strict=True)
     rows += [f"| {i} | {time:.6g} | {timestep:.6g} |" for i, (time, timestep) in enumerate(pairs, start=1)]

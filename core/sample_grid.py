@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MINIMUM_SIDE = 64
+# Columns of a row of frames at most.
+ROW_FRAMES = 13
 _GAP = 2
 _LABEL_MARGIN = 6
 
@@ -46,6 +48,13 @@ def save_grid(
     picture.save(partial, format="PNG")
     partial.replace(path)
     return path
+
+
+def frame_row(video: Tensor) -> Tensor:
+    """Frames [n, 3, H, W] of a video [3, T, H, W], evenly spaced with first and last, at most `ROW_FRAMES`."""
+    frames = video.shape[1]
+    places = torch.linspace(0, frames - 1, min(frames, ROW_FRAMES)).round().long()
+    return video[:, places].transpose(0, 1)
 
 
 def arrange(rows: Sequence[Tensor]) -> Tensor:

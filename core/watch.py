@@ -13,7 +13,7 @@ from fewstep.core.data import PromptConditions
 from fewstep.core.health import HealthMonitor, HealthStatistics
 from fewstep.core.randomness import sample_noise
 from fewstep.core.roles import Role
-from fewstep.core.sample_grid import save_grid
+from fewstep.core.sample_grid import frame_row, save_grid
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.trainer import Trainer
@@ -24,7 +24,7 @@ GRID_SEED = 0
 
 
 class Watched(Protocol):
-    """The parts of a method's set-up that are looked at. `latent_shape` is (C, h, w)."""
+    """The parts of a method's set-up that are looked at. `latent_shape` is (C, h, w), or (C, F, h, w) for videos."""
 
     @property
     def teacher(self) -> Teacher: ...
@@ -35,7 +35,7 @@ class Watched(Protocol):
     @property
     def prompts(self) -> PromptConditions: ...
     @property
-    def latent_shape(self) -> tuple[int, int, int]: ...
+    def latent_shape(self) -> tuple[int, ...]: ...
 
 
 class Watch:
@@ -82,6 +82,8 @@ class Watch:
     def save_samples(self) -> None:
         """Write the grid of this step (process 0): the teacher's row, then the student's averaged weights.
 
+        Videos have a row of frames each, the teacher's and the student's one below the other.
+
         Raises NonFiniteError when samples of either are not finite.
         """
         if not self.trainer.is_main:
@@ -95,8 +97,12 @@ class Watch:
         self.trainer.check_finite("student's sample grid", latents)
         teacher_pixels, pixels = setup.teacher.decode(self._reference()), setup.teacher.decode(latents)
         labels = [f"teacher, {TEACHER_STEPS} steps", f"student, {len(setup.student.times)}"]
-        path = self.trainer.directory.sample_path(self.trainer.step)
-        save_grid([teacher_pixels, pixels], path, labels=labels)
+        rows = [teacher_pixels, pixels]
+        if pixels.ndim == 5:
+            rows = [frame_row(video) for pair in zip(*rows, strict=True) for video in pair]
+            texts = [setup.prompts.prompts[row] for row in self.rows]
+            labels = [f"{label}: {text}" for text in texts for label in labels]
+        save_grid(rows, self.trainer.directory.sample_path(self.trainer.step), labels=labels)
         self.pictures = HealthStatistics(
             brightness=pixels.mean().item(),
             reference_brightness=teacher_pixels.mean().item(),

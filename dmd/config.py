@@ -105,6 +105,8 @@ class DataConfig:
     """Pixel height of the samples; empty is the teacher's own."""
     width: int | None = None
     """Pixel width of the samples; empty is the teacher's own."""
+    frames: int | None = None
+    """Pixel frames of videos; empty is the teacher's own, and for pictures."""
     sample_count: int = 10
     """Columns of the sample grid: the first prompts of the file, with fixed seeds."""
 

@@ -93,7 +93,7 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ValueError(
             f"this teacher makes videos, latents {shape}, and this script trains students for pictures: use "
-            "scripts/train_causal_video.py"
+            "scripts/train_consistency.py, or scripts/train_causal_video.py for streams"
         )
     return shape[0], shape[1], shape[2]
 
@@ -104,7 +104,8 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
-    shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
+    size = (config.data.height, config.data.width)
+    shape = image_shape(teacher.latent_shape(*size, frames=config.data.frames))
     for name, dataset in (("latents", data.real), ("pairs", data.pairs)):
         if dataset is not None and tuple(dataset.latents.shape[1:]) != shape:
             found = tuple(dataset.latents.shape[1:])

@@ -6,9 +6,16 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    SanaControlNetPipeline,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
 
 from fewstep.core.embedded.sana_parts import TEXT_WIDTH, build_text_encoder, build_tokenizer
+from fewstep.core.families.sana_control import with_controlnet
 from tests.tiny_networks import widen_weights
 
 LATENT_SHAPE = (8, 4, 4)
@@ -69,4 +76,15 @@ def build_sana(*, shift: float = 3.0, dense: bool = False, seed: int = 0, **conf
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_controlled_sana(*, seed: int = 0) -> SanaControlNetPipeline:
+    """SANA with dense time and a ControlNet of two blocks that has something to say."""
+    pipeline = with_controlnet(build_sana(dense=True, seed=seed), layers=2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for module in (pipeline.controlnet.input_block, pipeline.controlnet.controlnet_blocks):
+            for parameter in module.parameters():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return pipeline

@@ -31,8 +31,8 @@ DIRECTION_WORDS = ("left", "right", "up", "down")
 # (top, left) of a unit step in each direction.
 DIRECTION_STEPS = ((0.0, -1.0), (0.0, 1.0), (-1.0, 0.0), (1.0, 0.0))
 SPEED_WORDS = ("slowly", "quickly")
-# Pixels per frame: a slow digit crosses 12 pixels in a clip of 25 frames, a quick one would cross 24. In a latent frame,
-# which is four frames, they move by half a latent and by a whole one.
+# Pixels per frame: a slow digit crosses 12 pixels in a clip of 25 frames, a quick one would cross 24. In a latent
+# frame, which is four frames, they move by half a latent and by a whole one.
 SPEEDS = (0.5, 1.0)
 # Digits start on a grid of this many pixels, and at most one of it away from the wall behind them: a slow one does not
 # turn within a clip, a quick one turns after 12 frames at the earliest.
@@ -229,7 +229,7 @@ def moving_digits(
 def steered_digits(
     split: Literal["train", "test"], *, seed: int, indices: Sequence[int], frames: int = CLIP_FRAMES
 ) -> SteeredDigits:
-    """Clips whose digit follows a random action per latent frame, held for 1 to 3 of them; otherwise as `moving_digits`.
+    """Clips whose digit follows a random action, held for 1 to 3 latent frames; otherwise as `moving_digits`.
 
     Captions are "a seven". Raises ValueError for fewer than one frame.
     """

@@ -9,11 +9,13 @@ from diffusers import DiffusionPipeline
 
 from fewstep.core.families.family import Family
 from fewstep.core.families.sana import SanaFamily
+from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sd3 import Sd3Family
 from fewstep.core.families.unet import UnetFamily
 from fewstep.core.families.wan import WanFamily
 
 FAMILIES: dict[str, Callable[[Any], Family]] = {
+    "SanaControlNetPipeline": SanaControlFamily.from_pipeline,
     "SanaPipeline": SanaFamily.from_pipeline,
     "SanaSprintPipeline": SanaFamily.from_pipeline,
     "StableDiffusion3Pipeline": Sd3Family.from_pipeline,

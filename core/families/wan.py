@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
+    AnyFlowPipeline,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -219,6 +220,26 @@ class WanFamily:
         times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
         validate_grid(times)
         return times
+
+
+def video_arguments(
+    pipeline: Any, *, frames: int | None = None, height: int | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """What a call of a Wan or AnyFlow pipeline needs for videos of that many pixel frames and that size in pixels;
+    nothing for pipelines of other kinds.
+
+    Both pad the text to 512 tokens whatever the tokenizer says, and the network attends to the padding.
+
+    Raises:
+        ValueError: the frames are not 4 k + 1, or a side is not positive.
+    """
+    if not isinstance(pipeline, WanPipeline | AnyFlowPipeline):
+        return {}
+    count = STOCK_FRAMES if frames is None else frames
+    latent_frames(count, factor=pipeline.vae.config["scale_factor_temporal"])
+    rows, columns = pixel_size(STOCK_SIZE, height, width, multiple=16)
+    tokens = min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+    return {"height": rows, "width": columns, "num_frames": count, "max_sequence_length": tokens}
 
 
 def latent_frames(pixel_frames: int, *, factor: int = 4) -> int:

@@ -13,7 +13,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.family import VideoFamily
 from fewstep.core.families.table import build_family
-from fewstep.core.families.wan import WanFamily, latent_frames
+from fewstep.core.families.wan import WanFamily, latent_frames, video_arguments
 from fewstep.core.lora import add_lora
 from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import build_sd3
@@ -163,6 +163,21 @@ def test_shapes_follow_the_stock_defaults() -> None:
         teacher.latent_shape(32, 32, frames=10)
     with pytest.raises(ValueError, match="frames is 9, and a teacher of the family sd3 makes pictures"):
         Teacher(build_sd3(), path="tiny").latent_shape(16, 16, frames=9)
+
+
+def test_a_call_is_told_size_frames_and_length_of_the_text() -> None:
+    pipeline = build_video_pipeline(text_tokens=16)
+    assert video_arguments(pipeline, frames=9, height=32, width=48) == {
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+        "max_sequence_length": 16,
+    }
+    stock = {"height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512}
+    assert video_arguments(build_video_pipeline()) == stock
+    assert video_arguments(build_sd3(), frames=9) == {}
+    with pytest.raises(ValueError, match=r"frames must be 4 k \+ 1 .* got 10"):
+        video_arguments(pipeline, frames=10)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

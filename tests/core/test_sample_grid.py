@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.core.sample_grid import arrange, save_grid
+from fewstep.core.sample_grid import ROW_FRAMES, arrange, frame_row, save_grid
 
 
 def test_grid_places_and_enlarges(tmp_path: Path) -> None:
@@ -28,6 +28,14 @@ def test_grid_places_and_enlarges(tmp_path: Path) -> None:
     assert height == 68
     assert width > 132
     assert labelled.read_bytes() == save_grid(rows, tmp_path / "b.png", labels=["teacher", "student"]).read_bytes()
+
+
+def test_a_row_of_frames_has_the_first_and_the_last() -> None:
+    video = torch.arange(25.0).view(1, 25, 1, 1).expand(3, 25, 4, 5)
+    row = frame_row(video)
+    assert row.shape == (ROW_FRAMES, 3, 4, 5)
+    assert row[:, 0, 0, 0].tolist() == list(range(0, 25, 2))
+    assert frame_row(video[:, :7])[:, 0, 0, 0].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize(
