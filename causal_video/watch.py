@@ -23,13 +23,11 @@ from fewstep.core.config import plain_values
 from fewstep.core.health import HealthMonitor, HealthStatistics
 from fewstep.core.randomness import sample_noise
 from fewstep.core.roles import memory_table
-from fewstep.core.sample_grid import save_grid
+from fewstep.core.sample_grid import frame_row, save_grid
 from fewstep.core.trainer import Trainer
 from fewstep.core.watch import GRID_SEED, saturation, training_statistics
 
 TEACHER_STEPS, FLOW_STEPS = 50, 20
-# Columns of a contact sheet at most.
-SHEET_FRAMES = 13
 
 
 class VideoWatch:
@@ -85,7 +83,7 @@ class VideoWatch:
         rows, labels = [], []
         for place, row in enumerate(self.rows):
             for name, video in (("teacher", teacher_pixels), ("student", pixels)):
-                rows.append(sheet_row(video[place]))
+                rows.append(frame_row(video[place]))
                 labels.append(f"{name}: {setup.prompts.prompts[row]}")
         save_grid(rows, self.trainer.directory.sample_path(self.trainer.step), labels=labels)
         self.pictures = HealthStatistics(
@@ -126,13 +124,6 @@ def student_videos(config: CausalConfig, setup: CausalSetup, rows: list[int]) ->
     schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
     exits = schedule.exits(schedule.longest - 1, chunks)
     return rollout(student, VideoCondition(text), noise, setup.settings, exits=exits).video
-
-
-def sheet_row(pixels: Tensor) -> Tensor:
-    """Frames [n, 3, H, W] of a video [3, T, H, W], evenly spaced with first and last, at most `SHEET_FRAMES`."""
-    frames = pixels.shape[1]
-    places = torch.linspace(0, frames - 1, min(frames, SHEET_FRAMES)).round().long()
-    return pixels[:, places].transpose(0, 1)
 
 
 def describe_run(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fewstep.consistency.mcm_config import McmConfig
+from fewstep.consistency.sprint_config import SprintConfig
 from fewstep.core.config import RunConfig
 from fewstep.dmd.config import DataConfig, FakeScoreConfig, LossConfig, StudentConfig, TeacherConfig
 
@@ -88,8 +90,9 @@ class ConsistencyLossConfig:
 class ConsistencyConfig:
     """Consistency distillation of a teacher into a few-step student, alone or with distribution matching (rCM)."""
 
-    method: Literal["scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow"]
-    """Name of the method, kept with the export; 'rcm' is 'scm' or 'dcm' with loss.dmd_weight > 0."""
+    method: Literal["scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm"]
+    """Name of the method, kept with the export; 'rcm' is 'scm' or 'dcm' with loss.dmd_weight > 0, 'sana_sprint' is
+    'scm' with the section sprint, 'mcm' is 'dcm' with the section mcm, for teachers of videos."""
     teacher: TeacherConfig
     """The model to distil."""
     data: DataConfig
@@ -107,6 +110,11 @@ class ConsistencyConfig:
     """The network that follows the student's distribution; rcm and the second stage of anyflow need it."""
     matching: LossConfig = field(default_factory=LossConfig)
     """Times of distribution matching; its objective is 'dmd'."""
+    sprint: SprintConfig | None = None
+    """The adversarial half of sana_sprint and the guidance that its student is told; teacher.guidance is then the one
+    that sample grids and exports tell it."""
+    mcm: McmConfig | None = None
+    """What mcm compares of videos, and its discriminator of frames."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -133,6 +141,8 @@ def check_settings(config: ConsistencyConfig) -> None:
     if loss.grid_steps < 2:
         raise ValueError(f"loss.grid_steps is {loss.grid_steps}; dcm walks a grid of at least 2 steps")
     check_matching(config)
+    check_sprint(config)
+    check_mcm(config)
     if loss.objective in FLOW_MAPS:
         check_flow_map(config)
         return
@@ -154,7 +164,7 @@ def check_matching(config: ConsistencyConfig) -> None:
         raise ValueError(
             f"method 'rcm' with loss.objective {loss.objective!r}: rcm distils a teacher; choose 'scm' or 'dcm'"
         )
-    if config.method != "rcm" and config.method != loss.objective:
+    if config.method not in ("rcm", "sana_sprint", "mcm") and config.method != loss.objective:
         raise ValueError(f"method {config.method!r} with loss.objective {loss.objective!r}: set both to the same")
     matched = loss.dmd_weight > 0
     if matched != (config.fake_score is not None) or matched > (config.method in ("rcm", "anyflow")):
@@ -173,6 +183,52 @@ def check_matching(config: ConsistencyConfig) -> None:
     if config.matching.objective != "dmd" or config.matching.gan_weight > 0 or config.matching.regression_weight > 0:
         raise ValueError(
             "matching.objective must be 'dmd' without GAN and regression; use scripts/train_dmd.py for those"
+        )
+
+
+def check_sprint(config: ConsistencyConfig) -> None:
+    """Raise ValueError for settings that cannot work together with SANA-Sprint."""
+    loss, student, sprint = config.loss, config.student, config.sprint
+    if (config.method == "sana_sprint") != (sprint is not None):
+        raise ValueError(
+            f"method {config.method!r} with{'out' if sprint is None else ''} the section sprint: 'sana_sprint' needs "
+            "it, the other methods have none"
+        )
+    if sprint is None:
+        return
+    if (loss.objective, loss.coordinates) != ("scm", "trigflow"):
+        raise ValueError(
+            f"method 'sana_sprint' with loss.objective {loss.objective!r} and loss.coordinates {loss.coordinates!r}: "
+            "its consistency half is 'scm' in 'trigflow'"
+        )
+    if student.lora_rank > 0 or student.shift != 1:
+        raise ValueError(
+            f"student.lora_rank is {student.lora_rank} and student.shift {student.shift}; sana_sprint trains all "
+            "weights and steps at the angles of its pipeline: set rank 0 and shift 1"
+        )
+    lowest, highest = min(sprint.guidance_scales), max(sprint.guidance_scales)
+    if not lowest <= config.teacher.guidance <= highest:
+        raise ValueError(
+            f"teacher.guidance is {config.teacher.guidance}, which the student is told in samples and exports; it is "
+            f"trained with sprint.guidance_scales from {lowest} to {highest}: choose one between"
+        )
+
+
+def check_mcm(config: ConsistencyConfig) -> None:
+    """Raise ValueError for settings that cannot work together with MCM."""
+    if (config.method == "mcm") != (config.mcm is not None):
+        raise ValueError(
+            f"method {config.method!r} with{'out' if config.mcm is None else ''} the section mcm: 'mcm' needs it, the "
+            "other methods have none"
+        )
+    if config.mcm is None:
+        return
+    if config.loss.objective != "dcm":
+        raise ValueError(f"method 'mcm' with loss.objective {config.loss.objective!r}: it walks the grid of 'dcm'")
+    if config.mcm.motion == "learned" and config.run.mixed_precision == "fp16":
+        raise ValueError(
+            "mcm.motion 'learned' with run.mixed_precision 'fp16': student and motion head have one backward pass and "
+            "two optimizers, between which fp16 would change the loss scale; use 'bf16' or 'no'"
         )
 
 

@@ -7,10 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.mcm_setup import McmParts, build_mcm
+from fewstep.consistency.sprint_setup import (
+    TURNS,
+    ToldPrompts,
+    add_heads,
+    build_sprint_student,
+    check_control,
+    check_sprint_teacher,
+)
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.export_sana import sprint_times
 from fewstep.core.export_schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
@@ -20,12 +31,12 @@ from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
 from fewstep.core.two_time import add_second_time, holds_second_time
+from fewstep.dmd.config import DataConfig
 from fewstep.dmd.setup import (
     REAL_SEED,
     LatentSource,
     build_fake_score,
     build_student_denoiser,
-    image_shape,
     load_weights,
 )
 
@@ -39,6 +50,8 @@ class ConsistencyData:
 
     prompts: tuple[str, ...]
     real: LatentDataset
+    pictures: LatentDataset | None = None
+    control: LatentDataset | None = None
 
     @classmethod
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
@@ -48,21 +61,30 @@ class ConsistencyData:
         if init is not None and not Path(init).is_file():
             raise ValueError(f"student.init {init} does not exist; give a .safetensors file of student weights")
         assert config.data.latents is not None
-        return cls(read_prompts(config.data.prompts), LatentDataset.load(config.data.latents))
+        shown = None if config.mcm is None else config.mcm.pictures
+        pictures = None if shown is None else LatentDataset.load(shown)
+        followed = None if config.sprint is None else config.sprint.control
+        control = None if followed is None else LatentDataset.load(followed)
+        return cls(read_prompts(config.data.prompts), LatentDataset.load(config.data.latents), pictures, control)
 
 
 @dataclass(frozen=True)
 class ConsistencySetup:
-    """Everything the loop calls. `latent_shape` is (C, h, w); fake score and its role match distributions."""
+    """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos.
+
+    Fake score and its role match distributions; `heads_role` is the discriminator of sana_sprint.
+    """
 
     teacher: Teacher
     student: Student
     student_role: Role
     prompts: PromptConditions
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     real: LatentSource
     fake_score: FakeScore | None
     fake_role: Role | None
+    heads_role: Role | None = None
+    mcm: McmParts | None = None
 
 
 def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Trainer) -> ConsistencySetup:
@@ -71,45 +93,77 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     Raises ValueError when a component or size does not fit, or the network has no tangent where one is needed.
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
-    shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
-    found = tuple(data.real.latents.shape[1:])
-    if found != shape:
-        raise ValueError(f"data.latents holds latents of shape {found}, this run makes {shape}; set data.height/width")
-
+    shape = run_shape(config.data, data.real, teacher)
+    if config.sprint is not None:
+        check_sprint_teacher(teacher, controlled=data.control is not None)
+        check_control(data.control, data.real)
     denoiser = build_student(config, teacher)
     if takes_tangent(config):
         try:
             use_jvp_attention(denoiser.network)
         except ValueError as error:
             raise ValueError(f"{error}: set loss.tangent to 'central'") from error
-    times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))
+    grid = step_grid(config.student.steps, shift=config.student.shift)
+    if config.sprint is not None:
+        grid = sprint_times(config.student.steps)
+    times = nearest_exportable_times(teacher.pipeline, grid)
+    adversarial = config.sprint is not None and config.sprint.adversarial_weight > 0
     student_role = trainer.add_role(
         "student",
         denoiser,
         config.student.optimizer,
         ema_decay=config.student.ema_decay,
         ema_start=config.student.ema_start,
+        every=TURNS if adversarial else 1,
     )
     fake_score = fake_role = None
     if config.fake_score is not None:
         fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=False)
         fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
 
-    def embed(prompts: Sequence[str]) -> PromptConditions:
-        return PromptConditions(
-            teacher, prompts, cache=config.data.cache_prompts, height=config.data.height, width=config.data.width
-        )
+    def embed(prompts: Sequence[str], control: LatentDataset | None = None) -> PromptConditions:
+        return embedded_prompts(config, teacher, prompts, None if control is None else control.latents)
 
+    mcm = None
+    if config.mcm is not None:
+        mcm = build_mcm(config, trainer, teacher=teacher, shape=shape, pictures=data.pictures, embed=embed)
+    real = LatentSource(data.real, embed(data.real.prompts, data.control), config.run.seed + REAL_SEED)
     return ConsistencySetup(
         teacher=teacher,
         student=Student(denoiser, times, config.student.sampler),
         student_role=student_role,
-        prompts=embed(data.prompts),
+        prompts=embed(data.prompts) if data.control is None else real.conditions,
         latent_shape=shape,
-        real=LatentSource(data.real, embed(data.real.prompts), config.run.seed + REAL_SEED),
+        real=real,
         fake_score=fake_score,
         fake_role=fake_role,
+        heads_role=None if config.sprint is None else add_heads(config.sprint, teacher, trainer),
+        mcm=mcm,
     )
+
+
+def embedded_prompts(
+    config: ConsistencyConfig, teacher: Teacher, prompts: Sequence[str], control: Tensor | None
+) -> PromptConditions:
+    """The conditions of prompts; those of sana_sprint also tell the guidance, and what a ControlNet follows."""
+    settings = config.data
+    cache, height, width = settings.cache_prompts, settings.height, settings.width
+    if config.sprint is None:
+        return PromptConditions(teacher, prompts, cache=cache, height=height, width=width)
+    guidance = config.teacher.guidance
+    return ToldPrompts(teacher, prompts, cache=cache, height=height, width=width, guidance=guidance, control=control)
+
+
+def run_shape(settings: DataConfig, real: LatentDataset, teacher: Teacher) -> tuple[int, ...]:
+    """(C, h, w) or (C, F, h, w) of what the run makes. Raises ValueError where the data are of another shape."""
+    shape = teacher.latent_shape(settings.height, settings.width, frames=settings.frames)
+    found = tuple(real.latents.shape[1:])
+    if found != shape:
+        raise ValueError(
+            f"data.latents holds latents of shape {found}, this run makes {shape}; set data.height/width, and "
+            "data.frames for videos"
+        )
+    return shape
 
 
 def takes_tangent(config: ConsistencyConfig) -> bool:
@@ -124,6 +178,8 @@ def build_student(config: ConsistencyConfig, teacher: Teacher) -> Denoiser:
     adapters.
     """
     settings, seed = config.student, config.run.seed
+    if config.sprint is not None:
+        return build_sprint_student(settings, teacher)
     if config.second_time == "none":
         return build_student_denoiser(settings, teacher, seed=seed)
     one_time = settings.init is None or not holds_second_time(settings.init)

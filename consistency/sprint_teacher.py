@@ -8,7 +8,7 @@ Legend: B batch; latents [N, C, h, w].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,47 @@ def train_stabilised(
     if tuple(data.latents.shape[1:]) != shape:
         raise ValueError(f"the latents have shape {tuple(data.latents.shape[1:])}, the teacher makes {shape}")
     denoiser = Denoiser(teacher.family.network(teacher.pipeline), build_family(teacher.pipeline))
-    denoiser.requires_grad_(True).train()
-    device = next(denoiser.parameters()).device
     prompts = PromptConditions(teacher, data.prompts, cache=True)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
+    return train_flow_matching(
+        denoiser, denoiser, data.latents, prompts=prompts, recipe=recipe, show_progress=show_progress
+    )
+
+
+def train_flow_matching(
+    denoiser: Denoiser,
+    trained: nn.Module,
+    latents: Tensor,
+    *,
+    prompts: PromptConditions,
+    recipe: FineTuneRecipe,
+    show_progress: bool = False,
+) -> list[float]:
+    """Flow matching of `trained`, all of the denoiser or a part of it, in place; returns the losses.
+
+    The picture that a ControlNet follows stays where the prompt is dropped. See `train_stabilised` for the rest.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    denoiser.requires_grad_(False)
+    trained.requires_grad_(True).train()
+    device = next(denoiser.parameters()).device
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
     losses: list[float] = []
-    for step in tqdm(range(recipe.steps), desc="stabilised teacher", disable=not show_progress):
+    for step in tqdm(range(recipe.steps), desc="flow matching", disable=not show_progress):
         first = step * recipe.batch_size
         draw = Draw(recipe.seed, list(range(first, first + recipe.batch_size)), device)
-        rows = (draw.uniform("stabilise_row") * len(data.latents)).long().clamp(max=len(data.latents) - 1).cpu()
+        rows = (draw.uniform("stabilise_row") * len(latents)).long().clamp(max=len(latents) - 1).cpu()
         keep = draw.uniform("stabilise_drop") >= recipe.condition_dropout
-        condition = prompts.rows(rows.tolist()).where(keep, teacher.null_condition)
-        loss = flow_matching_loss(denoiser, data.latents[rows].to(device), condition, draw)
+        condition = prompts.rows(rows.tolist())
+        null = prompts.teacher.null_condition.expand(recipe.batch_size)
+        null = replace(null, control=condition.control, guidance=condition.guidance)
+        loss = flow_matching_loss(denoiser, latents[rows].to(device), condition.where(keep, null), draw)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower learning_rate or clip_norm")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), recipe.clip_norm)
+        nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip_norm)
         optimizer.step()
         losses.append(loss.item())
     denoiser.requires_grad_(False).eval()

@@ -27,7 +27,7 @@ from fewstep.dmd.turns import Draw
 
 @dataclass(frozen=True)
 class SprintNetworks:
-    """The student bare and wrapped (see `Networks`), the teacher, and the discriminator's heads.
+    """The student bare and wrapped (see `Networks`), the teacher, and the discriminator's heads if there are any.
 
     `heads` is the bare module in the student's turn, where it collects no gradients, and the wrapped one in its own.
     """
@@ -35,7 +35,13 @@ class SprintNetworks:
     student: nn.Module
     wrapped: nn.Module
     teacher: Teacher
-    heads: nn.Module
+    heads: nn.Module | None
+
+    def require_heads(self) -> nn.Module:
+        """The heads. Raises ValueError where the run has none."""
+        if self.heads is None:
+            raise ValueError("the adversarial loss needs a discriminator and there is none: set adversarial_weight > 0")
+        return self.heads
 
 
 def told_guidance(noised: Noised, *, draw: Draw, sprint: SprintConfig) -> Noised:
@@ -49,35 +55,57 @@ def sprint_student_turn(
 ) -> ConsistencyTurn:
     """sCM in TrigFlow against the teacher guided by the drawn scales, plus the adversarial term.
 
-    The learned weight of the paper's sCM is left out, as in our `scm`.
+    A term of weight 0 is not computed.
+
+    Raises:
+        ValueError: the loss is not sCM in TrigFlow, or the heads are missing.
+    """
+    noised = told_guidance(noised, draw=draw, sprint=sprint)
+    terms: list[Tensor] = []
+    record: dict[str, Tensor] = {}
+    if sprint.consistency_weight > 0:
+        turn = guided_scm_turn(noised, networks, loss)
+        terms.append(sprint.consistency_weight * turn.loss)
+        record |= {"scm_loss": turn.loss.detach(), **turn.record}
+    if sprint.adversarial_weight > 0:
+        x0 = adversarial_samples(noised, networks.wrapped, draw=draw, sprint=sprint)
+        with frozen(networks.require_heads()):
+            logits = judge(x0, noised.condition, networks, draw=draw, sprint=sprint, stream="sprint_student")
+        adversarial = hinge_generator_loss(logits)
+        terms.append(sprint.adversarial_weight * adversarial)
+        record["adversarial_loss"] = adversarial.detach()
+    return ConsistencyTurn(torch.stack(terms).sum(), record)
+
+
+def guided_scm_turn(noised: Noised, networks: SprintNetworks, loss: ConsistencyLossConfig) -> ConsistencyTurn:
+    """sCM with the guidance that the condition tells as the teacher's.
+
+    The paper's learned weight exp(-w) settles at one over the mean square of the tangent, which undoes the mean over
+    the D elements of a sample. Here there is none and the elements are summed, which comes to the same order; with a
+    mean, the adversarial loss would weigh D times as much as lambda says.
 
     Raises:
         ValueError: the loss is not sCM in TrigFlow.
     """
     if loss.coordinates != "trigflow":
         raise ValueError(f"SANA-Sprint is sCM in trigflow, loss.coordinates is {loss.coordinates!r}")
-    noised = told_guidance(noised, draw=draw, sprint=sprint)
     x_t, t, condition = noised.x_t, noised.t, noised.condition
     assert condition.guidance is not None
     with torch.no_grad():
         target = networks.teacher.velocity(x_t, t, condition, condition.guidance)
     velocity = networks.wrapped(x_t, t, condition)
     output, tangent = trig_direction(noised, networks.student, velocity, target, loss)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer))
-    x0 = adversarial_samples(noised, networks.wrapped, draw=draw, sprint=sprint)
-    with frozen(networks.heads):
-        logits = judge(x0, condition, networks, draw=draw, sprint=sprint, stream="sprint_student")
-    adversarial = hinge_generator_loss(logits)
-    record = {"scm_loss": found.loss.detach(), "adversarial_loss": adversarial.detach()}
-    return ConsistencyTurn(
-        found.loss + sprint.adversarial_weight * adversarial, {**record, **tangent_record(tangent, found)}
-    )
+    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer), reduction="sum")
+    return ConsistencyTurn(found.loss, tangent_record(tangent, found))
 
 
 def sprint_discriminator_turn(
     noised: Noised, networks: SprintNetworks, *, draw: Draw, sprint: SprintConfig
 ) -> ConsistencyTurn:
-    """Hinge loss of the heads alone, on noised samples of the student, misaligned pairs, and data."""
+    """Hinge loss of the heads alone, on noised samples of the student, misaligned pairs, and data.
+
+    Wrong prompts come from the same slice of the batch, so the loss depends on how a batch is cut into slices.
+    """
     noised = told_guidance(noised, draw=draw, sprint=sprint)
     with torch.no_grad():
         fake = adversarial_samples(noised, networks.student, draw=draw, sprint=sprint)
@@ -88,7 +116,7 @@ def sprint_discriminator_turn(
         eps = torch.cat([draw.noise(tuple(fake.shape[1:]), f"{name}_noise") for name in kept])
         normal = torch.cat([draw.noise((), f"{name}_time") for name in kept])
         features = teacher_features(pairs.x0, pairs.condition, networks.teacher, (eps, normal), sprint)
-    logits = networks.heads(features)
+    logits = networks.require_heads()(features)
     fake_logits, real_logits = logits[: pairs.fakes], logits[pairs.fakes :]
     loss = hinge_discriminator_loss(fake_logits, real_logits)
     record = {
@@ -114,7 +142,7 @@ def judge(
 ) -> Tensor:
     """Logits [B] of x0 after fresh noise, with the graph through the frozen teacher to x0."""
     eps, normal = draw.noise(tuple(x0.shape[1:]), f"{stream}_noise"), draw.noise((), f"{stream}_time")
-    return networks.heads(teacher_features(x0, condition, networks.teacher, (eps, normal), sprint))
+    return networks.require_heads()(teacher_features(x0, condition, networks.teacher, (eps, normal), sprint))
 
 
 def teacher_features(

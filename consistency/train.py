@@ -1,4 +1,7 @@
-"""The training loop of consistency and flow map students, alone or with distribution matching (rCM, AnyFlow)."""
+"""The training loop of consistency and flow map students: alone, with distribution matching, or with a discriminator.
+
+The second is rCM's and AnyFlow's, the third SANA-Sprint's and MCM's, whose step is in `mcm_train.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import Networks, noise_data
+from fewstep.consistency.batch import Networks, Noised, noise_data
 from fewstep.consistency.config import ConsistencyConfig
 from fewstep.consistency.flow_map_loss import backward_simulation, simulate
+from fewstep.consistency.mcm_train import train_mcm_step
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
+from fewstep.consistency.sprint_setup import TURNS
+from fewstep.consistency.sprint_turns import SprintNetworks, sprint_discriminator_turn, sprint_student_turn
 from fewstep.consistency.turns import consistency_turn
 from fewstep.consistency.watch import describe_run
 from fewstep.core.condition import Condition
 from fewstep.core.randomness import shared_integer
-from fewstep.core.roles import frozen
+from fewstep.core.roles import Role, frozen
 from fewstep.core.run_directory import RunDirectory
 from fewstep.core.trainer import Trainer
 from fewstep.core.watch import Watch
@@ -31,7 +37,8 @@ def train_consistency(config: ConsistencyConfig) -> int:
 
     Without `loss.dmd_weight` every step is the student's. With it (rCM, arXiv:2510.08431; AnyFlow's second stage,
     arXiv:2605.13724), from step `loss.dmd_start` on, every `updates_per_student_update`-th step is the student's, on
-    the sum of both losses, and the others are the fake score's.
+    the sum of both losses, and the others are the fake score's. With `sprint` (SANA-Sprint, arXiv:2503.09641) student
+    and discriminator take turns, each with fresh samples.
 
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
@@ -78,47 +85,72 @@ def training_loop(config: ConsistencyConfig, setup: ConsistencySetup, trainer: T
 
 
 def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> dict[str, float | Tensor]:
-    """One step, the student's or the fake score's. Returns its metrics."""
+    """One step of the student, the fake score or the discriminator; of student and discriminator for mcm.
+
+    Returns its metrics.
+    """
+    if config.mcm is not None:
+        return train_mcm_step(config, setup, trainer)
     matching = config.fake_score is not None and trainer.step >= config.loss.dmd_start
-    cycle = 1 if config.fake_score is None else config.fake_score.updates_per_student_update
-    student_due = not matching or (trainer.step - config.loss.dmd_start) % cycle == 0
-    role = setup.student_role if student_due else setup.fake_role
-    assert role is not None
+    role = role_due(config, setup, trainer.step)
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     records: list[dict[str, Tensor]] = []
     for number, indices in enumerate(slices):
         draw = Draw(config.run.seed, indices, trainer.device)
         with trainer.sync(role, number == len(slices) - 1):
-            if not student_due:
+            if role is setup.fake_role:
                 records.append(fake_score_backward(config, setup, trainer, draw=draw))
+                continue
+            if role is setup.heads_role:
+                records.append(discriminator_backward(config, setup, trainer, draw=draw))
                 continue
             record = consistency_backward(config, setup, trainer, draw=draw)
             if matching:
                 record |= matching_backward(config, setup, trainer, draw=draw)
             records.append(record)
     metrics: dict[str, float | Tensor] = {**mean_records(records)}
-    metrics["student_grad_norm" if student_due else "fake_grad_norm"] = trainer.update(role)
+    metrics[f"{role.name.removesuffix('_score')}_grad_norm"] = trainer.update(role)
     return metrics
+
+
+def role_due(config: ConsistencyConfig, setup: ConsistencySetup, step: int) -> Role:
+    """The network that learns in this step."""
+    if setup.heads_role is not None:
+        return setup.student_role if step % TURNS == 0 else setup.heads_role
+    if config.fake_score is None or setup.fake_role is None or step < config.loss.dmd_start:
+        return setup.student_role
+    place = (step - config.loss.dmd_start) % config.fake_score.updates_per_student_update
+    return setup.student_role if place == 0 else setup.fake_role
+
+
+def noised_slice(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> Noised:
+    """One slice of data with its noise and random times."""
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    return noise_data(
+        x0,
+        condition,
+        draw=draw,
+        loss=config.loss,
+        first_time=setup.student.times[0],
+        step=trainer.step,
+        progress=trainer.step / config.run.steps,
+    )
 
 
 def consistency_backward(
     config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw
 ) -> dict[str, Tensor]:
     """Add the gradients of the consistency loss for one slice of data; returns what to log."""
-    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
-    first_time = setup.student.times[0]
-    noised = noise_data(
-        x0,
-        condition,
-        draw=draw,
-        loss=config.loss,
-        first_time=first_time,
-        step=trainer.step,
-        progress=trainer.step / config.run.steps,
-    )
-    role = setup.student_role
-    networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
-    turn = consistency_turn(noised, networks, draw=draw, loss=config.loss, mean_over_processes=trainer.mean_over_ranks)
+    noised = noised_slice(config, setup, trainer, draw=draw)
+    role, teacher = setup.student_role, setup.teacher
+    if config.sprint is not None:
+        heads = None if setup.heads_role is None else setup.heads_role.module
+        judged = SprintNetworks(role.module, role.wrapped, teacher, heads)
+        turn = sprint_student_turn(noised, judged, draw=draw, loss=config.loss, sprint=config.sprint)
+    else:
+        networks = Networks(role.module, role.wrapped, teacher, config.teacher.guidance)
+        mean = trainer.mean_over_ranks
+        turn = consistency_turn(noised, networks, draw=draw, loss=config.loss, mean_over_processes=mean)
     trainer.check_finite("consistency loss", turn.loss)
     trainer.backward(turn.loss)
     return {"consistency_loss": turn.loss.detach(), **turn.record}
@@ -199,3 +231,18 @@ def fake_score_backward(
     trainer.check_finite("fake score loss", turn.loss)
     trainer.backward(turn.loss)
     return {"fake_score_loss": turn.flow_loss.detach()}
+
+
+def discriminator_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of the discriminator's heads for one slice, on fresh samples; returns what to log."""
+    assert config.sprint is not None
+    assert setup.heads_role is not None
+    student = setup.student_role
+    networks = SprintNetworks(student.module, student.wrapped, setup.teacher, setup.heads_role.wrapped)
+    noised = noised_slice(config, setup, trainer, draw=draw)
+    turn = sprint_discriminator_turn(noised, networks, draw=draw, sprint=config.sprint)
+    trainer.check_finite("discriminator loss", turn.loss)
+    trainer.backward(turn.loss)
+    return turn.record

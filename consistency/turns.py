@@ -59,14 +59,19 @@ def consistency_turn(
 
 def dcm_turn(noised: Noised, networks: Networks, times: TimePair) -> ConsistencyTurn:
     """Discrete consistency distillation: the student's x0 before and after one Euler step of the teacher's grid."""
+    prediction, target = distilled_pair(noised, networks, times)
+    found = consistency_distillation_loss(prediction, target)
+    return ConsistencyTurn(found.loss, {"isolated_samples": found.isolated_count.float()})
+
+
+def distilled_pair(noised: Noised, networks: Networks, times: TimePair) -> tuple[Tensor, Tensor]:
+    """The student's x0 at the t of `times`, with graph, and at their r after one Euler step of the teacher, without."""
     x_t, condition = add_noise(noised.x0, noised.eps, times.t), noised.condition
     velocity = networks.teacher_velocity(x_t, times.t, condition)
     x_r = teacher_step(x_t, velocity, times.t, times.r)
     with torch.no_grad():
         target = x0_from_velocity(x_r, networks.student(x_r, times.r, condition), times.r)
-    prediction = x0_from_velocity(x_t, networks.wrapped(x_t, times.t, condition), times.t)
-    found = consistency_distillation_loss(prediction, target)
-    return ConsistencyTurn(found.loss, {"isolated_samples": found.isolated_count.float()})
+    return x0_from_velocity(x_t, networks.wrapped(x_t, times.t, condition), times.t), target
 
 
 def ect_turn(noised: Noised, networks: Networks, loss: ConsistencyLossConfig) -> ConsistencyTurn:

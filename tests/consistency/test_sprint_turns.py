@@ -17,6 +17,7 @@ from fewstep.consistency.sprint_turns import (
     sprint_student_turn,
     told_guidance,
 )
+from fewstep.core.config import OptimizerConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
@@ -27,7 +28,7 @@ from fewstep.dmd.turns import Draw
 from tests.tiny_sana import LATENT_SHAPE, build_sana
 
 DRAW = Draw(seed=3, indices=[0, 1, 2], device=torch.device("cpu"))
-LOSS, SPRINT = ConsistencyLossConfig(time_mean=0.693), SprintConfig()
+LOSS, SPRINT = ConsistencyLossConfig(time_mean=0.693), SprintConfig(optimizer=OptimizerConfig(learning_rate=1e-3))
 PROMPTS = ["the digit seven", "a bold two", "a three"]
 
 
@@ -69,6 +70,14 @@ def test_student_turn_is_scm_plus_half_the_adversarial_loss(parts) -> None:
     none = replace(SPRINT, adversarial_weight=0.0)
     alone = sprint_student_turn(noised, networks, draw=DRAW, loss=LOSS, sprint=none)
     assert alone.loss.item() == pytest.approx(turn.record["scm_loss"].item(), rel=1e-6)
+    assert "adversarial_loss" not in alone.record
+    no_scm = sprint_student_turn(noised, networks, draw=DRAW, loss=LOSS, sprint=replace(SPRINT, consistency_weight=0.0))
+    assert no_scm.loss.item() == pytest.approx(0.5 * turn.record["adversarial_loss"].item(), rel=1e-6)
+    assert no_scm.record.keys() == {"adversarial_loss"}
+    # Elements are summed: with the normaliser |g| / (|g| + c) the loss is just below 1 whatever their number is.
+    assert 0.5 < turn.record["scm_loss"].item() < 1
+    with pytest.raises(ValueError, match="set adversarial_weight > 0"):
+        sprint_student_turn(noised, replace(networks, heads=None), draw=DRAW, loss=LOSS, sprint=SPRINT)
     # The student is its teacher without guidance, the target has guidance: there is a gap, and a tangent.
     assert turn.record["tangent_gap"] > 0.1
     assert turn.record["isolated_samples"] == 0

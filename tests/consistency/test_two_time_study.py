@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from fewstep.consistency.config import ConsistencyConfig
-from fewstep.consistency.digits_study import CURVE_STEPS, METHODS, NOT_EXPORTED, STUDENT_STEPS, steps_of, teacher_steps
+from fewstep.consistency.digits_study import (
+    ABLATIONS,
+    CURVE_STEPS,
+    METHODS,
+    NOT_EXPORTED,
+    STUDENT_STEPS,
+    evaluation_rows,
+    steps_of,
+    teacher_steps,
+)
 from fewstep.consistency.train import train_consistency
 from fewstep.consistency.two_time_study import BATCH, sample_run, write_results
 from fewstep.core.config import parse_config
@@ -75,3 +84,34 @@ def test_steps_of_the_study() -> None:
     assert teacher_steps(["dcm"]) == (50, 4, 2, 1)
     assert teacher_steps(["dcm", "scm"]) == (50, 32, 16, 8, 4, 2, 1)
     assert set(NOT_EXPORTED) < set(METHODS)
+
+
+def test_rows_of_the_study_have_their_own_teachers() -> None:
+    rows = evaluation_rows(Path("runs"), ["dcm", "dmf", "sana_sprint"], [0, 1])
+    assert len(rows) == 4 + 4 + 3 * 2 + 3 * 2
+    assert rows[0] == ("teacher=assets/digits_image", 50, 1.0)
+    assert rows[4] == ("teacher_sana=assets/digits_sana", 20, 1.25)
+    assert rows[-1] == ("sana_sprint=runs/sana_sprint_digits_seed1/export_4step", 4, 1.25)
+    assert {scale for name, _, scale in rows if name.startswith("dcm")} == {1.0}
+    alone = evaluation_rows(Path("runs"), ["sana_sprint", *ABLATIONS], [0])
+    assert {name.partition("=")[0] for name, _, _ in alone} == {"teacher_sana", "sana_sprint", *ABLATIONS}
+    assert {scale for _, _, scale in alone} == {1.25}
+
+
+@pytest.mark.parametrize("method", ["sana_sprint", *ABLATIONS])
+def test_committed_configurations_of_sana_sprint_are_read(repository: Path, method: str) -> None:
+    config = digits_config(repository, "sana_sprint", *ABLATIONS.get(method, ()))
+    assert (config.method, config.loss.coordinates, config.loss.time_mean) == ("sana_sprint", "trigflow", 0.693)
+    assert config.sprint is not None
+    weights = config.sprint.consistency_weight, config.sprint.adversarial_weight
+    assert weights == {"sana_sprint": (1, 0.5), "sana_sprint_scm": (1, 0), "sana_sprint_ladd": (0, 0.5)}[method]
+    # As many updates of the student: with a discriminator every second step is the student's.
+    assert config.run.steps // (2 if weights[1] > 0 else 1) == 300
+
+
+def test_the_configuration_with_a_controlnet_is_read(repository: Path) -> None:
+    config = digits_config(repository, "sana_sprint_control")
+    assert config.sprint is not None
+    assert config.sprint.guidance_scales == (config.teacher.guidance,)
+    assert config.sprint.control == f"{config.teacher.path}/control_latents"
+    assert config.run.steps == 600

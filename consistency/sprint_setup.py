@@ -1,0 +1,136 @@
+"""What a SANA-Sprint run has in place of the other consistency runs' parts: student, prompts, heads, and step grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.consistency.sprint_config import SprintConfig
+from fewstep.core.condition import Condition
+from fewstep.core.data import LatentDataset, PromptConditions
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.discriminator import build_heads
+from fewstep.core.families.sana import SanaFamily
+from fewstep.core.families.sana_control import SanaControlFamily
+from fewstep.core.families.sana_networks import with_guidance_embedding
+from fewstep.core.roles import Role
+from fewstep.core.teacher import Teacher
+from fewstep.core.trainer import Trainer
+from fewstep.dmd.config import StudentConfig
+from fewstep.dmd.setup import build_student_denoiser, load_weights
+
+# Student and discriminator take turns, one step each.
+TURNS = 2
+
+
+def check_sprint_teacher(teacher: Teacher, *, controlled: bool) -> None:
+    """Raise ValueError unless the teacher is a many-step SANA with dense time, which the exported pipeline calls.
+
+    `controlled` says whether it must have a ControlNet or must have none.
+    """
+    family = teacher.family
+    if not isinstance(family, SanaFamily):
+        raise ValueError(
+            f"{teacher.path} is of the family {family.name!r}; sana_sprint distils a SanaPipeline: use scm, rcm or "
+            "another method for it"
+        )
+    if family.sprint:
+        raise ValueError(f"{teacher.path} is a few-step SANA-Sprint already: give the SanaPipeline it was made from")
+    if isinstance(family, SanaControlFamily) != controlled:
+        raise ValueError(
+            f"{teacher.path} has {'no' if controlled else 'a'} ControlNet and sprint.control is "
+            f"{'set' if controlled else 'empty'}: a ControlNet needs the latents of the pictures it follows"
+        )
+    if family.time_scale != 1:
+        raise ValueError(
+            f"{teacher.path} calls its network at {family.time_scale:g} t and not at t, which makes its tangent as "
+            "many times larger: fine-tune it with fine_tune_teacher of consistency/sprint_teacher.py first"
+        )
+
+
+def build_sprint_student(settings: StudentConfig, teacher: Teacher) -> Denoiser:
+    """A trainable fp32 copy of the teacher's network that is told its guidance, from `student.init` if given.
+
+    With a ControlNet, both networks are trained, and no guidance is told.
+
+    Raises:
+        ValueError: the file does not hold exactly this network's weights, the guidance embedding included.
+    """
+    if isinstance(teacher.family, SanaControlFamily):
+        return build_student_denoiser(settings, teacher, seed=0)
+    network: Any = teacher.denoiser.network
+    denoiser = Denoiser(with_guidance_embedding(network).float(), teacher.family)
+    denoiser.requires_grad_(True)
+    if settings.init is not None:
+        load_weights(denoiser, settings.init)
+    if settings.gradient_checkpointing:
+        denoiser.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    return denoiser
+
+
+def add_heads(sprint: SprintConfig, teacher: Teacher, trainer: Trainer) -> Role | None:
+    """The discriminator's heads on the frozen teacher's features as a role; None where nothing is adversarial.
+
+    Raises:
+        ValueError: the network has no such blocks.
+    """
+    if sprint.adversarial_weight == 0:
+        return None
+    heads = build_heads(teacher.denoiser, sprint.blocks, width=sprint.head_width, seed=trainer.run.seed)
+    return trainer.add_role("heads", heads, sprint.optimizer, every=TURNS)
+
+
+def check_control(control: LatentDataset | None, real: LatentDataset) -> None:
+    """Raise ValueError unless there is one control picture of the data's shape for each of the data, if any."""
+    if control is not None and control.latents.shape != real.latents.shape:
+        raise ValueError(
+            f"sprint.control holds latents {tuple(control.latents.shape)}, data.latents {tuple(real.latents.shape)}: "
+            "give the control picture of each of the data, in their order"
+        )
+
+
+class ToldPrompts(PromptConditions):
+    """Prompts whose conditions also tell one guidance scale to a network with a guidance embedding.
+
+    Where they are kept, equal prompts are encoded once: SANA's language model reads an instruction of hundreds of
+    tokens with each.
+
+    Args:
+        teacher, prompts, cache, height, width: as in `PromptConditions`.
+        guidance: the scale w of u + w (c - u).
+        control: [N, C, h, w] latents of the pictures that a ControlNet follows, one for each prompt.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        prompts: Sequence[str],
+        *,
+        cache: bool,
+        height: int | None,
+        width: int | None,
+        guidance: float,
+        control: Tensor | None = None,
+    ) -> None:
+        self.guidance, self.control = guidance, control
+        unique = list(dict.fromkeys(prompts))
+        super().__init__(teacher, unique if cache else prompts, cache=cache, height=height, width=width)
+        if self.cached is not None:
+            place = {prompt: row for row, prompt in enumerate(unique)}
+            self.cached = self.cached.index(torch.tensor([place[prompt] for prompt in prompts]))
+            self.prompts = tuple(prompts)
+
+    def rows(self, rows: Sequence[int]) -> Condition:
+        condition = super().rows(rows)
+        if self.control is None:
+            return condition
+        return condition.with_control(self.control[list(rows)])
+
+    def _encode(self, prompts: Sequence[str]) -> Condition:
+        condition = super()._encode(prompts)
+        scales = torch.full((condition.batch_size,), self.guidance, device=condition.tokens.device)
+        return replace(condition, guidance=scales)
