@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
@@ -15,6 +16,34 @@ from fewstep.causal_video.schedule import StepSchedule
 
 FILE_NAME = "causal_video.json"
 FORMAT = 1
+# Frames per second at which Wan's videos are shown.
+STOCK_RATE = 16
+
+
+@dataclass(frozen=True)
+class StreamDefaults:
+    """What a stream is opened with when nothing else is said; the part "stream" of the file.
+
+    Attributes:
+        height: pixels the student was trained at; None is Wan's own size.
+        width: the same.
+        frames_per_second: at which videos are shown.
+        actions: name of each conditioning channel of a student that is steered, see `world.ActionSpace`.
+
+    Raises:
+        ValueError: a number below 1, or one side without the other.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    frames_per_second: int = STOCK_RATE
+    actions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        sides = [side for side in (self.height, self.width) if side is not None]
+        if len(sides) == 1 or min([*sides, self.frames_per_second]) < 1:
+            raise ValueError(f"{self}: give height and width, or neither, and numbers from 1 on")
+        object.__setattr__(self, "actions", tuple(self.actions))
 
 
 @dataclass(frozen=True)
@@ -32,14 +61,16 @@ class CausalSettings:
     def __post_init__(self) -> None:
         self.policy.chunk_window(self.layout)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write `causal_video.json` beside the weights; gives its path."""
-        content = {
+    def save(self, directory: str | Path, defaults: StreamDefaults | None = None) -> Path:
+        """Write `causal_video.json` beside the weights, with what streams are opened with if given; gives its path."""
+        content: dict[str, Any] = {
             "format": FORMAT,
             "layout": list(self.layout.lengths),
             "policy": asdict(self.policy),
             "times": [list(times) for times in self.schedule.times],
         }
+        if defaults is not None:
+            content["stream"] = asdict(defaults)
         path = Path(directory) / FILE_NAME
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
@@ -51,19 +82,31 @@ class CausalSettings:
         Raises:
             ValueError: there is no such file, or keys are missing, unknown, or of another format.
         """
-        path = Path(directory) / FILE_NAME
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: the directory holds no causal video student")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {"format", "layout", "policy", "times"}
-        policy_fields = {f.name for f in fields(CachePolicy)}
-        if set(content) != known or content["format"] != FORMAT or set(content["policy"]) != policy_fields:
-            raise ValueError(
-                f"{path} is no file of format {FORMAT}: it needs the keys {sorted(known)}, and in `policy` "
-                f"{sorted(policy_fields)}"
-            )
+        content = read_file(Path(directory) / FILE_NAME)
         return cls(
             ChunkLayout(tuple(content["layout"])),
             CachePolicy(**content["policy"]),
             StepSchedule(tuple(tuple(times) for times in content["times"])),
         )
+
+
+def load_defaults(directory: str | Path) -> StreamDefaults:
+    """What streams of an export are opened with. Raises ValueError as `CausalSettings.load`."""
+    return StreamDefaults(**read_file(Path(directory) / FILE_NAME).get("stream", {}))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The checked content of `causal_video.json`. Raises ValueError as `CausalSettings.load`."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the directory holds no causal video student")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    known = {"format", "layout", "policy", "times"}
+    policy_fields = {f.name for f in fields(CachePolicy)}
+    stream_fields = {f.name for f in fields(StreamDefaults)}
+    is_known = set(content) - {"stream"} == known and set(content.get("stream", stream_fields)) == stream_fields
+    if not is_known or content["format"] != FORMAT or set(content["policy"]) != policy_fields:
+        raise ValueError(
+            f"{path} is no file of format {FORMAT}: it needs the keys {sorted(known)}, in `policy` "
+            f"{sorted(policy_fields)}, and in `stream`, where there is one, {sorted(stream_fields)}"
+        )
+    return content

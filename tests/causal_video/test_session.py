@@ -1,7 +1,11 @@
 """Streaming sessions: the same video however it is asked for, prompts, actions, and snapshots."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.causal_video.denoise import VideoCondition
@@ -9,7 +13,8 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.session import PromptMode, StreamSession
+from fewstep.causal_video.session import StreamSession
+from fewstep.causal_video.session_state import MODES, PromptMode, PromptSwitch
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.vae_stream import decode_stream
 from fewstep.core.paths import add_noise
@@ -20,7 +25,6 @@ SCHEDULE = StepSchedule.steps([3, 2])
 CLEAN = CausalSettings(LAYOUT, CachePolicy(4, 1, "static"), SCHEDULE)
 NOISY = CausalSettings(LAYOUT, CachePolicy(4, noisy_from=1, quantise="int8"), SCHEDULE)
 AVERAGED = CausalSettings(ChunkLayout.uniform(2, 2), CachePolicy(4, 2, "ema"), SCHEDULE)
-MODES: tuple[PromptMode, ...] = ("recache", "cross_only", "hard")
 
 
 def opened(settings: CausalSettings = CLEAN, **options: object) -> StreamSession:
@@ -79,6 +83,19 @@ def test_frames_are_those_of_one_decode() -> None:
     assert torch.equal(torch.cat(frames, dim=2), whole)
     assert all(output.seconds.denoise > 0 and output.seconds.decode > 0 for output in outputs)
     assert opened().step().frames is None
+
+
+@pytest.mark.parametrize("settings", [CLEAN, CausalSettings(LAYOUT, CachePolicy(4, noisy_from=0), SCHEDULE), AVERAGED])
+def test_a_given_first_frame_is_that_of_the_rollout(settings: CausalSettings) -> None:
+    image = latents(1, seed=4)
+    condition = VideoCondition(text(), image)
+    with torch.no_grad():
+        rolled = rollout(shared_student(), condition, noise(), settings, exits=settings.schedule.exits(2, 3))
+    streamed = video(opened(settings, image=image), 3)
+    assert torch.equal(streamed[:, :, :1], image)
+    assert largest(streamed, rolled.video) < 1e-12
+    with pytest.raises(ValueError, match=r"latent of an image must be \[2, 4, 1, 4, 4\]"):
+        opened(settings, image=latents(2))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,7 +166,7 @@ def test_actions_steer_from_their_chunk_on() -> None:
     list(session.stream(2, actions[:2]))
     session.set_prompt(text(seed=5))
     assert session.step(actions[2]).latents.shape == (2, 4, 2, 4, 4)
-    with pytest.raises(ValueError, match="takes 6 channels"):
+    with pytest.raises(ValueError, match="takes 2 conditioning channels"):
         session.step()
     with pytest.raises(ValueError, match="as many actions"):
         list(session.stream(2, actions))
@@ -178,9 +195,39 @@ def test_a_given_beginning_is_context() -> None:
         session.feed(latents(3))
 
 
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.lists(st.integers(0, 9), max_size=3))
+def test_planned_cuts_are_counted_from(cuts: list[int]) -> None:
+    state = replace(opened().snapshot(), switches=())
+    planned = tuple(PromptSwitch(cut, state.prompt, "hard", "") for cut in sorted(cuts))
+    soft = PromptSwitch(4, state.prompt, "recache", "")
+    state = replace(state, switches=tuple(sorted((*planned, soft), key=lambda switch: switch.chunk)))
+    expected, local = [], -1
+    for chunk in range(10):
+        local = 0 if chunk in cuts else local + 1
+        expected.append(local)
+    assert [state.local_chunk(chunk) for chunk in range(10)] == expected
+
+
+def test_texts_and_chunks_of_other_shapes_are_refused() -> None:
+    session = opened()
+    session.step()
+    before = session.snapshot()
+    for shape in ((2, 5, 15), (1, 5, 16), (5, 16)):
+        with pytest.raises(ValueError, match=r"text must be embeddings \[2, N, 16\]"):
+            session.set_prompt(torch.zeros(shape))
+    with pytest.raises(ValueError, match="cut the video as the layout does"):
+        session.feed(latents(2, batch=1))
+    with pytest.raises(ValueError, match="takes 0 conditioning channels"):
+        session.feed(latents(2), latents(2, channels=2))
+    with pytest.raises(ValueError, match="chunk 0 is past"):
+        session.set_prompt(text(), at_chunk=0)
+    assert session.snapshot() is before
+
+
 def test_other_modes_and_snapshots_of_other_settings_are_refused() -> None:
     session = opened()
     with pytest.raises(ValueError, match="mode must be"):
         session.set_prompt(text(), "soft")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="another layout or policy"):
+    with pytest.raises(ValueError, match="another layout, policy or schedule"):
         session.restore(opened(NOISY).snapshot())

@@ -1,0 +1,358 @@
+"""The student of a run becomes a Wan pipeline directory with `causal_video.json` beside it.
+
+Legend: B batch, C channels, F latent frames, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+
+from fewstep.causal_video.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
+from fewstep.causal_video.export_card import CausalRecord, write_causal_card, write_causal_record
+from fewstep.causal_video.network import TIME_SCALE, CausalWan
+from fewstep.causal_video.pipeline import CausalVideoPipeline
+from fewstep.causal_video.rollout import rollout
+from fewstep.causal_video.schedule import StepSchedule
+from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults
+from fewstep.causal_video.setup import build_student, find_weights
+from fewstep.causal_video.stages import causal_settings
+from fewstep.core.checkpoint import load_checkpoint
+from fewstep.core.config import load_config
+from fewstep.core.data import LatentDataset
+from fewstep.core.export import (
+    DTYPE_NAMES,
+    LIBRARIES,
+    ROUNDING_TOLERANCES,
+    SAMPLER_TOLERANCE,
+)
+from fewstep.core.export_check import PROBE_PROMPTS, PROBE_SEED, ExportMismatchError, relative_difference
+from fewstep.core.export_directory import check_finite, check_output, new_directory, remove_machine_names
+from fewstep.core.export_run import EMA_FILE, LIVE_FILE, find_checkpoint
+from fewstep.core.lora import merge_lora
+from fewstep.core.model_card import Verification, license_of, public_name
+from fewstep.core.run_directory import CONFIG_FILE
+from fewstep.core.teacher import Teacher
+
+# Stock diffusers and the student do the same fp32 arithmetic in another order.
+STOCK_TOLERANCE = 1e-4
+STUDENT_PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class CausalReport:
+    """What training knows about a student and an export cannot see in its weights; see `CausalRecord`."""
+
+    method: str
+    base_model: str
+    guidance: float
+    step: int
+    ema: bool
+    trained_times: tuple[tuple[float, ...], ...]
+    name: str
+
+
+def export_causal_run(
+    run: str | Path,
+    output: str | Path | None = None,
+    *,
+    checkpoint: str = "latest",
+    weights: Literal["ema", "live"] = "ema",
+    steps: Sequence[int] | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> tuple[Path, CausalRecord]:
+    """Export the student of a run of scripts/train_causal_video.py; returns the directory and its record.
+
+    Args:
+        run: run directory with config.yaml and checkpoints.
+        output: directory to create; by default "export" in the run directory.
+        checkpoint: "latest", the name of a checkpoint of this run, or a path.
+        weights: the moving average or the live weights.
+        steps: network calls of each chunk, on grids of the run's shift, in place of the run's schedule. Stages of flow
+            matching, which train no steps, need it.
+        dtype: "float32", "float16" or "bfloat16" of the files.
+        overwrite: replace an earlier export at `output`.
+        device: where the comparison runs.
+
+    Raises:
+        ValueError: a file, key or weight is missing or does not fit.
+        FileExistsError: `output` exists and `overwrite` is not given.
+        ExportMismatchError: the loaded export differs from the rollout of the training; nothing is left at `output`.
+    """
+    run = Path(run)
+    dtypes = {name: value for value, name in DTYPE_NAMES.items()}
+    if dtype not in dtypes or weights not in ("ema", "live"):
+        raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
+    output = run / "export" if output is None else Path(output)
+    check_output(output, overwrite=overwrite)
+    config = read_causal_config(run)
+    settings = settings_of_run(config, steps)
+    with torch.random.fork_rng(devices=[]):
+        teacher = Teacher.load(config.teacher.path, device=device)
+        network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights)
+        report = CausalReport(
+            method=config.method,
+            base_model=config.teacher.path,
+            guidance=config.teacher.guidance,
+            step=step,
+            ema=weights == "ema",
+            trained_times=causal_settings(config.student).schedule.times,
+            name=run.resolve().name,
+        )
+        defaults = stream_defaults(config, teacher)
+        record = export_causal_student(
+            teacher, network, settings, defaults, output=output, report=report, dtype=dtypes[dtype]
+        )
+    return output, record
+
+
+def export_causal_student(
+    teacher: Teacher,
+    network: WanTransformer3DModel,
+    settings: CausalSettings,
+    defaults: StreamDefaults,
+    *,
+    output: Path,
+    report: CausalReport,
+    dtype: torch.dtype = torch.float32,
+) -> CausalRecord:
+    """Write a student, load it again, and compare its stream with `rollout`; an earlier export is replaced.
+
+    Args:
+        teacher: gives text encoder, VAE and scheduler; they are rounded to `dtype` on the way.
+        network: the student's transformer, with or without adapters; it is not changed.
+        settings: layout, policy and schedule.
+        defaults: size, rate and actions of streams.
+        output: directory to create.
+        report: what the model card says about the training.
+        dtype: of the files.
+
+    Raises:
+        ValueError: a weight is not finite in this dtype.
+        ExportMismatchError: the loaded export differs; nothing is left at `output`.
+    """
+    trained = merged_network(network).float().eval()
+    reference = probe_rollout(teacher.pipeline, trained, settings, defaults)
+    with new_directory(output) as draft:
+        stored = copy.deepcopy(trained).to(dtype)
+        check_finite(stored.state_dict(), dtype)
+        write_pipeline(teacher.pipeline, stored, draft, dtype)
+        settings.save(draft, defaults)
+        remove_machine_names(draft, public_name(report.base_model))
+        rounded = probe_rollout(teacher.pipeline, stored, settings, defaults)
+        verification, stock = verify_draft(draft, CausalWan(stored), rounded=rounded, reference=reference, dtype=dtype)
+        record = CausalRecord(
+            name=report.name,
+            method=report.method,
+            base_model=public_name(report.base_model),
+            settings=settings,
+            trained_times=report.trained_times,
+            defaults=defaults,
+            training_guidance=report.guidance,
+            training_step=report.step,
+            ema=report.ema,
+            dtype=DTYPE_NAMES[dtype],
+            verification=verification,
+            stock_difference=stock,
+            versions=tuple((library, version(library)) for library in LIBRARIES),
+        )
+        write_causal_record(record, draft)
+        write_causal_card(record, draft, license_fields=license_of(teacher.path))
+    return record
+
+
+def verify_draft(
+    draft: Path, student: CausalWan, *, rounded: Tensor, reference: Tensor, dtype: torch.dtype
+) -> tuple[Verification, float]:
+    """Load the files and compare; returns the differences, that of the stock transformer last.
+
+    Args:
+        draft: the directory.
+        student: with the weights as stored, in fp32.
+        rounded: the probe's rollout with them.
+        reference: the probe's rollout with the weights as trained.
+        dtype: of the files.
+
+    Raises:
+        ExportMismatchError: a difference is larger than allowed.
+    """
+    loaded = CausalVideoPipeline.from_pretrained(draft, device=student.transformer.device)
+    verification = Verification(
+        sampler_difference=relative_difference(probe_stream(loaded), rounded),
+        sampler_tolerance=SAMPLER_TOLERANCE,
+        rounding_difference=relative_difference(rounded, reference),
+        rounding_tolerance=ROUNDING_TOLERANCES[dtype],
+    )
+    stock = stock_difference(draft, student, reference)
+    check_verification(verification, stock, DTYPE_NAMES[dtype])
+    return verification, stock
+
+
+def read_causal_config(run: Path) -> CausalConfig:
+    """The resolved configuration of a run. Raises ValueError where there is none, or one of another method."""
+    file = run / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the directory of a run of scripts/train_causal_video.py")
+    config, _ = load_config(CausalConfig, ["--config", str(file)], prog="export", description="")
+    return config
+
+
+def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> CausalSettings:
+    """Layout, policy and schedule of the export. Raises ValueError for a stage without steps, and none given."""
+    settings = causal_settings(config.student)
+    if steps is not None:
+        return replace(settings, schedule=StepSchedule.steps(list(steps), shift=config.student.shift))
+    if config.method in FLOW_METHODS:
+        raise ValueError(
+            f"the stage {config.method} trains a many-step student of a flow, which has no schedule: export a later "
+            "stage, or give steps (such as --steps 20), which stream without guidance"
+        )
+    return settings
+
+
+def load_run_network(
+    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str
+) -> tuple[WanTransformer3DModel, int]:
+    """The student's transformer with the weights of a checkpoint, adapters unmerged, and the step they are of.
+
+    Raises:
+        ValueError: the weights are missing, or do not fit the teacher.
+    """
+    loaded = load_checkpoint(checkpoint)
+    name = EMA_FILE if weights == "ema" else LIVE_FILE
+    if name not in loaded.tensors:
+        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
+    # Adapters sit on the weights of the stage before; all others are in the checkpoint.
+    has_base = config.student.lora_rank > 0 and config.student.init is not None
+    init = find_weights(str(config.student.init)) if has_base else None
+    network = build_student(config.student, teacher, init, seed=config.run.seed).transformer
+    network.disable_gradient_checkpointing()
+    load_trained(network, loaded.tensors[name], source=str(checkpoint))
+    return network, loaded.step
+
+
+def load_trained(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Load what a checkpoint holds of a student: all weights, or its adapters.
+
+    Raises:
+        ValueError: weights that were trained are missing, or there are others.
+    """
+    computed = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    plain = {name.removeprefix(STUDENT_PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {name: tensor for name, tensor in plain.items() if name not in computed}
+    missing, unexpected = network.load_state_dict(plain, strict=False)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(missing))
+    if lost or unexpected:
+        raise ValueError(
+            f"the weights of {source} do not fit the teacher: {len(lost)} missing {lost[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}. Was it exchanged, or student.lora_rank changed?"
+        )
+
+
+def stream_defaults(config: CausalConfig, teacher: Teacher) -> StreamDefaults:
+    """The size that the student was trained at: the configured one, or that of the videos.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    height, width = config.data.height, config.data.width
+    if height is None and width is None:
+        source = config.data.latents or config.data.pairs
+        if source is None or not Path(source).is_dir():
+            raise ValueError(
+                f"the run does not say its size: data.height and width are empty, and data.latents ({source}) is no "
+                "folder here any more. Bring it back, or write the size into config.yaml of the run"
+            )
+        factor = teacher.pipeline.components["vae"].config["scale_factor_spatial"]
+        height, width = (int(side) * factor for side in LatentDataset.load(source).latents.shape[-2:])
+    return StreamDefaults(height, width, STOCK_RATE)
+
+
+def merged_network(network: WanTransformer3DModel) -> WanTransformer3DModel:
+    """A stock network with the same weights, adapters merged."""
+    merged = copy.deepcopy(network)
+    if getattr(merged, "peft_config", None):
+        merge_lora(merged)
+    plain = WanTransformer3DModel.from_config(merged.config)
+    assert isinstance(plain, WanTransformer3DModel)
+    plain.load_state_dict(merged.state_dict())
+    return plain.to(device=merged.device)
+
+
+def write_pipeline(pipeline: Any, stored: WanTransformer3DModel, draft: Path, dtype: torch.dtype) -> None:
+    """Save the teacher's pipeline with the student in it. All its modules end in fp32, rounded to the files' dtype."""
+    pipeline.register_modules(transformer=stored)
+    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    for module in modules:
+        module.to(dtype)
+    pipeline.save_pretrained(draft, safe_serialization=True)
+    for module in modules:
+        module.float()
+
+
+def probe_noise(pipeline: CausalVideoPipeline) -> ChunkNoise:
+    """The noise of a stream that is opened with the probe's seed."""
+    indices = tuple(range(len(PROBE_PROMPTS)))
+    return ChunkNoise(PROBE_SEED, indices, pipeline.latent_size(), stream="stream")
+
+
+def probe_chunks(settings: CausalSettings) -> int:
+    """One chunk more than the layout lists, so that something is repeated."""
+    return settings.layout.chunks + 1
+
+
+@torch.no_grad()
+def probe_rollout(
+    pipeline: Any, transformer: WanTransformer3DModel, settings: CausalSettings, defaults: StreamDefaults
+) -> Tensor:
+    """Latents [B, C, F, h, w] that the training's rollout makes of the probe, with the text encoder of `pipeline`."""
+    assert isinstance(pipeline, WanPipeline)
+    before = pipeline.transformer
+    pipeline.register_modules(transformer=transformer)
+    opened = CausalVideoPipeline(pipeline, settings, defaults)
+    exits = settings.schedule.exits(settings.schedule.longest - 1, probe_chunks(settings))
+    condition = VideoCondition(opened.encode(PROBE_PROMPTS))
+    video = rollout(opened.network, condition, probe_noise(opened), settings, exits=exits).video
+    pipeline.register_modules(transformer=before)
+    return video
+
+
+def probe_stream(loaded: CausalVideoPipeline) -> Tensor:
+    """Latents [B, C, F, h, w] that a loaded export streams from the probe."""
+    chunks = probe_chunks(loaded.settings)
+    return loaded(list(PROBE_PROMPTS), chunks=chunks, seed=PROBE_SEED, decode=False).latents
+
+
+@torch.no_grad()
+def stock_difference(draft: Path, student: CausalWan, latents: Tensor) -> float:
+    """The transformer as diffusers loads and calls it, against the student without a causal mask; of the largest."""
+    stock = WanTransformer3DModel.from_pretrained(draft / "transformer", dtype=torch.float32)
+    stock = stock.to(latents.device).eval()
+    t = torch.linspace(0.2, 0.8, len(latents), device=latents.device)
+    width = stock.config["text_dim"]
+    text = torch.linspace(-1, 1, 8 * width, device=latents.device).view(1, 8, width).expand(len(latents), -1, -1)
+    called = stock(latents, TIME_SCALE * t, text, return_dict=False)[0]
+    return relative_difference(called, student.bidirectional(latents, t, text))
+
+
+def check_verification(found: Verification, stock: float, dtype: str) -> None:
+    """Raise ExportMismatchError where a difference is larger than allowed, or not a number."""
+    for what, difference, allowed in (
+        ("the stream of the export and the rollout of the training", found.sampler_difference, found.sampler_tolerance),
+        (f"the weights as stored ({dtype}) and as trained", found.rounding_difference, found.rounding_tolerance),
+        ("the transformer in stock diffusers and the student that sees all frames", stock, STOCK_TOLERANCE),
+    ):
+        if not difference <= allowed:
+            raise ExportMismatchError(f"{what} differ by {difference:.3e} of the largest value (allowed {allowed:.0e})")
