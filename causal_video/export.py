@@ -145,7 +145,8 @@ def export_causal_student(
     trained = merged_network(network).float().eval()
     reference = probe_rollout(teacher.pipeline, trained, settings, defaults)
     with new_directory(output) as draft:
-        stored = copy.deepcopy(trained).to(dtype)
+        stored = copy.deepcopy(trained)
+        nn.Module.to(stored, dtype)
         check_finite(stored.state_dict(), dtype)
         write_pipeline(teacher.pipeline, stored, draft, dtype)
         settings.save(draft, defaults)
@@ -288,7 +289,8 @@ def merged_network(network: WanTransformer3DModel) -> WanTransformer3DModel:
     plain = WanTransformer3DModel.from_config(merged.config)
     assert isinstance(plain, WanTransformer3DModel)
     plain.load_state_dict(merged.state_dict())
-    return plain.to(device=merged.device)
+    nn.Module.to(plain, merged.device)
+    return plain
 
 
 def write_pipeline(pipeline: Any, stored: WanTransformer3DModel, draft: Path, dtype: torch.dtype) -> None:
@@ -339,7 +341,7 @@ def probe_stream(loaded: CausalVideoPipeline) -> Tensor:
 def stock_difference(draft: Path, student: CausalWan, latents: Tensor) -> float:
     """The transformer as diffusers loads and calls it, against the student without a causal mask; of the largest."""
     stock = WanTransformer3DModel.from_pretrained(draft / "transformer", dtype=torch.float32)
-    stock = stock.to(latents.device).eval()
+    nn.Module.to(stock, latents.device).eval()
     t = torch.linspace(0.2, 0.8, len(latents), device=latents.device)
     width = stock.config["text_dim"]
     text = torch.linspace(-1, 1, 8 * width, device=latents.device).view(1, 8, width).expand(len(latents), -1, -1)

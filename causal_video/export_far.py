@@ -23,7 +23,7 @@ from diffusers import (
     FlowMapEulerDiscreteScheduler,
     WanTransformer3DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.network import TIME_SCALE
@@ -49,7 +49,7 @@ def far_transformer(transformer: WanTransformer3DModel, layout: ChunkLayout) -> 
         raise ValueError("AnyFlowFAR has norms across heads and patches of 2 x 2: this network has others")
     with torch.random.fork_rng(devices=[]):
         network = AnyFlowFARTransformer3DModel(
-            compressed_patch_size=COMPRESSED_PATCH,
+            compressed_patch_size=COMPRESSED_PATCH,  # pyright: ignore[reportArgumentType]
             full_chunk_limit=layout.chunks,
             num_attention_heads=config["num_attention_heads"],
             attention_head_dim=config["attention_head_dim"],
@@ -69,7 +69,8 @@ def far_transformer(transformer: WanTransformer3DModel, layout: ChunkLayout) -> 
     lost = [name for name in missing if "far_patch_embedding" not in name and "delta_embedder" not in name]
     if lost or unexpected:
         raise ValueError(f"the weights are not those of a Wan 2.1 transformer: missing {lost}, unexpected {unexpected}")
-    return network.to(device=transformer.device, dtype=transformer.dtype).eval()
+    nn.Module.to(network, device=transformer.device, dtype=transformer.dtype)
+    return network.eval()
 
 
 def check_far(pipe: CausalVideoPipeline) -> None:

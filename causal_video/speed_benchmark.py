@@ -187,22 +187,51 @@ def prefix_costs(system: System, *, chunks: int, repeats: int) -> PrefixResult:
         draws = [noise.draw(chunk, step, length, system.text) for step in range(len(times))]
         layout = settings.layout.extended(chunk + 1)
         mask = masks.block_causal(layout, network.tokens_per_frame(draws[0]), KEEP_ALL, device=past.device)
-        seconds: list[list[float]] = [[], [], []]
-        for _ in range(repeats):
-            marks = [time.perf_counter()]
-            _, next_window = cached_chunk(network, prompt, draws, times, window)
-            marks.append(time.perf_counter())
-            made, next_whole = cached_chunk(network, prompt, draws, times, whole)
-            marks.append(time.perf_counter())
-            again = recomputed_chunk(network, prompt, draws, times, past=past, mask=mask)
-            marks.append(time.perf_counter())
-            for part, (before, after) in zip(seconds, itertools.pairwise(marks), strict=True):
-                part.append(after - before)
-        window, whole = next_window, next_whole
-        past = torch.cat([past, made], dim=2)
-        difference = float((made - again).abs().max() / again.abs().max())
+        turns = [
+            timed_turn(network, prompt, draws, times, window=window, whole=whole, past=past, mask=mask)
+            for _ in range(repeats)
+        ]
+        last = turns[-1]
+        window, whole = last.window, last.whole
+        past = torch.cat([past, last.made], dim=2)
+        difference = float((last.made - last.again).abs().max() / last.again.abs().max())
+        seconds = zip(*(turn.seconds for turn in turns), strict=True)
         costs.append(ChunkCost(chunk, layout.frames, *(median(part) for part in seconds)))
     return prefix_result(costs, settings, difference)
+
+
+@dataclass(frozen=True, eq=False)
+class TimedTurn:
+    """One chunk made three ways: the caches after it, the chunk from the whole cache and without one, and seconds."""
+
+    window: RollingCache
+    whole: RollingCache
+    made: Tensor
+    again: Tensor
+    seconds: tuple[float, ...]
+
+
+def timed_turn(
+    network: CausalWan,
+    prompt: Prompt,
+    draws: Sequence[Tensor],
+    times: Sequence[float],
+    *,
+    window: RollingCache,
+    whole: RollingCache,
+    past: Tensor,
+    mask: AttentionMask,
+) -> TimedTurn:
+    """Make a chunk with the rolling cache, with a whole one and without, one after the other."""
+    marks = [time.perf_counter()]
+    _, next_window = cached_chunk(network, prompt, draws, times, window)
+    marks.append(time.perf_counter())
+    made, next_whole = cached_chunk(network, prompt, draws, times, whole)
+    marks.append(time.perf_counter())
+    again = recomputed_chunk(network, prompt, draws, times, past=past, mask=mask)
+    marks.append(time.perf_counter())
+    seconds = tuple(after - before for before, after in itertools.pairwise(marks))
+    return TimedTurn(next_window, next_whole, made, again, seconds)
 
 
 def cached_chunk(

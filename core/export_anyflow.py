@@ -79,7 +79,7 @@ def anyflow_network(network: nn.Module) -> AnyFlowTransformer3DModel:
             deltatime_type="t-r" if is_sum else "r",
         )
     weight = next(network.parameters())
-    stock.to(device=weight.device, dtype=weight.dtype)
+    nn.Module.to(stock, device=weight.device, dtype=weight.dtype)
     stock.load_state_dict({_stock_name(name): tensor for name, tensor in network.state_dict().items()})
     if is_sum:
         for embedder in (stock.condition_embedder.time_embedder, stock.condition_embedder.delta_embedder):

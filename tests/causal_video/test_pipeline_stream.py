@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,8 +47,8 @@ def test_a_directory_is_an_ordinary_wan_pipeline(tmp_path: Path) -> None:
     rounded = narrow("a red cat", chunks=1, seed=1)
     assert rounded.latents.dtype == torch.float32
     assert largest(rounded.latents, one[0].latents) < 0.1 * float(one[0].latents.abs().max())
-    stock = DiffusionPipeline.from_pretrained(tmp_path)
-    assert isinstance(stock, WanPipeline)
+    stock: Any = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock).__name__ == "WanPipeline"
     assert isinstance(stock.transformer, WanTransformer3DModel)
     x, t, text = latents_of(one), torch.tensor([0.4]), pipe.encode(["a red cat"])
     with torch.no_grad():

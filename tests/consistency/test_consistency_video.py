@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AnyFlowPipeline, DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 
 from fewstep.consistency.train import train_consistency, train_step
@@ -91,7 +91,7 @@ def test_anyflow_exports_once_for_all_steps(videos: VideoInputs, tmp_path: Path)
     path, record = export_run(run)
     assert (record.pipeline, record.any_steps) == ("AnyFlowPipeline", True)
     pipeline: Any = DiffusionPipeline.from_pretrained(path)
-    assert isinstance(pipeline, AnyFlowPipeline)
+    assert type(pipeline).__name__ == "AnyFlowPipeline"
     pipeline.set_progress_bar_config(disable=True)
     loaded = load_run_student(run, read_settings(run))
     noise = torch.randn(1, *VIDEO_LATENTS, generator=torch.Generator().manual_seed(2))

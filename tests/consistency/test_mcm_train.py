@@ -78,6 +78,7 @@ def test_student_motion_head_and_discriminator_move_in_every_step(videos: VideoI
     roles = (setup.student_role, setup.mcm.motion_role, setup.mcm.heads_role)
     frozen = [value.clone() for value in setup.teacher.denoiser.parameters()]
     start = copies(*roles)
+    metrics: dict[str, Any] = {}
     for _ in range(3):
         before = copies(*roles)
         metrics = train_step(config, setup, trainer)

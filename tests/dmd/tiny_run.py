@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, save_pipeline
 
 PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42", "green tree")
 WITH_GAN = {"loss.gan_weight": 0.1, "loss.discriminator_weight": 0.5}
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,15 @@ def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] 
     return changed(config, changes or {})
 
 
-def changed(config: DmdConfig, changes: Mapping[str, Any]) -> DmdConfig:
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """The settings with other values at dotted keys such as `run.steps`; each dataclass is checked once, at the end."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    whole: Any = config
     replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **replaced)
+    return dataclasses.replace(whole, **replaced)
 
 
 def start(config: DmdConfig) -> tuple[DmdSetup, Trainer]:

@@ -1,0 +1,227 @@
+"""What the student and the fake score minimise on one slice of a reward run, whatever the method.
+
+All states that the student is called on are joined into one call of the (distributed) network; the losses are in
+`dmd/reward/`. Legend: n samples of one slice; states, velocities, x0 [n, C, h, w]; t [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.condition import Condition
+from fewstep.core.grids import shift_time
+from fewstep.core.paths import add_noise, eps_from_velocity, x0_from_velocity
+from fewstep.dmd.loss import direction_normaliser, distribution_matching_loss, matching_statistics
+from fewstep.dmd.reward.ac_dmd import (
+    add_subinterval_noise,
+    ambient_fake_score_loss,
+    consistency_regulariser,
+    reverse_move,
+    sample_subinterval_times,
+    subinterval_matching_loss,
+)
+from fewstep.dmd.reward.gndm import gndm_loss
+from fewstep.dmd.reward.rtdmd import direct_reward_loss, effective_tilt
+from fewstep.dmd.reward_config import FORWARD_METHODS, RewardRunConfig
+from fewstep.dmd.reward_setup import RewardSetup
+from fewstep.dmd.reward_turns_forward import ForwardCall, forward_call, forward_loss
+from fewstep.dmd.reward_turns_policy import policy_loss
+from fewstep.dmd.reward_turns_rollout import Plan, Rollout, transition
+from fewstep.dmd.reward_turns_scores import SliceRewards
+from fewstep.dmd.reward_turns_weights import weighted_matching
+from fewstep.dmd.turns import Draw, fake_score_turn
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a slice's losses need that no reward enters: the states of a forward method, with the older policy there."""
+
+    forward: ForwardCall | None
+
+
+@torch.no_grad()
+def prepare(config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, plan: Plan, *, draw: Draw) -> Prepared:
+    """Calls of snapshots, made while the reward is computed."""
+    if config.method in FORWARD_METHODS and plan.judged:
+        return Prepared(forward_call(config, setup, rollout, draw=draw))
+    return Prepared(None)
+
+
+def joined_velocities(
+    network: nn.Module, calls: Sequence[tuple[Tensor, Tensor]], condition: Condition
+) -> tuple[Tensor, ...]:
+    """Velocities at each (x, t) [n, ...], [n] for one condition, by one call of the network."""
+    states, times = torch.cat([x for x, _ in calls]), torch.cat([t for _, t in calls])
+    return network(states, times, Condition.cat([condition] * len(calls))).split(condition.batch_size)
+
+
+def student_turn(
+    config: RewardRunConfig,
+    setup: RewardSetup,
+    rollout: Rollout,
+    plan: Plan,
+    *,
+    rewards: SliceRewards | None,
+    prepared: Prepared,
+    draw: Draw,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's loss on one slice and what to log of it; `rewards` is None in steps of matching alone."""
+    objective, times = config.objective, setup.student.times
+    direct = rewards is not None and objective.direct_weight > 0
+    steps = set(plan.policy_steps) | ({plan.last} if direct else set())
+    steps |= set() if plan.matching_step is None else {plan.matching_step}
+    order = sorted(steps)
+    full = [torch.full((len(rollout.x0),), times[j], device=rollout.x0.device) for j in order]
+    calls = [(rollout.states[j], t) for j, t in zip(order, full, strict=True)]
+    if prepared.forward is not None:
+        calls.append((prepared.forward.x_t, prepared.forward.t))
+    velocities = joined_velocities(setup.student_role.wrapped, calls, rollout.condition)
+    at = dict(zip(order, velocities, strict=False))
+    loss, record = rollout.x0.new_zeros(()), {}
+    if rewards is not None and prepared.forward is not None:
+        term, record = forward_loss(config, prepared.forward, velocities[-1], rollout, rewards.advantages)
+        loss = loss + objective.policy_weight * term
+    if rewards is not None and plan.policy_steps:
+        chain = [at[j] for j in plan.policy_steps]
+        term, record = policy_loss(config, setup, rollout, plan, velocities=chain, rewards=rewards, draw=draw)
+        loss = loss + objective.policy_weight * term
+    if plan.matching_step is not None:
+        velocity = at[plan.matching_step]
+        term, found = matching_loss(config, setup, rollout, plan, velocity=velocity, rewards=rewards, draw=draw)
+        loss, record = loss + objective.matching_weight * term, {**record, **found}
+    if direct:
+        x0 = x0_from_velocity(rollout.states[plan.last], at[plan.last], full[-1])
+        values = setup.reward.with_gradient(setup.teacher.decode(x0), rollout.prompts)
+        term = direct_reward_loss(setup.reward.total(values), margin=objective.direct_margin)
+        loss, record = loss + objective.direct_weight * term, {**record, "direct_loss": term.detach()}
+    return loss, {"student_loss": loss.detach(), **record}
+
+
+def matching_loss(
+    config: RewardRunConfig,
+    setup: RewardSetup,
+    rollout: Rollout,
+    plan: Plan,
+    *,
+    velocity: Tensor,
+    rewards: SliceRewards | None,
+    draw: Draw,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Distribution matching of one call's output, in the form of the method."""
+    assert plan.matching_step is not None
+    assert setup.fake_score is not None
+    if config.objective.matching == "ambient":
+        return ambient_matching(config, setup, rollout, plan.matching_step, velocity=velocity, draw=draw)
+    j, loss = plan.matching_step, config.loss
+    time = torch.full((len(velocity),), setup.student.times[j], device=velocity.device)
+    x0 = x0_from_velocity(rollout.states[j], velocity, time)
+    with torch.no_grad():
+        t = draw.times("score_time", shift=loss.score_shift, loss=loss)
+        x_t = add_noise(x0.detach(), draw.noise(setup.latent_shape, "score_noise"), t)
+        fake_x0 = x0_from_velocity(x_t, setup.fake_score(x_t, t, rollout.condition).velocity, t)
+        real_x0 = setup.teacher.x0(x_t, t, rollout.condition, config.teacher.guidance)
+    statistics = matching_statistics(x0, fake_x0, real_x0)
+    record = {f"matching_{field.name}": getattr(statistics, field.name) for field in fields(statistics)}
+    if config.method == "redmd" and rewards is not None:
+        term, found = weighted_matching(config, setup, rollout, rewards, scores=(x0, fake_x0, real_x0))
+        return term, {**record, **found}
+    record |= tilt_record(config, setup, x0, real_x0, t=t)
+    if config.method == "gndm":
+        return gndm_loss(x0, fake_x0, real_x0, rollout.groups.groups.to(x0.device)), record
+    return distribution_matching_loss(x0, fake_x0, real_x0), record
+
+
+def ambient_matching(
+    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor, draw: Draw
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """AC-DMD at the state to which call j led: with the rollout's noise, so that only the student has a graph."""
+    assert setup.fake_score is not None
+    times, count = setup.student.times, len(velocity)
+    is_last = j == len(times) - 1
+    s = torch.full((count,), 0.0 if is_last else times[j + 1], device=velocity.device)
+    now = torch.full_like(s, times[j])
+    if is_last:
+        x_s = x0_from_velocity(rollout.states[j], velocity, now)
+    else:
+        x_s = transition(config, rollout.states[j], velocity, times, j).draw(rollout.noises[j])
+    with torch.no_grad():
+        t = ambient_times(config, draw.uniform("score_time"), s, shift=config.loss.score_shift)
+        x_t = add_subinterval_noise(x_s.detach(), draw.noise(setup.latent_shape, "score_noise"), s, t)
+        fake = setup.fake_score(x_t, t, rollout.condition).velocity
+        real = setup.teacher.velocity(x_t, t, rollout.condition, config.teacher.guidance)
+    eta, noise = config.chain.eta, draw.noise(setup.latent_shape, "score_step_noise")
+    term = subinterval_matching_loss(x_s, x_t, fake, real, (s, t), eta=eta, noise=noise)
+    record = {
+        "matching_direction_rms": (fake - real).square().mean().sqrt(),
+        "matching_student_mean": rollout.x0.mean(),
+        "matching_student_std": rollout.x0.std(),
+    }
+    return term, record | (tilt_record(config, setup, x_s, x0_from_velocity(x_t, real, t), t=t) if is_last else {})
+
+
+def ambient_times(config: RewardRunConfig, u: Tensor, s: Tensor, *, shift: float) -> Tensor:
+    """Times [n] above s; a shift, which is the identity at 1 as in RTDMD, favours noisy ones as it does without s."""
+    return sample_subinterval_times(shift_time(u, shift), s, t_min=config.loss.t_min, t_max=config.loss.t_max)
+
+
+@torch.no_grad()
+def tilt_record(
+    config: RewardRunConfig, setup: RewardSetup, x0: Tensor, real_x0: Tensor, *, t: Tensor
+) -> dict[str, Tensor]:
+    """The lambda of e^(lambda reward) at which a Gaussian student would rest under matching and the direct term."""
+    if setup.teacher_variance is None:
+        return {}
+    tilt = effective_tilt(
+        t,
+        reward_weight=config.objective.direct_weight,
+        matching_weight=config.objective.matching_weight,
+        elements=x0[0].numel(),
+        teacher_variance=x0.new_tensor(setup.teacher_variance),
+        student_variance=x0.var(),
+        normaliser=direction_normaliser(x0, real_x0),
+    )
+    return {"effective_tilt_mean": tilt.mean, "effective_tilt_spread": tilt.spread}
+
+
+def fake_turn(
+    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, plan: Plan, *, draw: Draw
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The fake score's loss on what the matched call led to."""
+    assert setup.fake_role is not None
+    network, j = setup.fake_role.wrapped, plan.fake_step
+    if config.objective.matching == "x0":
+        turn = fake_score_turn(
+            rollout.predictions[j], rollout.condition, fake_score=network, loss=config.loss, draw=draw
+        )
+        return turn.loss, {"fake_score_loss": turn.loss.detach()}
+    is_last = j == len(setup.student.times) - 1
+    x_s = rollout.predictions[j] if is_last else rollout.next_states[j]
+    s = torch.full((len(x_s),), 0.0 if is_last else setup.student.times[j + 1], device=x_s.device)
+    t = ambient_times(config, draw.uniform("fake_time"), s, shift=config.loss.fake_shift)
+    noise = draw.noise(setup.latent_shape, "fake_noise")
+    x_t = add_subinterval_noise(x_s, noise, s, t)
+    if config.objective.consistency_weight == 0:
+        velocity = network(x_t, t, rollout.condition).velocity
+        loss = ambient_fake_score_loss(velocity, x_s, noise, s, t)
+        return loss, {"fake_score_loss": loss.detach()}
+    # Where the two moves lead depends on the prediction at x_t, which the joined call below makes again with its graph.
+    with torch.no_grad():
+        held = setup.fake_role.module(x_t, t, rollout.condition).velocity
+        # A step of up to 0.2 down, as in the released code.
+        below = torch.maximum(t - 0.2 * (1 - draw.uniform("consistency_time")), 0.05 * t)
+        x0, eps = x0_from_velocity(x_t, held, t), eps_from_velocity(x_t, held, t)
+        moves = [
+            reverse_move(x0, eps, draw.noise(setup.latent_shape, f"consistency_noise_{k}"), t, below) for k in (0, 1)
+        ]
+    joined = Condition.cat([rollout.condition] * 3)
+    output = network(torch.cat([x_t, *moves]), torch.cat([t, below, below]), joined).velocity
+    velocity, *others = output.split(len(x_t))
+    loss = ambient_fake_score_loss(velocity, x_s, noise, s, t)
+    first, second = (x0_from_velocity(x, v, below) for x, v in zip(moves, others, strict=True))
+    regulariser = consistency_regulariser(x0_from_velocity(x_t, velocity, t), first, second)
+    record = {"fake_score_loss": loss.detach(), "consistency_loss": regulariser.detach()}
+    return loss + config.objective.consistency_weight * regulariser, record
