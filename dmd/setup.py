@@ -151,7 +151,15 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
 
 
 def build_student_denoiser(settings: StudentConfig, teacher: Teacher, *, seed: int) -> Denoiser:
-    """A trainable fp32 copy of the teacher's network, from `student.init` if given, with adapters if asked."""
+    """A trainable fp32 copy of the teacher's network, from `student.init` if given, or with adapters if asked.
+
+    Raises ValueError for both: adapters are stored alone, and an export would put them on the teacher's weights.
+    """
+    if settings.init is not None and settings.lora_rank > 0:
+        raise ValueError(
+            f"student.init {settings.init} with student.lora_rank {settings.lora_rank}: adapters are saved without the "
+            "weights under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
+        )
     denoiser = teacher.denoiser.copy().float()
     if settings.init is not None:
         load_weights(denoiser, settings.init)

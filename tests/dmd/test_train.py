@@ -241,3 +241,11 @@ def test_nan_in_a_teacher_on_disk_stops_the_first_step(
     with pytest.raises(NonFiniteError, match=r"^step 0: teacher's sample grid is not finite.*no checkpoint was"):
         train_dmd(config)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_adapters_on_other_weights_than_the_teachers_are_refused(inputs: TinyInputs, tmp_path: Path) -> None:
+    weights = inputs.teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert weights.is_file()
+    config = tiny_config(inputs, tmp_path / "run", {"student.lora_rank": 2, "student.init": str(weights)})
+    with pytest.raises(ValueError, match="adapters are saved without the weights under them"):
+        train_dmd(config)
