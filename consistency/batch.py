@@ -39,7 +39,7 @@ class Noised:
 
 @dataclass(frozen=True)
 class Networks:
-    """The student bare and wrapped, and the teacher with its guidance.
+    """The student bare and wrapped, the teacher with its guidance, and perhaps the learned weight of a time.
 
     Forward mode does not pass through the hooks of a distributed wrapper: `student` is called for what has no gradient,
     `wrapped` for what has one.
@@ -49,6 +49,7 @@ class Networks:
     wrapped: nn.Module
     teacher: Teacher
     guidance: float
+    time_weight: nn.Module | None = None
 
     @torch.no_grad()
     def teacher_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

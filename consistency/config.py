@@ -40,6 +40,9 @@ class ConsistencyLossConfig:
     """Steps over which the derivative term of scm grows from 0 to its full weight."""
     normalizer: float = 0.1
     """The c of g / (|g| + c)."""
+    learned_weight: bool = False
+    """Fit a weight of each time beside the student (method scm): exp(w(t)) error - w(t), as the sCM paper does. It is
+    trained with the student's optimizer settings."""
     grid_steps: int = 48
     """Steps of the teacher's grid that dcm walks by one."""
     grid_shift: float = 5.0
@@ -137,6 +140,11 @@ def check_settings(config: ConsistencyConfig) -> None:
         raise ValueError(
             "loss.max_time_share trains at t = 1, where TrigFlow's tangent is zero and teaches nothing; set "
             "loss.coordinates to 'rf', or the share to 0"
+        )
+    if loss.learned_weight and (config.method != "scm" or loss.objective != "scm"):
+        raise ValueError(
+            f"loss.learned_weight with method {config.method!r}: it is part of 'scm'; beside another loss it would "
+            "change their ratio while it learns. Set it to false"
         )
     if loss.grid_steps < 2:
         raise ValueError(f"loss.grid_steps is {loss.grid_steps}; dcm walks a grid of at least 2 steps")

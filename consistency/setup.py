@@ -19,6 +19,7 @@ from fewstep.consistency.sprint_setup import (
     check_control,
     check_sprint_teacher,
 )
+from fewstep.consistency.time_weight import build_time_weight
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export_sana import sprint_times
@@ -72,7 +73,8 @@ class ConsistencyData:
 class ConsistencySetup:
     """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos.
 
-    Fake score and its role match distributions; `heads_role` is the discriminator of sana_sprint.
+    Fake score and its role match distributions; `heads_role` is the discriminator of sana_sprint, `weight_role` the
+    learned weight of a time, which is trained in the steps of the student.
     """
 
     teacher: Teacher
@@ -84,6 +86,7 @@ class ConsistencySetup:
     fake_score: FakeScore | None
     fake_role: Role | None
     heads_role: Role | None = None
+    weight_role: Role | None = None
     mcm: McmParts | None = None
 
 
@@ -138,8 +141,16 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         fake_score=fake_score,
         fake_role=fake_role,
         heads_role=None if config.sprint is None else add_heads(config.sprint, teacher, trainer),
+        weight_role=add_time_weight(config, trainer),
         mcm=mcm,
     )
+
+
+def add_time_weight(config: ConsistencyConfig, trainer: Trainer) -> Role | None:
+    """The role of the learned weight of a time, where one is configured."""
+    if not config.loss.learned_weight:
+        return None
+    return trainer.add_role("time_weight", build_time_weight(config.run.seed), config.student.optimizer)
 
 
 def embedded_prompts(

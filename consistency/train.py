@@ -93,11 +93,14 @@ def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trai
         return train_mcm_step(config, setup, trainer)
     matching = config.fake_score is not None and trainer.step >= config.loss.dmd_start
     role = role_due(config, setup, trainer.step)
+    learning = [role] if role is not setup.student_role else [role, *filter(None, [setup.weight_role])]
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     records: list[dict[str, Tensor]] = []
     for number, indices in enumerate(slices):
         draw = Draw(config.run.seed, indices, trainer.device)
-        with trainer.sync(role, number == len(slices) - 1):
+        with ExitStack() as stack:
+            for each in learning:
+                stack.enter_context(trainer.sync(each, number == len(slices) - 1))
             if role is setup.fake_role:
                 records.append(fake_score_backward(config, setup, trainer, draw=draw))
                 continue
@@ -109,7 +112,8 @@ def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trai
                 record |= matching_backward(config, setup, trainer, draw=draw)
             records.append(record)
     metrics: dict[str, float | Tensor] = {**mean_records(records)}
-    metrics[f"{role.name.removesuffix('_score')}_grad_norm"] = trainer.update(role)
+    for each in learning:
+        metrics[f"{each.name.removesuffix('_score')}_grad_norm"] = trainer.update(each)
     return metrics
 
 
@@ -148,7 +152,8 @@ def consistency_backward(
         judged = SprintNetworks(role.module, role.wrapped, teacher, heads)
         turn = sprint_student_turn(noised, judged, draw=draw, loss=config.loss, sprint=config.sprint)
     else:
-        networks = Networks(role.module, role.wrapped, teacher, config.teacher.guidance)
+        weight = None if setup.weight_role is None else setup.weight_role.wrapped
+        networks = Networks(role.module, role.wrapped, teacher, config.teacher.guidance, weight)
         mean = trainer.mean_over_ranks
         turn = consistency_turn(noised, networks, draw=draw, loss=config.loss, mean_over_processes=mean)
     trainer.check_finite("consistency loss", turn.loss)

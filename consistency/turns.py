@@ -99,8 +99,12 @@ def scm_turn(noised: Noised, networks: Networks, loss: ConsistencyLossConfig) ->
     velocity = networks.wrapped(x_t, t, noised.condition)
     direction_of = trig_direction if loss.coordinates == "trigflow" else flow_direction
     output, tangent = direction_of(noised, networks.student, velocity, target, loss)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer))
-    return ConsistencyTurn(found.loss, tangent_record(tangent, found))
+    log_weight = None if networks.time_weight is None else networks.time_weight(t)
+    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer), log_weight=log_weight)
+    record = tangent_record(tangent, found)
+    if log_weight is not None:
+        record["log_weight"] = log_weight.detach().mean()
+    return ConsistencyTurn(found.loss, record)
 
 
 def trig_direction(

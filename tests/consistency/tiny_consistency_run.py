@@ -20,6 +20,7 @@ FROM_DATA: Any = {"velocity": "data", "check_tangent": False, "time_std": 0.8}
 OBJECTIVES: dict[str, tuple[str, ConsistencyLossConfig]] = {
     "scm": ("scm", ConsistencyLossConfig(check_tangent=False)),
     "scm_rf": ("scm", ConsistencyLossConfig(coordinates="rf", tangent_warmup=4, check_tangent=False)),
+    "scm_weight": ("scm", ConsistencyLossConfig(learned_weight=True, check_tangent=False)),
     "scm_central": ("scm", ConsistencyLossConfig(coordinates="rf", tangent="central", check_tangent=False)),
     "dcm": ("dcm", ConsistencyLossConfig(objective="dcm", grid_steps=8)),
     "ect": ("ect", ConsistencyLossConfig(objective="ect", ect_stage_steps=1)),
