@@ -96,9 +96,6 @@ def check_control(control: LatentDataset | None, real: LatentDataset) -> None:
 class ToldPrompts(PromptConditions):
     """Prompts whose conditions also tell one guidance scale to a network with a guidance embedding.
 
-    Where they are kept, equal prompts are encoded once: SANA's language model reads an instruction of hundreds of
-    tokens with each.
-
     Args:
         teacher, prompts, cache, height, width: as in `PromptConditions`.
         guidance: the scale w of u + w (c - u).
@@ -117,12 +114,7 @@ class ToldPrompts(PromptConditions):
         control: Tensor | None = None,
     ) -> None:
         self.guidance, self.control = guidance, control
-        unique = list(dict.fromkeys(prompts))
-        super().__init__(teacher, unique if cache else prompts, cache=cache, height=height, width=width)
-        if self.cached is not None:
-            place = {prompt: row for row, prompt in enumerate(unique)}
-            self.cached = self.cached.index(torch.tensor([place[prompt] for prompt in prompts]))
-            self.prompts = tuple(prompts)
+        super().__init__(teacher, prompts, cache=cache, height=height, width=width)
 
     def rows(self, rows: Sequence[int]) -> Condition:
         condition = super().rows(rows)

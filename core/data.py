@@ -55,7 +55,7 @@ def rows_of_samples(samples: Sequence[int], count: int, seed: int) -> list[int]:
 
 
 class PromptConditions:
-    """Prompts with their embeddings: encoded once and kept when `cache`, else encoded per batch.
+    """Prompts with their embeddings: when `cache`, each different one is encoded once and kept; else per batch.
 
     Height and width in pixels are told to networks that are conditioned on them (SDXL).
     Raises ValueError without prompts.
@@ -77,8 +77,10 @@ class PromptConditions:
         self.height, self.width = height, width
         self.cached: Condition | None = None
         if cache:
-            starts = range(0, len(self.prompts), ENCODE_BATCH)
-            self.cached = Condition.cat([self._encode(self.prompts[at : at + ENCODE_BATCH]) for at in starts])
+            different = list(dict.fromkeys(self.prompts))
+            self.places = {prompt: place for place, prompt in enumerate(different)}
+            starts = range(0, len(different), ENCODE_BATCH)
+            self.cached = Condition.cat([self._encode(different[at : at + ENCODE_BATCH]) for at in starts])
 
     def _encode(self, prompts: Sequence[str]) -> Condition:
         return self.teacher.encode(list(prompts), height=self.height, width=self.width)
@@ -89,7 +91,8 @@ class PromptConditions:
     def rows(self, rows: Sequence[int]) -> Condition:
         """The condition of the prompts at these rows."""
         if self.cached is not None:
-            return self.cached.index(torch.tensor(rows, device=self.cached.tokens.device))
+            places = [self.places[self.prompts[row]] for row in rows]
+            return self.cached.index(torch.tensor(places, device=self.cached.tokens.device))
         return self._encode([self.prompts[row] for row in rows])
 
     def of_samples(self, samples: Sequence[int], seed: int) -> Condition:

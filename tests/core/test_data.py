@@ -59,6 +59,18 @@ def test_orders_differ_between_epochs_and_seeds() -> None:
     assert tuple(range(30)) not in orders
 
 
+def test_equal_prompts_are_kept_once() -> None:
+    teacher = Teacher(build_sd3(), path="tiny")
+    conditions = PromptConditions(teacher, ["a cat", "a dog", "a cat", "a cat"], cache=True)
+    assert conditions.cached is not None
+    assert conditions.cached.batch_size == 2
+    assert len(conditions) == 4
+    found = conditions.rows([3, 1, 0]).tokens
+    assert torch.equal(found[0], found[2])
+    expected = teacher.encode(["a cat", "a dog"]).tokens
+    torch.testing.assert_close(found[:2], expected, rtol=0, atol=1e-5)
+
+
 def test_cached_conditions_equal_encoded_ones() -> None:
     teacher = Teacher(build_sd3(), path="tiny")
     prompts = [f"cat {number}" for number in range(ENCODE_BATCH + 3)]
