@@ -27,6 +27,9 @@ class CausalDataConfig:
     """Encode every prompt once before training; turn off when the embeddings do not fit into memory."""
     latents: str | None = None
     """Folder of video latents with captions (scripts/encode_videos.py); self_forcing without images needs none."""
+    controls: str | None = None
+    """File of what each frame of data.latents is told beside its caption, such as actions or features of sound
+    (`FrameControls`, safetensors); the student gets an input channel for each."""
     pairs: str | None = None
     """Folder of teacher trajectories for ode; empty makes them in the run directory."""
     height: int | None = None
@@ -152,6 +155,9 @@ class CausalConfig:
     """The bidirectional network that follows the student's distribution; self_forcing needs it."""
     matching: LossConfig = field(default_factory=LossConfig)
     """Times and form of distribution matching."""
+    steered_teacher: str | None = None
+    """Weights of a bidirectional network that knows data.controls, which self_forcing with controls needs: the run of a
+    diffusion_forcing stage whose layout is one chunk, one of its checkpoints, or a safetensors file."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -219,6 +225,33 @@ def check_data(config: CausalConfig) -> None:
         )
     if config.method == "ode" and data.image_share > 0:
         raise ValueError("data.image_share is no part of ode: its chunks at t = 0 are given as a whole")
+    check_controls(config)
+
+
+def check_controls(config: CausalConfig) -> None:
+    """Raise ValueError where a stage cannot be told something of each frame."""
+    steered = config.steered_teacher
+    if steered is not None and (config.data.controls is None or config.method != "self_forcing"):
+        raise ValueError("steered_teacher belongs to method 'self_forcing' with data.controls: leave it out")
+    if config.data.controls is None:
+        return
+    if config.data.latents is None:
+        raise ValueError("data.controls without data.latents: they are rows for the videos of that folder")
+    if config.method == "ode":
+        raise ValueError("data.controls is no part of ode, whose trajectories have none: go on with tf_dcm or tf_scm")
+    if config.method == "self_forcing" and steered is None:
+        raise ValueError(
+            "method 'self_forcing' with data.controls, and steered_teacher is empty: the bidirectional teacher knows "
+            "no controls, and its scores would pull the student to videos that ignore them. Train one with them "
+            "(method diffusion_forcing, a layout of one chunk), and give its run"
+        )
+    if config.loss.longest_frames is not None:
+        raise ValueError("loss.longest_frames with data.controls: controls end where their videos do")
+    if config.student.lora_rank > 0 and config.student.init is None:
+        raise ValueError(
+            "student.lora_rank with data.controls and without student.init: adapters would leave the new input "
+            "channels at zero. Train all weights in the first stage, or start from weights that know the controls"
+        )
 
 
 def check_forcing(loss: CausalLossConfig) -> None:

@@ -22,9 +22,9 @@ from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.setup import build_student, find_weights
 from fewstep.causal_video.stages import causal_settings
 from fewstep.causal_video.stages_sampling import euler_rollout
+from fewstep.causal_video.student import build_student, find_weights
 from fewstep.core.checkpoint import latest_checkpoint, load_checkpoint
 from fewstep.core.config import load_config
 from fewstep.core.embedded.video_clips import balanced_clip_prompt, moving_digits
@@ -148,7 +148,7 @@ def sample_student(
         if student.config.method in FLOW_METHODS:
             latents = euler_rollout(
                 student.network,
-                text,
+                VideoCondition(text),
                 noise,
                 settings,
                 times=student.teacher.family.teacher_grid(student.teacher.pipeline, FLOW_STEPS),

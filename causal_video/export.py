@@ -23,9 +23,10 @@ from fewstep.causal_video.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.pipeline import CausalVideoPipeline
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults
-from fewstep.causal_video.setup import build_student, find_weights
+from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults, load_defaults
 from fewstep.causal_video.stages import causal_settings
+from fewstep.causal_video.student import build_student, find_weights
+from fewstep.causal_video.world import spread
 from fewstep.core.checkpoint import load_checkpoint
 from fewstep.core.config import load_config
 from fewstep.core.data import LatentDataset
@@ -100,7 +101,8 @@ def export_causal_run(
     settings = settings_of_run(config, steps)
     with torch.random.fork_rng(devices=[]):
         teacher = Teacher.load(config.teacher.path, device=device)
-        network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights)
+        actions = trained_controls(run, config)
+        network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
         report = CausalReport(
             method=config.method,
             base_model=config.teacher.path,
@@ -110,7 +112,7 @@ def export_causal_run(
             trained_times=causal_settings(config.student).schedule.times,
             name=run.resolve().name,
         )
-        defaults = stream_defaults(config, teacher)
+        defaults = replace(stream_defaults(config, teacher), actions=actions)
         record = export_causal_student(
             teacher, network, settings, defaults, output=output, report=report, dtype=dtypes[dtype]
         )
@@ -209,6 +211,22 @@ def read_causal_config(run: Path) -> CausalConfig:
     return config
 
 
+def trained_controls(run: Path, config: CausalConfig) -> tuple[str, ...]:
+    """Names of the control channels of a run's student, from its causal_video.json; none for a student of text.
+
+    Raises ValueError where the run was trained with controls and does not say which.
+    """
+    if config.data.controls is None:
+        return ()
+    names = load_defaults(run).actions
+    if not names:
+        raise ValueError(
+            f"{run} was trained with data.controls, and its causal_video.json names none under stream.actions: bring "
+            "the file of the training back"
+        )
+    return names
+
+
 def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> CausalSettings:
     """Layout, policy and schedule of the export. Raises ValueError for a stage without steps, and none given."""
     settings = causal_settings(config.student)
@@ -223,9 +241,11 @@ def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> Causal
 
 
 def load_run_network(
-    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str
+    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str, controls: int = 0
 ) -> tuple[WanTransformer3DModel, int]:
     """The student's transformer with the weights of a checkpoint, adapters unmerged, and the step they are of.
+
+    `controls` counts the channels it takes beside the latents.
 
     Raises:
         ValueError: the weights are missing, or do not fit the teacher.
@@ -237,7 +257,7 @@ def load_run_network(
     # Adapters sit on the weights of the stage before; all others are in the checkpoint.
     has_base = config.student.lora_rank > 0 and config.student.init is not None
     init = find_weights(str(config.student.init)) if has_base else None
-    network = build_student(config.student, teacher, init, seed=config.run.seed).transformer
+    network = build_student(config.student, teacher, init, seed=config.run.seed, controls=controls).transformer
     network.disable_gradient_checkpointing()
     load_trained(network, loaded.tensors[name], source=str(checkpoint))
     return network, loaded.step
@@ -325,7 +345,8 @@ def probe_rollout(
     pipeline.register_modules(transformer=transformer)
     opened = CausalVideoPipeline(pipeline, settings, defaults)
     exits = settings.schedule.exits(settings.schedule.longest - 1, probe_chunks(settings))
-    condition = VideoCondition(opened.encode(PROBE_PROMPTS))
+    frames = settings.layout.extended(probe_chunks(settings)).frames
+    condition = VideoCondition(opened.encode(PROBE_PROMPTS), extra=probe_controls(opened, frames))
     video = rollout(opened.network, condition, probe_noise(opened), settings, exits=exits).video
     pipeline.register_modules(transformer=before)
     return video
@@ -334,7 +355,21 @@ def probe_rollout(
 def probe_stream(loaded: CausalVideoPipeline) -> Tensor:
     """Latents [B, C, F, h, w] that a loaded export streams from the probe."""
     chunks = probe_chunks(loaded.settings)
-    return loaded(list(PROBE_PROMPTS), chunks=chunks, seed=PROBE_SEED, decode=False).latents
+    layout = loaded.settings.layout.extended(chunks)
+    held = probe_controls(loaded, layout.frames)
+    actions = None if held is None else held.split(layout.lengths, dim=2)
+    session = loaded.open(list(PROBE_PROMPTS), seed=PROBE_SEED, decode=False)
+    return torch.cat([output.latents for output in session.stream(chunks, actions)], dim=2)
+
+
+def probe_controls(pipeline: CausalVideoPipeline, frames: int) -> Tensor | None:
+    """Channels [B, K, F, h, w] that the probe is told, each at its own pace from 0 to 1; None for a student of text."""
+    channels, (_, height, width) = pipeline.network.extra_channels, pipeline.latent_size()
+    if channels == 0:
+        return None
+    paces = torch.arange(1, channels + 1, device=pipeline.device)[:, None]
+    values = (paces * torch.arange(frames, device=pipeline.device) % 5).float() / 4
+    return spread(values[None].expand(len(PROBE_PROMPTS), -1, -1), height, width)
 
 
 @torch.no_grad()
@@ -345,8 +380,11 @@ def stock_difference(draft: Path, student: CausalWan, latents: Tensor) -> float:
     t = torch.linspace(0.2, 0.8, len(latents), device=latents.device)
     width = stock.config["text_dim"]
     text = torch.linspace(-1, 1, 8 * width, device=latents.device).view(1, 8, width).expand(len(latents), -1, -1)
-    called = stock(latents, TIME_SCALE * t, text, return_dict=False)[0]
-    return relative_difference(called, student.bidirectional(latents, t, text))
+    batch, _, frames, height, width = latents.shape
+    extra = torch.linspace(0, 1, student.extra_channels * frames, device=latents.device).view(-1, frames)
+    extra = spread(extra[None].expand(batch, -1, -1), height, width)
+    called = stock(torch.cat([latents, extra], dim=1), TIME_SCALE * t, text, return_dict=False)[0]
+    return relative_difference(called, student.bidirectional(latents, t, text, extra=extra))
 
 
 def check_verification(found: Verification, stock: float, dtype: str) -> None:

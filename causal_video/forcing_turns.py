@@ -7,13 +7,14 @@ Legend: B batch, C channels, F latent frames; videos [B, C, F, h, w]; t [B], or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.calls import CallOutput, condition_first_frame, per_frame, whole_call
 from fewstep.causal_video.config import CausalLossConfig
+from fewstep.causal_video.controls import controls_of
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.losses import bell_weight, counted_weight, forcing_loss, frame_loss
 from fewstep.causal_video.stages import CausalTeacher, PackedNetwork, VideoBatch, chunk_uniform, over_frames
@@ -167,7 +168,8 @@ def packed_network(networks: ForcingNetworks, batch: VideoBatch, *, bare: bool =
 
 def causal_velocity(networks: ForcingNetworks, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """The wrapped student's velocity under the block-causal mask, with graph."""
-    output = networks.wrapped(whole_call(x, t, condition.tokens, mask=networks.causal))
+    extra = controls_of(condition, x.shape[2])
+    output = networks.wrapped(whole_call(x, t, condition.tokens, mask=networks.causal, extra=extra))
     assert isinstance(output, CallOutput)
     return output.velocity
 
@@ -205,5 +207,8 @@ def context_of_batch(x0: Tensor, draw: Draw, largest: float) -> tuple[Tensor, Te
 
 
 def drop_captions(condition: Condition, null_condition: Condition, draw: Draw, share: float) -> Condition:
-    """The captions, a share of them replaced by the empty one."""
-    return condition if share == 0 else condition.where(draw.uniform("caption_drop") >= share, null_condition)
+    """The captions, a share of them replaced by the empty one; controls stay."""
+    if share == 0:
+        return condition
+    null_condition = replace(null_condition.expand(condition.batch_size), control=condition.control)
+    return condition.where(draw.uniform("caption_drop") >= share, null_condition)

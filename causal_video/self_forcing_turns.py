@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.config import CausalConfig, new_frames
+from fewstep.causal_video.controls import controls_of
 from fewstep.causal_video.denoise import ChunkNoise, ExitStep, VideoCondition
 from fewstep.causal_video.losses_adversarial import (
     PERTURBATION,
@@ -99,12 +100,15 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
 
 
 def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> tuple[Condition, Tensor | None]:
-    """Prompts of a slice; in a share of the steps captions of videos, and the first frames [B, C, 1, h, w] of these."""
-    if not gives_image(config.data.image_share, config.run.seed, step):
+    """Prompts of a slice; in a share of the steps captions of videos, and the first frames [B, C, 1, h, w] of these.
+
+    Controls come with their videos' captions: what is said and how it moves belong together.
+    """
+    given = gives_image(config.data.image_share, config.run.seed, step)
+    if not given and setup.controls is None:
         return setup.prompts.of_samples(draw.indices, config.run.seed), None
-    assert setup.real is not None
-    _, x0, condition = setup.real.rows(draw.indices, draw.device)
-    return condition, x0[:, :, :1].float()
+    x0, condition = setup.videos(draw.indices, draw.device)
+    return condition, x0[:, :, :1] if given else None
 
 
 def generate(
@@ -125,6 +129,7 @@ def generate(
     """
     layout, (channels, length, height, width) = setup.settings.layout, setup.latent_shape
     settings = replace(setup.settings, schedule=plan.schedule)
+    extra = controls_of(condition, length)
     noise = ChunkNoise(draw.seed, tuple(draw.indices), (channels, height, width), stream="rollout")
     before, cache, fixed, learning = None, None, 0, layout.chunks
     if plan.extra_chunks > 0:
@@ -136,7 +141,7 @@ def generate(
         before, cache = begun.video, begun.cache
     done = rollout(
         setup.student,
-        VideoCondition(condition.tokens, image if fixed == 0 else None),
+        VideoCondition(condition.tokens, image if fixed == 0 else None, extra),
         noise,
         settings,
         exits=plan.schedule.exits(plan.exit_step, learning, first=fixed),

@@ -8,26 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.causal_video import masks
-from fewstep.causal_video.config import CausalConfig, CausalStudentConfig
+from fewstep.causal_video.config import CausalConfig
+from fewstep.causal_video.controls import FrameControls, with_controls
 from fewstep.causal_video.forcing_turns import ForcingNetworks
 from fewstep.causal_video.layout import TEMPORAL_STRIDE
 from fewstep.causal_video.losses_adversarial import StepDiscriminator
-from fewstep.causal_video.network import TIME_SCALE, CausalWan
+from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages import CausalTeacher, PackedNetwork, VideoBatch, causal_settings
 from fewstep.causal_video.stages_pairs import OdePairs, OdeSource, bidirectional_pairs, causal_pairs
-from fewstep.core.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
+from fewstep.causal_video.student import build_student, check_names, find_weights, steer_teacher
+from fewstep.core.condition import Condition
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
-from fewstep.core.export_run import EMA_FILE
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.families.wan import WanFamily
-from fewstep.core.lora import add_lora
 from fewstep.core.roles import Role
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
@@ -47,6 +43,8 @@ class CausalData:
     real: LatentDataset | None
     pairs: OdePairs | None
     init: Path | None
+    controls: FrameControls | None
+    steered_teacher: Path | None
 
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
@@ -64,7 +62,23 @@ class CausalData:
             if (pairs.context is None) != (config.loss.ode_source == "bidirectional"):
                 raise ValueError(f"data.pairs were not made by the {config.loss.ode_source} teacher of loss.ode_source")
         init = None if config.student.init is None else find_weights(config.student.init)
-        return cls(read_prompts(data.prompts), real, pairs, init)
+        controls, steered = read_controls(config, real), None
+        if config.steered_teacher is not None:
+            steered = find_weights(config.steered_teacher, "steered_teacher")
+        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered)
+
+
+def read_controls(config: CausalConfig, real: LatentDataset | None) -> FrameControls | None:
+    """What the settings name, checked against the videos and the stages before. Raises ValueError."""
+    if config.data.controls is None:
+        return None
+    assert real is not None
+    controls = FrameControls.load(config.data.controls)
+    controls.check(real.latents)
+    for key, source in (("student.init", config.student.init), ("steered_teacher", config.steered_teacher)):
+        if source is not None:
+            check_names(source, controls.names, key)
+    return controls
 
 
 def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
@@ -78,7 +92,10 @@ def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
 
 @dataclass(frozen=True)
 class CausalSetup:
-    """Everything the loop calls. `latent_shape` is (C, F, h, w); the last four belong to self_forcing alone."""
+    """Everything the loop calls. `latent_shape` is (C, F, h, w); the last four belong to self_forcing alone.
+
+    `controls` are those of the videos of `real`, row for row.
+    """
 
     teacher: Teacher
     student: CausalWan
@@ -87,12 +104,26 @@ class CausalSetup:
     prompts: PromptConditions
     latent_shape: tuple[int, int, int, int]
     real: LatentSource | None
+    controls: FrameControls | None
     networks: ForcingNetworks
     pairs: OdeSource | None
     fake_score: FakeScore | None
     fake_role: Role | None
     discriminator: StepDiscriminator | None
     discriminator_role: Role | None
+
+    def videos(self, samples: Sequence[int], device: torch.device) -> tuple[Tensor, Condition]:
+        """Latents [B, C, F, h, w] in fp32 and captions of these sample numbers, with the controls if there are any."""
+        assert self.real is not None
+        rows, x0, condition = self.real.rows(samples, device)
+        return x0.float(), self.controlled(condition, rows)
+
+    def controlled(self, condition: Condition, rows: Sequence[int]) -> Condition:
+        """A condition with the controls of these rows; as it is where there are none."""
+        if self.controls is None:
+            return condition
+        size = (self.latent_shape[2], self.latent_shape[3])
+        return with_controls(condition, self.controls.rows(rows, size, condition.tokens.device))
 
 
 def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> CausalSetup:
@@ -103,7 +134,10 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
     settings = causal_settings(config.student)
     shape = latent_shape(config, data, teacher, settings)
-    student = build_student(config.student, teacher, data.init, seed=config.run.seed)
+    channels = 0 if data.controls is None else data.controls.channels
+    student = build_student(config.student, teacher, data.init, seed=config.run.seed, controls=channels)
+    if data.steered_teacher is not None:
+        steer_teacher(teacher, data.steered_teacher, channels)
     student_role = trainer.add_role(
         "student",
         student,
@@ -142,6 +176,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
         prompts=embed(data.prompts),
         latent_shape=shape,
         real=real,
+        controls=data.controls,
         networks=networks,
         pairs=pairs,
         fake_score=fake_score,
@@ -174,73 +209,6 @@ def latent_shape(
     if channels != needed:
         raise ValueError(f"data.latents has {channels} channels, and the teacher's network takes {needed}")
     return channels, count, height, width
-
-
-def build_student(settings: CausalStudentConfig, teacher: Teacher, init: Path | None, *, seed: int) -> CausalWan:
-    """A trainable fp32 copy of the teacher's network under causal attention, with adapters if asked.
-
-    Raises ValueError for a teacher that is no Wan, or weights that do not fit.
-    """
-    network = teacher.denoiser.copy().float().network
-    if not isinstance(teacher.family, WanFamily) or not isinstance(network, WanTransformer3DModel):
-        raise ValueError(f"causal students are made of Wan teachers, and {teacher.path} is {teacher.family.name}")
-    if teacher.family.time_scale != TIME_SCALE:
-        raise ValueError(
-            f"the teacher's scheduler counts {teacher.family.time_scale} timesteps, and a causal student is told "
-            f"{TIME_SCALE:g} t: set num_train_timesteps to {TIME_SCALE:g}"
-        )
-    if init is not None:
-        load_transformer(network, init)
-    if settings.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=seed)
-    return CausalWan(network)
-
-
-def find_weights(init: str) -> Path:
-    """The safetensors file that `student.init` means: a file, or the averaged weights of a checkpoint or of a run's
-    latest one.
-
-    Raises:
-        ValueError: there is none, or the checkpoint is damaged.
-    """
-    path = Path(init)
-    if path.is_file():
-        return path
-    checkpoint = path if (path / STATE_FILE).is_file() else latest_checkpoint(path) if path.is_dir() else None
-    if checkpoint is None:
-        raise ValueError(
-            f"student.init {init} is no file, no checkpoint and no run directory with checkpoints: give one of them"
-        )
-    verify_checkpoint(checkpoint)
-    weights = checkpoint / f"{EMA_FILE}.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"student.init {checkpoint} holds no {weights.name}: it is no checkpoint of a student")
-    return weights
-
-
-def load_transformer(network: WanTransformer3DModel, path: Path) -> None:
-    """Load the weights of a causal student or of an ordinary Wan transformer into a network.
-
-    Raises ValueError when the file is unreadable, or does not hold exactly this network's weights.
-    """
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"student.init {path} cannot be read ({error}); give a .safetensors file") from error
-    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    # An average holds all floating buffers, also the table of positions that no state_dict has.
-    computed = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
-    plain = {name: tensor for name, tensor in plain.items() if name not in computed}
-    missing, unexpected = network.load_state_dict(plain, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"student.init {path} does not fit the teacher's network: {len(missing)} weights missing "
-            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}. A run with adapters stores these alone: "
-            "export it, and give the transformer of the export"
-        )
 
 
 def forcing_networks(
@@ -341,10 +309,9 @@ def check_tangent(config: CausalConfig, setup: CausalSetup, trainer: Trainer) ->
     """
     if config.method != "tf_scm" or config.loss.tangent != "jvp" or not config.loss.check_tangent:
         return None
-    assert setup.real is not None
     assert setup.networks.packed is not None
-    _, x0, condition = setup.real.rows(list(range(len(CHECKED_TIMES))), trainer.device)
-    x0, t = x0.float(), torch.tensor(CHECKED_TIMES, device=trainer.device)
+    x0, condition = setup.videos(list(range(len(CHECKED_TIMES))), trainer.device)
+    t = torch.tensor(CHECKED_TIMES, device=trainer.device)
     batch = VideoBatch(x0, x0, condition, x0, None, None, 0)
     packed = PackedNetwork(setup.student, batch, setup.networks.packed)
     found = []

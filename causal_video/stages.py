@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.calls import CallOutput, condition_first_frame, packed_call
 from fewstep.causal_video.config import CausalStudentConfig
+from fewstep.causal_video.controls import controls_of
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.schedule import StepSchedule
@@ -45,7 +46,7 @@ class VideoBatch:
     Attributes:
         x0: clean [B, C, F, h, w].
         eps: noise like x0.
-        condition: their captions.
+        condition: their captions, with controls where the network takes some (`controls.with_controls`).
         context: what the clean half of a packed call shows, x0 or x0 noised.
         context_time: [B] time of it, or None for 0.
         image: [B, C, 1, h, w] where the first frame is given, or None.
@@ -73,7 +74,7 @@ class PackedNetwork(nn.Module):
     """A causal network on one batch's clean context, called like a `Denoiser`: (x, t, condition) of the noisy half.
 
     So `guided_velocity` and `total_derivative` take it. A given first frame is put in its place, a constant whose
-    tangent is zero. A doubled batch sees the context twice.
+    tangent is zero. A doubled batch sees the context twice. Controls of the condition are shown beside both halves.
 
     Args:
         network: a `CausalWan` or its wrapper.
@@ -94,7 +95,8 @@ class PackedNetwork(nn.Module):
         )
         assert context is not None
         x, t = condition_first_frame(x, t, image)
-        call = packed_call(context, x, t, condition.tokens, mask=self.mask, clean_time=time)
+        extra = controls_of(condition, x.shape[2])
+        call = packed_call(context, x, t, condition.tokens, mask=self.mask, clean_time=time, extra=extra)
         output = self.network(call)
         assert isinstance(output, CallOutput)
         return output.velocity

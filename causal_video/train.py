@@ -32,6 +32,7 @@ from fewstep.causal_video.self_forcing_turns import (
     plan_rollout,
     rollout_inputs,
 )
+from fewstep.causal_video.settings import StreamDefaults
 from fewstep.causal_video.setup import CausalData, CausalSetup, build_setup, check_tangent
 from fewstep.causal_video.stages import VideoBatch, gives_image
 from fewstep.causal_video.watch import VideoWatch, describe_run
@@ -75,7 +76,8 @@ def train_causal_video(config: CausalConfig) -> int:
             return 0
         if trainer.is_main:
             directory.write_config(config)
-            setup.settings.save(directory.path)
+            names = () if setup.controls is None else setup.controls.names
+            setup.settings.save(directory.path, StreamDefaults(actions=names) if names else None)
         return training_loop(setup, trainer, watch, config=config)
 
 
@@ -148,9 +150,7 @@ def forcing_turn(config: CausalConfig, setup: CausalSetup, trainer: Trainer, *, 
 
 def video_batch(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> VideoBatch:
     """Videos of one slice with their noise and captions, and in a share of the steps a given first frame."""
-    assert setup.real is not None
-    _, x0, condition = setup.real.rows(draw.indices, draw.device)
-    x0 = x0.float()
+    x0, condition = setup.videos(draw.indices, draw.device)
     if config.method in FLOW_METHODS:
         condition = drop_captions(condition, setup.teacher.null_condition, draw, config.loss.condition_drop)
     context, context_time = context_of_batch(x0, draw, config.loss.context_noise)

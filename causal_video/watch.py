@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor, nn
 
 from fewstep.causal_video.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.controls import controls_of
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
-from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.setup import CausalSetup
 from fewstep.causal_video.stages_sampling import euler_rollout
+from fewstep.core.condition import Condition
 from fewstep.core.config import plain_values
 from fewstep.core.health import HealthMonitor, HealthStatistics
 from fewstep.core.randomness import sample_noise
@@ -60,7 +61,7 @@ class VideoWatch:
             setup = self.setup
             noise = sample_noise(GRID_SEED, self.rows, setup.latent_shape, stream="sheet", device=self.trainer.device)
             self.teacher_latents = setup.teacher.sample(
-                noise, setup.prompts.rows(self.rows), steps=TEACHER_STEPS, guidance=self.config.teacher.guidance
+                noise, sheet_condition(setup, self.rows), steps=TEACHER_STEPS, guidance=self.config.teacher.guidance
             )
         return self.teacher_latents
 
@@ -109,12 +110,12 @@ def student_videos(config: CausalConfig, setup: CausalSetup, rows: list[int]) ->
     """
     channels, _, height, width = setup.latent_shape
     noise = ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet")
-    text, student = setup.prompts.rows(rows).tokens, setup.student
-    assert isinstance(student, CausalWan)
+    asked, student = sheet_condition(setup, rows), setup.student
+    condition = VideoCondition(asked.tokens, extra=controls_of(asked, setup.latent_shape[1]))
     if config.method in FLOW_METHODS:
         return euler_rollout(
             student,
-            text,
+            condition,
             noise,
             setup.settings,
             times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, FLOW_STEPS),
@@ -123,7 +124,13 @@ def student_videos(config: CausalConfig, setup: CausalSetup, rows: list[int]) ->
         )
     schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
     exits = schedule.exits(schedule.longest - 1, chunks)
-    return rollout(student, VideoCondition(text), noise, setup.settings, exits=exits).video
+    return rollout(student, condition, noise, setup.settings, exits=exits).video
+
+
+def sheet_condition(setup: CausalSetup, rows: list[int]) -> Condition:
+    """These prompts; a steered student follows the controls of the first videos beside them, one after the other."""
+    count = 1 if setup.real is None else len(setup.real.dataset.prompts)
+    return setup.controlled(setup.prompts.rows(rows), [row % count for row in rows])
 
 
 def describe_run(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> str:
@@ -135,6 +142,7 @@ def describe_run(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> 
         held["causal teacher"] = setup.networks.teacher.network
     table = memory_table(trainer.memory_report(held))
     data = "no videos" if setup.real is None else f"{len(setup.real.dataset.prompts)} videos"
+    data += "" if setup.controls is None else f" with controls {', '.join(setup.controls.names)}"
     return (
         f"{settings}\nchunks of {list(setup.settings.layout.lengths)} latent frames at t = {schedule} (the last one "
         f"repeats); latents {setup.latent_shape}; {data}, {len(setup.prompts)} prompts; "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.causal_video import masks
 from fewstep.causal_video.cache import RollingCache
+from fewstep.causal_video.denoise import VideoCondition
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
@@ -99,7 +100,8 @@ def test_euler_rollout_is_the_packed_velocity_on_what_was_generated(guidance: fl
     """With one step from t = 1 chunk i is z_i - v(z_i, 1 | earlier chunks), which the packed call gives at once."""
     student, null = shared_student(), text(1, seed=9)
     settings = CausalSettings(ChunkLayout((1, 2, 2, 2)))
-    found = euler_rollout(student, text(), noise(), settings, times=(1.0,), guidance=guidance, null_text=null)
+    asked = VideoCondition(text())
+    found = euler_rollout(student, asked, noise(), settings, times=(1.0,), guidance=guidance, null_text=null)
     draws = noise()
     z = torch.cat([draws.draw(c, 0, settings.layout.length(c), text()) for c in range(4)], dim=2)
     mask, t = masks.teacher_forcing(settings.layout, FRAME_TOKENS), torch.ones(2, dtype=torch.float64)
@@ -111,10 +113,10 @@ def test_euler_rollout_is_the_packed_velocity_on_what_was_generated(guidance: fl
     guided = guided + guidance * (velocity(text()) - guided)
     assert largest(found, z - guided) < 1e-11
     image = latents(1, seed=12)
-    given = euler_rollout(student, text(), noise(), settings, times=(1.0, 0.5), image=image)
+    given = euler_rollout(student, VideoCondition(text(), image), noise(), settings, times=(1.0, 0.5))
     assert torch.equal(given[:, :, :1], image)
     with pytest.raises(ValueError, match="give null_text"):
-        euler_rollout(student, text(), noise(), settings, times=(1.0,), guidance=2.0)
+        euler_rollout(student, asked, noise(), settings, times=(1.0,), guidance=2.0)
 
 
 def test_the_cache_of_both_sides_is_twice_as_large() -> None:

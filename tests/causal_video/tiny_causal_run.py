@@ -74,7 +74,12 @@ def write_inputs(folder: Path) -> VideoInputs:
 
 
 def tiny_causal(
-    inputs: VideoInputs, directory: Path, name: str, changes: Mapping[str, Any] | None = None
+    inputs: VideoInputs,
+    directory: Path,
+    name: str,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    steered_teacher: str | None = None,
 ) -> CausalConfig:
     """Settings of a run of one case; `changes` maps dotted keys to other values."""
     method, settings = CASES[name]
@@ -114,6 +119,7 @@ def tiny_causal(
         loss=CausalLossConfig(**base["loss"]),
         fake_score=FAKE_SCORE if method == "self_forcing" else None,
         matching=LossConfig(**base["matching"]),
+        steered_teacher=steered_teacher,
     )
 
 
