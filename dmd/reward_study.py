@@ -24,7 +24,7 @@ from fewstep.dmd.digits_study import LAUNCH, run_directory, show_and_run
 from fewstep.dmd.reward_config import RewardRunConfig, ScorerConfig
 from fewstep.evaluation.curves import Curve
 from fewstep.evaluation.evaluate import Judge, build_judge, evaluation_prompts, judge_pixels
-from fewstep.evaluation.figures import curves_figure
+from fewstep.evaluation.figures import curves_figure, trade_off_figure
 from fewstep.evaluation.reward_choice import ScorerChoice, make_scorer
 from fewstep.evaluation.reward_sum import score_all
 from fewstep.evaluation.scorer import Scorer
@@ -167,12 +167,23 @@ def evaluate(
 
 
 def write_report(points: Sequence[StudyPoint], output: Path, *, provenance: dict[str, object]) -> None:
-    """`points.json`, `table.md` (the last checkpoint of each method beside the start) and `curves.png`."""
+    """`points.json`, `table.md` (the last checkpoint of each method beside the start) and three figures.
+
+    `frontier.png` has the reward and the held-out judge over FID for the methods, `curves.png` all measures over steps,
+    `hacking.png` those of the run that is made to be hacked, if there is one.
+    """
     output.mkdir(parents=True, exist_ok=True)
     record = {"measures": MEASURES, "points": [asdict(point) for point in points], "provenance": provenance}
     (output / "points.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (output / "table.md").write_text(table(points), encoding="utf-8")
-    (output / "curves.png").write_bytes(curves_figure(study_curves(points), metrics=MEASURES))
+    curves = study_curves(points)
+    methods = [curve for curve in curves if curve.run != HACKING]
+    hacked = [curve for curve in curves if curve.run == HACKING]
+    if methods:
+        (output / "frontier.png").write_bytes(trade_off_figure(methods, x="fid", panels=MEASURES[:2]))
+        (output / "curves.png").write_bytes(curves_figure(methods, metrics=MEASURES))
+    if hacked:
+        (output / "hacking.png").write_bytes(curves_figure(hacked, metrics=MEASURES))
 
 
 def table(points: Sequence[StudyPoint]) -> str:

@@ -106,6 +106,36 @@ def _seconds(row: ReportRow) -> float:
     return row.latency.seconds_per_image
 
 
+def line_style(number: int) -> tuple[str, str]:
+    """Colour and dashes of the line with that number: the colours come again with other dashes."""
+    return PALETTE[number % len(PALETTE)], ("-", "--", ":")[number // len(PALETTE) % 3]
+
+
+def trade_off_figure(curves: Sequence[Curve], *, x: str, panels: Sequence[str]) -> bytes:
+    """Along each run one measure against another, a panel per measure in `panels` over the measure `x` (log scale).
+
+    Raises ValueError when a run lacks one of them.
+    """
+    values = {(curve.run, curve.metric): curve.values for curve in curves}
+    runs = list(dict.fromkeys(curve.run for curve in curves))
+    missing = [(run, name) for run in runs for name in (x, *panels) if (run, name) not in values]
+    if missing:
+        raise ValueError(f"no curve for {missing[0]}; give every run all of {x}, {', '.join(panels)}")
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flatten(), panels, strict=True):
+        for number, run in enumerate(runs):
+            color, dash = line_style(number)
+            axes.plot(
+                values[run, x], values[run, panel], f"o{dash}", color=color, markersize=3, linewidth=1.1, label=run
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        style_axes(axes, title=panel, x=f"{x} (log scale)")
+    figure.axes[0].legend(fontsize=7, labelcolor=INK, frameon=False)
+    return png_bytes(figure)
+
+
 def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
     """One panel per metric, one line per run. Raises ValueError for no metrics."""
     if not metrics:
@@ -118,8 +148,8 @@ def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
     for axes, metric in zip(panels, metrics, strict=False):
         for curve in curves:
             if curve.metric == metric:
-                color = PALETTE[runs.index(curve.run) % len(PALETTE)]
-                axes.plot(curve.steps, curve.values, color=color, linewidth=1.1, label=curve.run)
+                color, dash = line_style(runs.index(curve.run))
+                axes.plot(curve.steps, curve.values, dash, color=color, linewidth=1.1, label=curve.run)
         style_axes(axes, title=metric)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
