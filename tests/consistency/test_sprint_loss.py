@@ -21,6 +21,7 @@ from fewstep.consistency.trigflow import (
     x0_from_trig,
 )
 from fewstep.core.condition import Condition
+from fewstep.core.config import OptimizerConfig
 from tests.consistency.analytic import Gaussian, fp64
 
 
@@ -115,4 +116,4 @@ def test_hinge_values() -> None:
 )
 def test_settings_that_do_not_fit_are_named(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
-        SprintConfig(**changes)
+        SprintConfig(optimizer=OptimizerConfig(learning_rate=1e-3), **changes)
