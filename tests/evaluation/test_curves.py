@@ -1,11 +1,14 @@
-"""Metrics files of whole, resumed and running trainings."""
+"""Metrics files of whole, resumed and running trainings, and figures of measures against each other."""
 
+import io
 import json
 import math
 
 import pytest
+from PIL import Image
 
 from fewstep.evaluation.curves import Curve, choose_metrics, read_curves
+from fewstep.evaluation.figures import PALETTE, line_style, trade_off_figure
 
 
 def write(folder, records, tail=""):
@@ -50,3 +53,17 @@ def test_losses_come_first_and_single_points_not_at_all() -> None:
     curves.append(Curve("r", "broken", (1, 2, 3), (float("nan"), float("nan"), 1.0)))
     assert choose_metrics(curves) == ["loss/fake", "critic_loss", "lr", "grad"]
     assert choose_metrics(curves, limit=1) == ["loss/fake"]
+
+
+def test_trade_offs_need_all_measures_of_every_run() -> None:
+    curves = [Curve(run, name, (0, 1), (1.0, 2.0)) for run in ("a", "b") for name in ("fid", "reward", "held_out")]
+    picture = Image.open(io.BytesIO(trade_off_figure(curves, x="fid", panels=("reward", "held_out"))))
+    assert picture.size[0] > 2 * picture.size[1]
+    with pytest.raises(ValueError, match=r"no curve for \('b', 'held_out'\)"):
+        trade_off_figure(curves[:-1], x="fid", panels=("reward", "held_out"))
+
+
+def test_lines_beyond_the_palette_have_other_dashes() -> None:
+    styles = [line_style(number) for number in range(2 * len(PALETTE))]
+    assert len(set(styles)) == 2 * len(PALETTE)
+    assert styles[0] == (PALETTE[0], "-")
