@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fewstep.core.config import RunConfig
 from fewstep.dmd.config import DataConfig, FakeScoreConfig, LossConfig, StudentConfig, TeacherConfig
+from fewstep.dmd.reward_config_methods import PixelGanConfig, PreferenceConfig, ProcessConfig
 
 RewardMethod = Literal["rtdmd", "gndm", "redmd", "nft", "crd", "flash", "euphonium", "flow_grpo"]
 # Methods whose loss is distribution matching in itself, those that need a random step before the last one, and those
@@ -31,6 +32,8 @@ class ScorerConfig:
     """The CLIP under the aesthetic head."""
     model: str | None = None
     """open_clip architecture of a bare file."""
+    frames: float | None = None
+    """Share of the best frames that counts where a scorer of pictures judges videos; empty is all."""
     mean: float = 0.0
     """Subtracted from the score."""
     std: float = 1.0
@@ -90,8 +93,9 @@ class ObjectiveConfig:
     """The hinge relu(margin - reward) of the direct term."""
     matching: Literal["x0", "ambient"] = "x0"
     """'x0' compares scores of the prediction, 'ambient' those above the level at which a step ended (AC-DMD)."""
-    matching_steps: Literal["any", "last"] = "any"
-    """Which of the student's steps is matched: one drawn each time, or the last."""
+    matching_steps: Literal["any", "last", "early"] = "any"
+    """Which of the student's steps is matched: one drawn each time, the last, or one drawn of those at or above
+    pixel_gan.boundary, which leaves the others to the discriminator (flash)."""
     cold_start_steps: int = 0
     """Steps of matching alone before the reward comes in (RTDMD's first stage)."""
     consistency_weight: float = 0.0
@@ -170,30 +174,6 @@ class ForwardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
-    """Flash-DMD's pairs from one state."""
-
-    dpo_beta: float = 1.0
-    """Scale of the margin, a mean over elements."""
-    updates_per_matching: int = 5
-    """Preference updates for each update of distribution matching."""
-    inject_decay: float = 1.0
-    """What the fake score keeps when the student's weights are mixed in after a matching update; 1 mixes nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessConfig:
-    """Euphonium's steering of rollouts."""
-
-    guidance: float = 0.1
-    """Shift of a step's mean per unit of time and of the process reward's gradient."""
-    unit_gradient: bool = True
-    """Divide each gradient by its norm."""
-    weight: float = 1.0
-    """Of the process advantages beside the outcome's."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     """What is measured beside the reward, on fixed prompts and seeds."""
 
@@ -204,7 +184,15 @@ class MonitorConfig:
     samples_per_prompt: int = 4
     """Seeds per prompt."""
     patience: int = 3
-    """Measurements in a row with a rising reward and a falling held-out score before a message."""
+    """Measurements since a held-out score was best before a message says that it fell while the reward rose."""
+    tolerance: float = 2.0
+    """Standard errors over the monitored samples by which both must have moved to count."""
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.prompts, self.samples_per_prompt, self.patience) < 1 or self.tolerance < 0:
+            raise ValueError(f"{self}: all but tolerance must be at least 1, and tolerance not negative")
+        if self.prompts * self.samples_per_prompt < 2:
+            raise ValueError("monitor.prompts * samples_per_prompt is 1; a spread needs at least 2 samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +202,7 @@ class RewardRunConfig:
     teacher: TeacherConfig
     """The model that the student was distilled from."""
     data: DataConfig
-    """What the run reads: prompts alone."""
+    """What the run reads: prompts, and real latents for the pixel GAN."""
     run: RunConfig
     """Where and how long the run goes."""
     student: StudentConfig
@@ -233,6 +221,8 @@ class RewardRunConfig:
     """Regression on samples of an older policy."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Pairs from one state."""
+    pixel_gan: PixelGanConfig = field(default_factory=PixelGanConfig)
+    """A discriminator on decoded pixels."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """Steered rollouts."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -244,11 +234,18 @@ class RewardRunConfig:
         check_student(self)
         check_objective(self)
         check_method(self)
+        check_pixel_gan(self)
 
     @property
     def matches(self) -> bool:
         """Whether there is a fake score and a matching term."""
         return self.objective.matching_weight > 0
+
+    @property
+    def latent_reward(self) -> str | None:
+        """Folder of the latent reward model that the method asks, if it does."""
+        sections = {"flash": self.preference.latent_reward, "euphonium": self.process.latent_reward}
+        return sections.get(self.method)
 
 
 def check_student(config: RewardRunConfig) -> None:
@@ -315,3 +312,16 @@ def check_method(config: RewardRunConfig) -> None:
         raise ValueError(
             f"chain.trained_steps is {chain.trained_steps}; {student.steps} steps have {student.steps - 1} random ones"
         )
+
+
+def check_pixel_gan(config: RewardRunConfig) -> None:
+    """Raise ValueError for a discriminator that has nothing to do, or steps that are left to one that is not there."""
+    gan = config.pixel_gan
+    if config.objective.matching_steps == "early" and gan.weight == 0:
+        raise ValueError(
+            "objective.matching_steps 'early' leaves late steps to the pixel GAN; set pixel_gan.weight > 0"
+        )
+    if gan.weight > 0 and config.method != "flash":
+        raise ValueError(f"pixel_gan belongs to flash, not to {config.method}; set pixel_gan.weight to 0")
+    if gan.weight > 0 and config.data.latents is None:
+        raise ValueError("pixel_gan.weight needs real pictures; set data.latents to a folder from encode_latents.py")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.core.checkpoint import latest_checkpoint, load_checkpoint
-from fewstep.core.data import PromptConditions, read_prompts
+from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export_run import EMA_FILE, read_settings
 from fewstep.core.export_schedulers import nearest_exportable_times
@@ -23,7 +23,10 @@ from fewstep.core.run_directory import CONFIG_FILE
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.trainer import Trainer
+from fewstep.dmd.reward.flash_dmd import route_steps
 from fewstep.dmd.reward_config import FORWARD_METHODS, RewardRunConfig
+from fewstep.dmd.reward_discriminator import RealPictures, build_discriminator
+from fewstep.dmd.reward_latent import LatentScorer, load_latent_reward
 from fewstep.dmd.reward_turns_scores import RewardModel, load_scorers
 from fewstep.dmd.setup import build_fake_score, build_student_denoiser, image_shape
 from fewstep.evaluation.scorer import Scorer
@@ -37,19 +40,23 @@ VARIANCE_SAMPLES, VARIANCE_STEPS = 16, 20
 class RewardData:
     """What is read from disk before any network is loaded: a mistake here costs seconds.
 
-    `student` is the file of the student's weights, `fake_score` that of the fake score that went with it, or None.
+    `student` is the file of the student's weights, `fake_score` that of the fake score that went with it, or None;
+    `real` are latents of real pictures for the pixel GAN, or None.
     """
 
     prompts: tuple[str, ...]
     student: Path
     fake_score: Path | None
+    real: LatentDataset | None = None
 
     @classmethod
     def read(cls, config: RewardRunConfig) -> RewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
         student, fake_score = find_student(config)
-        return cls(read_prompts(config.data.prompts), student, fake_score if config.matches else None)
+        gan, latents = config.pixel_gan.weight > 0, config.data.latents
+        real = LatentDataset.load(latents) if gan and latents is not None else None
+        return cls(read_prompts(config.data.prompts), student, fake_score if config.matches else None, real)
 
 
 def find_student(config: RewardRunConfig) -> tuple[Path, Path | None]:
@@ -91,7 +98,8 @@ class RewardSetup:
 
     `reference` is the student at the start, frozen; `old_role` the policy that nft and crd compare with and
     `sampling_role` the one that crd samples from: roles without updates of their own, so that checkpoints hold them.
-    `teacher_variance` is that of the teacher's samples where the direct term needs it to tell its tilt.
+    `teacher_variance` is that of the teacher's samples where the direct term needs it to tell its tilt. `pixel_role` is
+    the discriminator of Flash-DMD and `pixel_real` what it takes for real; `latent_reward` judges noisy latents.
     """
 
     teacher: Teacher
@@ -109,6 +117,9 @@ class RewardSetup:
     processes: Processes
     device: torch.device
     teacher_variance: float | None
+    pixel_role: Role | None = None
+    pixel_real: RealPictures | None = None
+    latent_reward: LatentScorer | None = None
 
     @property
     def behaviour(self) -> nn.Module:
@@ -153,6 +164,7 @@ def build_setup(
     ]
     size = {"height": config.data.height, "width": config.data.width}
     prompts = PromptConditions(teacher, data.prompts, cache=config.data.cache_prompts, **size)
+    pixel_role = None if data.real is None else add_discriminator(config, data.real, trainer, times=times, shape=shape)
     variance = teacher_variance(config, teacher, prompts, shape) if config.objective.direct_weight > 0 else None
     return RewardSetup(
         teacher=teacher,
@@ -170,7 +182,45 @@ def build_setup(
         processes=Processes(trainer.rank, trainer.world_size),
         device=trainer.device,
         teacher_variance=variance,
+        pixel_role=pixel_role,
+        pixel_real=None if data.real is None else RealPictures(data.real, config.run.seed),
+        latent_reward=load_latent_judge(config, teacher, times=times, device=trainer.device),
     )
+
+
+def add_discriminator(
+    config: RewardRunConfig, real: LatentDataset, trainer: Trainer, *, times: Sequence[float], shape: tuple[int, ...]
+) -> Role:
+    """The pixel discriminator as a role with one update in each step.
+
+    Raises ValueError when the boundary leaves no step to it or to matching, or the latents have another size.
+    """
+    route_steps(times, boundary=config.pixel_gan.boundary)
+    if tuple(real.latents.shape[1:]) != shape:
+        found = tuple(real.latents.shape[1:])
+        raise ValueError(f"data.latents holds latents of shape {found}, this run makes {shape}; set data.height/width")
+    assert config.pixel_gan.optimizer is not None
+    network = build_discriminator(config.pixel_gan, seed=config.run.seed)
+    return trainer.add_role("pixel_gan", network, config.pixel_gan.optimizer)
+
+
+def load_latent_judge(
+    config: RewardRunConfig, teacher: Teacher, *, times: Sequence[float], device: torch.device
+) -> LatentScorer | None:
+    """The latent reward model that the method asks, or None.
+
+    Raises ValueError when it is missing, was made for another teacher, or no step is left for it.
+    """
+    if config.latent_reward is None:
+        return None
+    if config.method == "euphonium" and not any(t <= config.process.highest_time for t in times[:-1]):
+        raise ValueError(
+            f"process.highest_time {config.process.highest_time} leaves none of the random steps at "
+            f"{', '.join(f'{t:g}' for t in times[:-1])} to the latent judge; take a student of more steps, or raise it"
+        )
+    model = load_latent_reward(config.latent_reward, device=device)
+    model.require_fit(teacher.latent_shape()[0], teacher.null_condition)
+    return model
 
 
 @torch.no_grad()
@@ -191,7 +241,8 @@ def build_reward(config: RewardRunConfig, trainer: Trainer, scorers: Sequence[Sc
     if len(loaded) != len(config.reward.scorers):
         raise ValueError(f"{len(loaded)} scorers for {len(config.reward.scorers)} entries of reward.scorers")
     objective = config.objective
-    follows = objective.direct_weight > 0 or config.method == "euphonium"
+    steers = config.method == "euphonium" and config.process.judge == "decoded"
+    follows = objective.direct_weight > 0 or steers
     return RewardModel(loaded, config.reward, gradient=follows or (config.method == "redmd" and objective.saliency))
 
 

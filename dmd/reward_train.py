@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fewstep.dmd.reward.forward_rl import ramped_decay
 from fewstep.dmd.reward_config import DecayConfig, RewardRunConfig
 from fewstep.dmd.reward_setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.reward_turns import Prepared, fake_turn, prepare, student_turn
+from fewstep.dmd.reward_turns_gan import discriminator_turn
 from fewstep.dmd.reward_turns_rollout import Plan, Rollout, draw_rollout, make_plan
 from fewstep.dmd.reward_turns_scores import (
     Pending,
@@ -86,7 +88,7 @@ def training_loop(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer,
             if watch.due:
                 metrics |= watch.measure()
         except RewardError as error:
-            raise RewardError(keep(error, trainer, watch), clean=error.clean) from error
+            raise RewardError(keep(error, trainer, watch.state()), clean=error.clean) from error
         watch.watch.look_at(trainer.log(metrics))
         if watch.due:
             watch.say()
@@ -97,12 +99,12 @@ def training_loop(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer,
     return trainer.finish(watch.state())
 
 
-def keep(error: RewardError, trainer: Trainer, watch: RewardWatch) -> str:
-    """Save the start of the step if it is still there; the message that says from where to go on."""
+def keep(error: RewardError, trainer: Trainer, state: Mapping[str, Any]) -> str:
+    """Save the start of the step, with `state` beside it, if it is still there; says from where to go on."""
     if error.clean:
         path, saved = trainer.directory.path / f"checkpoint-{trainer.step}", trainer.last_checkpoint
         if saved is None or saved.resolve() != path.resolve():
-            trainer.save(watch.state())
+            trainer.save(state)
     if trainer.last_checkpoint is None:
         return f"{error}; no checkpoint was written yet: mend the scorer and start again"
     path = trainer.last_checkpoint
@@ -110,8 +112,8 @@ def keep(error: RewardError, trainer: Trainer, watch: RewardWatch) -> str:
 
 
 def train_step(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer) -> Metrics:
-    """One step: rollout, rewards with the fake score's turn beside them, the student's turn. Returns its metrics."""
-    plan = make_plan(config, trainer.step, calls=len(setup.student.times))
+    """One step: rollout, rewards beside the fake score's turn, then discriminator and student. Returns its metrics."""
+    plan = make_plan(config, trainer.step, times=setup.student.times)
     rollouts, pending = sample(config, setup, trainer, plan)
     updates = config.objective.updates_per_rollout
     first = [prepare(config, setup, rollout, plan, draw=inner_draw(rollout, 0, updates)) for rollout in rollouts]
@@ -127,6 +129,9 @@ def train_step(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer) ->
         for number in range(1, config.fake_score.updates_per_student_update):
             metrics |= fake_backward(config, setup, trainer, rollouts, plan=plan, number=number)
             metrics["fake_grad_norm"] = trainer.update(setup.fake_role)
+    if setup.pixel_role is not None and plan.gan_step is not None:
+        metrics |= discriminator_backward(setup, trainer, rollouts, call=plan.gan_step)
+        metrics["discriminator_grad_norm"] = trainer.update(setup.pixel_role)
     for number in range(updates):
         prepared = first
         if number:
@@ -156,7 +161,7 @@ def sample(
                     pixels = setup.teacher.decode(rollouts[-1].x0)
                 pending.append(setup.reward.submit(pixels, rollouts[-1].prompts))
     except RewardError as error:
-        # Euphonium asks the scorers on the way, when nothing has changed yet.
+        # Euphonium asks the scorers on the way, and latent judges are asked there, when nothing has changed yet.
         failure = error
     agree(failure, setup.processes, step=trainer.step)
     return rollouts, pending
@@ -198,6 +203,21 @@ def fake_backward(
         with trainer.sync(setup.fake_role, place == len(rollouts) - 1):
             loss, record = fake_turn(config, setup, rollout, plan, draw=draw)
             trainer.check_finite("fake score loss", loss)
+            trainer.backward(loss)
+        records.append(record)
+    return mean_records(records)
+
+
+def discriminator_backward(
+    setup: RewardSetup, trainer: Trainer, rollouts: Sequence[Rollout], *, call: int
+) -> dict[str, Tensor]:
+    """Add the pixel discriminator's gradients on the outputs of one call; returns what to log."""
+    assert setup.pixel_role is not None
+    records = []
+    for place, rollout in enumerate(rollouts):
+        with trainer.sync(setup.pixel_role, place == len(rollouts) - 1):
+            loss, record = discriminator_turn(setup, rollout, call)
+            trainer.check_finite("discriminator loss", loss)
             trainer.backward(loss)
         records.append(record)
     return mean_records(records)

@@ -29,6 +29,7 @@ from fewstep.dmd.reward.rtdmd import direct_reward_loss, effective_tilt
 from fewstep.dmd.reward_config import FORWARD_METHODS, RewardRunConfig
 from fewstep.dmd.reward_setup import RewardSetup
 from fewstep.dmd.reward_turns_forward import ForwardCall, forward_call, forward_loss
+from fewstep.dmd.reward_turns_gan import pixel_gan_loss
 from fewstep.dmd.reward_turns_policy import policy_loss
 from fewstep.dmd.reward_turns_rollout import Plan, Rollout, transition
 from fewstep.dmd.reward_turns_scores import SliceRewards
@@ -69,11 +70,11 @@ def student_turn(
     prepared: Prepared,
     draw: Draw,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's loss on one slice and what to log of it; `rewards` is None in steps of matching alone."""
+    """The student's loss on one slice and what to log of it; `rewards` is None where nothing is decoded."""
     objective, times = config.objective, setup.student.times
     direct = rewards is not None and objective.direct_weight > 0
     steps = set(plan.policy_steps) | ({plan.last} if direct else set())
-    steps |= set() if plan.matching_step is None else {plan.matching_step}
+    steps |= {j for j in (plan.matching_step, plan.gan_step) if j is not None}
     order = sorted(steps)
     full = [torch.full((len(rollout.x0),), times[j], device=rollout.x0.device) for j in order]
     calls = [(rollout.states[j], t) for j, t in zip(order, full, strict=True)]
@@ -85,7 +86,7 @@ def student_turn(
     if rewards is not None and prepared.forward is not None:
         term, record = forward_loss(config, prepared.forward, velocities[-1], rollout, rewards.advantages)
         loss = loss + objective.policy_weight * term
-    if rewards is not None and plan.policy_steps:
+    if plan.policy_steps and (rewards is not None or rollout.judgements):
         chain = [at[j] for j in plan.policy_steps]
         term, record = policy_loss(config, setup, rollout, plan, velocities=chain, rewards=rewards, draw=draw)
         loss = loss + objective.policy_weight * term
@@ -93,6 +94,9 @@ def student_turn(
         velocity = at[plan.matching_step]
         term, found = matching_loss(config, setup, rollout, plan, velocity=velocity, rewards=rewards, draw=draw)
         loss, record = loss + objective.matching_weight * term, {**record, **found}
+    if plan.gan_step is not None:
+        term, found = pixel_gan_loss(setup, rollout, plan.gan_step, velocity=at[plan.gan_step])
+        loss, record = loss + config.pixel_gan.weight * term, {**record, **found}
     if direct:
         x0 = x0_from_velocity(rollout.states[plan.last], at[plan.last], full[-1])
         values = setup.reward.with_gradient(setup.teacher.decode(x0), rollout.prompts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.paths import add_noise
-from fewstep.dmd.reward.euphonium import dual_surrogate
+from fewstep.dmd.reward.euphonium import dual_surrogate, guidance_distillation_loss
 from fewstep.dmd.reward.flash_dmd import best_and_worst, preference_loss, preference_margin
 from fewstep.dmd.reward.flow_sde import transition_kl
 from fewstep.dmd.reward.gndm import gndmr_advantages, matching_reward
@@ -31,23 +31,28 @@ def policy_loss(
     plan: Plan,
     *,
     velocities: Sequence[Tensor],
-    rewards: SliceRewards,
+    rewards: SliceRewards | None,
     draw: Draw,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over the plan's random steps of the method's loss; velocities are those of the student there."""
+    """The mean over the plan's random steps of the method's loss; velocities are those of the student there.
+
+    Flash-DMD alone has no rewards where a latent reward model has judged its candidates.
+    """
+    if config.method == "flash":
+        (j,), (velocity,) = plan.policy_steps, velocities
+        scores = rollout.judgements[0] if rewards is None else rewards.total
+        loss, record = pair_loss(config, setup, rollout, j, velocity=velocity, scores=scores)
+        return loss, {"policy_loss": loss.detach(), **record}
+    assert rewards is not None
     advantages, found = rewards.advantages, {}
     if config.method == "gndm":
         advantages, found = matched_advantages(config, setup, rollout, rewards.total, draw=draw)
     losses, records = [], []
     for place, j in enumerate(plan.policy_steps):
-        velocity = velocities[place]
-        if config.method == "flash":
-            loss, record = pair_loss(config, setup, rollout, j, velocity=velocity, total=rewards.total)
-        else:
-            process = rewards.process[place] if len(rewards.process) else None
-            loss, record = step_loss(
-                config, setup, rollout, j, velocity=velocity, place=place, advantages=(advantages, process)
-            )
+        process = rewards.process[place] if len(rewards.process) else None
+        loss, record = step_loss(
+            config, setup, rollout, j, velocity=velocities[place], place=place, advantages=(advantages, process)
+        )
         losses.append(loss)
         records.append(record)
     loss = torch.stack(losses).mean()
@@ -79,6 +84,12 @@ def step_loss(
         weight = config.process.weight
         loss, surrogate, _ = dual_surrogate(log_ratio, *clamped, process_weight=weight, clip_range=chain.clip_range)
     record = {"clipped_share": surrogate.clipped_share, "ratio_deviation": surrogate.ratio_deviation}
+    if config.method == "euphonium" and config.process.distill_weight > 0:
+        distilled = step.mean.new_zeros(())
+        if times[j] <= config.process.highest_time:
+            distilled = guidance_distillation_loss(step, rollout.guided_means[place])
+        loss = loss + config.process.distill_weight * distilled
+        record["distill_loss"] = distilled.detach()
     if chain.kl_weight == 0:
         return loss, record
     kl = transition_kl(step, reference_mean(config, setup, rollout, j)).mean()
@@ -120,24 +131,28 @@ def matched_advantages(
 
 
 def pair_loss(
-    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor, total: Tensor
+    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor, scores: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Flash-DMD's preference of the best over the worst of each group, which left step j from one state.
 
-    No latent reward model is at hand: a candidate's score is the reward of the finished sample, all later noise being
-    shared (our reading). Groups whose samples all score the same have no pair and add nothing.
+    `scores` [n] are those of a latent reward model at the noisy candidates, as in the paper, or by default the rewards
+    of the finished samples, all later noise being shared (our reading). Groups whose samples all score the same have no
+    pair and add nothing.
     """
     size = config.reward.group_size
-    scores = total.view(-1, size)
-    differs = scores.amax(dim=1) > scores.amin(dim=1)
-    first = torch.arange(len(scores), device=total.device) * size
+    grouped = scores.view(-1, size)
+    differs = grouped.amax(dim=1) > grouped.amin(dim=1)
+    record = {"pair_share": differs.float().mean()}
+    if rollout.judgements:
+        record["latent_reward"] = scores.mean()
+    first = torch.arange(len(grouped), device=scores.device) * size
     if not bool(differs.any()):
-        return velocity.sum() * 0.0, {"pair_share": differs.float().mean(), "margin": total.new_zeros(())}
-    wins, loses = best_and_worst(scores[differs])
+        return velocity.sum() * 0.0, {**record, "margin": scores.new_zeros(())}
+    wins, loses = best_and_worst(grouped[differs])
     start, win, lose = first[differs], first[differs] + wins, first[differs] + loses
     step = transition(config, rollout.states[j][start], velocity[start], setup.student.times, j)
     reference = reference_mean(config, setup, rollout, j)[start]
     nexts = rollout.next_states[j]
     margin = preference_margin(nexts[win], nexts[lose], step, reference, reduction="mean")
     loss = preference_loss(margin, dpo_beta=config.preference.dpo_beta)
-    return loss * differs.float().mean(), {"pair_share": differs.float().mean(), "margin": margin.detach().mean()}
+    return loss * record["pair_share"], {**record, "margin": margin.detach().mean()}

@@ -17,6 +17,7 @@ from fewstep.core.paths import x0_from_velocity
 from fewstep.core.randomness import sample_uniform, shared_integer
 from fewstep.dmd.groups import SampleGroups, group_samples
 from fewstep.dmd.reward.euphonium import guided_transition, process_gradient, step_scale, unit_gradient
+from fewstep.dmd.reward.flash_dmd import route_steps
 from fewstep.dmd.reward.flow_sde import (
     Transition,
     cps_transition,
@@ -27,7 +28,9 @@ from fewstep.dmd.reward.flow_sde import (
 )
 from fewstep.dmd.reward.grpo import select_steps, transition_noise
 from fewstep.dmd.reward_config import CHAIN_METHODS, ChainConfig, RewardRunConfig
+from fewstep.dmd.reward_latent import LatentScorer, latent_scores
 from fewstep.dmd.reward_setup import RewardSetup
+from fewstep.dmd.reward_turns_scores import RewardError
 from fewstep.dmd.turns import Draw
 
 
@@ -42,6 +45,8 @@ class Plan:
         judged: whether samples are scored.
         shared_start: whether a group shares its noise up to the step of the preference.
         step: the number of the step.
+        gan_step: the call whose decoded output the pixel discriminator sees, or None.
+        followed_step: what the fake score is trained on where nothing is matched; None is the last call.
     """
 
     last: int
@@ -50,22 +55,28 @@ class Plan:
     judged: bool
     shared_start: bool
     step: int
+    gan_step: int | None = None
+    followed_step: int | None = None
 
     @property
     def fake_step(self) -> int:
         """The call whose output the fake score is trained on."""
-        return self.last if self.matching_step is None else self.matching_step
+        if self.matching_step is not None:
+            return self.matching_step
+        return self.last if self.followed_step is None else self.followed_step
 
 
-def make_plan(config: RewardRunConfig, step: int, *, calls: int) -> Plan:
-    """The plan of a step for a student of `calls` calls.
+def make_plan(config: RewardRunConfig, step: int, *, times: Sequence[float]) -> Plan:
+    """The plan of a step for a student that is called at these times.
 
     Matching draws one call as DMD2 does, or takes the last one; redmd ends its rollout there. SubGRPO draws its steps
-    (`select_steps`). Flash-DMD matches in one step and compares pairs in the next `updates_per_matching`.
+    (`select_steps`).
     """
-    objective, method, seed = config.objective, config.method, config.run.seed
+    objective, method, seed, calls = config.objective, config.method, config.run.seed, len(times)
     cold = step < objective.cold_start_steps
     any_step = shared_integer(seed, step, "matching_step", calls)
+    if method == "flash":
+        return flash_plan(config, step, times=times)
     matched: int | None = None
     if config.matches:
         matched = any_step if cold or objective.matching_steps == "any" else calls - 1
@@ -74,12 +85,6 @@ def make_plan(config: RewardRunConfig, step: int, *, calls: int) -> Plan:
     if method == "redmd":
         assert matched is not None
         return Plan(matched, matched, (), judged=True, shared_start=False, step=step)
-    if method == "flash":
-        if step % (config.preference.updates_per_matching + 1) == 0:
-            assert matched is not None
-            return Plan(matched, matched, (), judged=False, shared_start=False, step=step)
-        chosen = shared_integer(seed, step, "preference_step", calls - 1)
-        return Plan(calls - 1, None, (chosen,), judged=True, shared_start=True, step=step)
     steps: tuple[int, ...] = ()
     if method in CHAIN_METHODS and objective.policy_weight > 0:
         u = sample_uniform(seed, [0], (calls - 1,), step=step, stream="policy_steps")[0]
@@ -87,12 +92,46 @@ def make_plan(config: RewardRunConfig, step: int, *, calls: int) -> Plan:
     return Plan(calls - 1, matched, steps, judged=True, shared_start=False, step=step)
 
 
+def flash_plan(config: RewardRunConfig, step: int, *, times: Sequence[float]) -> Plan:
+    """Flash-DMD: matching in one step, pairs in the next `updates_per_matching`; at first matching alone (stage 1).
+
+    The pixel GAN trains one of the late calls in every step, in those of pairs, too: without it the paper's second
+    stage collapses. With 'early' matching the others are matched, and the fake score follows them in every step.
+    """
+    objective, gan, seed, calls = config.objective, config.pixel_gan, config.run.seed, len(times)
+    cold, followed, gan_step = step < objective.cold_start_steps, None, None
+    if gan.weight > 0:
+        late = route_steps(times, boundary=gan.boundary)[1]
+        gan_step = late[shared_integer(seed, step, "gan_step", len(late))]
+    if objective.matching_steps == "early":
+        early = route_steps(times, boundary=gan.boundary)[0]
+        matched = followed = early[shared_integer(seed, step, "matching_step", len(early))]
+    elif cold or objective.matching_steps == "any":
+        matched = shared_integer(seed, step, "matching_step", calls)
+    else:
+        matched = calls - 1
+    if cold or step % (config.preference.updates_per_matching + 1) == 0:
+        last = matched if gan_step is None else max(matched, gan_step)
+        return Plan(last, matched, (), judged=False, shared_start=False, step=step, gan_step=gan_step)
+    return Plan(
+        calls - 1,
+        None,
+        (shared_integer(seed, step, "preference_step", calls - 1),),
+        judged=config.preference.judge == "decoded",
+        shared_start=True,
+        step=step,
+        gan_step=gan_step,
+        followed_step=followed,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """One slice of samples, without graph; states[j] is what call j was made on, predictions[j] its x0.
 
     `next_states` and `noises` belong to the random steps, `log_probs` [n] to those with the policy loss (under the
-    unguided transition), `process_rewards` [n] to the same with Euphonium.
+    unguided transition), `process_rewards` [n] and `guided_means` to the same with Euphonium, and `judgements` [n] to
+    the step of Flash-DMD's pairs where a latent reward model judges them.
     """
 
     draw: Draw
@@ -105,6 +144,8 @@ class Rollout:
     noises: tuple[Tensor, ...]
     log_probs: tuple[Tensor, ...]
     process_rewards: tuple[Tensor, ...]
+    guided_means: tuple[Tensor, ...] = ()
+    judgements: tuple[Tensor, ...] = ()
 
     @property
     def x0(self) -> Tensor:
@@ -129,7 +170,9 @@ def draw_rollout(
     start = Draw(seed, numbers, device) if plan.shared_start else draw
     noise = start.noise(setup.latent_shape, "group_noise" if plan.shared_start else "noise")
     x_t = noise if times[0] == 1 else setup.student.denoiser.family.initial_state(noise, times[0])
-    states, predictions, nexts, noises, log_probs, process = [], [], [], [], [], []
+    states: list[Tensor] = []
+    predictions: list[Tensor] = []
+    randoms: list[RandomStep] = []
     for j in range(plan.last + 1):
         t = torch.full((len(x_t),), times[j], dtype=x_t.dtype, device=x_t.device)
         velocity = policy(x_t, t, condition)
@@ -137,20 +180,13 @@ def draw_rollout(
         predictions.append(x0_from_velocity(x_t, velocity, t))
         if j == len(times) - 1:
             break
-        step = transition(config, x_t, velocity, times, j)
         own = j in plan.policy_steps if plan.policy_steps else not plan.shared_start
-        z = transition_noise(
+        noise = transition_noise(
             seed, list(indices), numbers, setup.latent_shape, epoch=plan.step, chain_step=j, selected=own
         ).to(x_t)
-        drawn = step
-        if config.method == "euphonium" and j in plan.policy_steps:
-            drawn, rewards = steered(config, setup, step, x_t=x_t, velocity=velocity, j=j, prompts=prompts)
-            process.append(rewards)
-        x_t = drawn.draw(z)
-        if j in plan.policy_steps:
-            log_probs.append(log_prob(config.chain, x_t, step))
-        nexts.append(x_t)
-        noises.append(z)
+        call = PolicyCall(x_t, velocity, j, condition, prompts)
+        randoms.append(random_step(config, setup, call, noise, trained=j in plan.policy_steps))
+        x_t = randoms[-1].state
     return Rollout(
         draw=draw,
         condition=condition,
@@ -158,11 +194,66 @@ def draw_rollout(
         prompts=prompts,
         states=tuple(states),
         predictions=tuple(predictions),
-        next_states=tuple(nexts),
-        noises=tuple(noises),
-        log_probs=tuple(log_probs),
-        process_rewards=tuple(process),
+        next_states=tuple(step.state for step in randoms),
+        noises=tuple(step.noise for step in randoms),
+        log_probs=tuple(step.log_prob for step in randoms if step.log_prob is not None),
+        process_rewards=tuple(step.process_reward for step in randoms if step.process_reward is not None),
+        guided_means=tuple(step.guided_mean for step in randoms if step.guided_mean is not None),
+        judgements=tuple(step.judgement for step in randoms if step.judgement is not None),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyCall:
+    """Call j of a policy: the state it was made on, its velocity, and what the samples are of."""
+
+    x_t: Tensor
+    velocity: Tensor
+    j: int
+    condition: Condition
+    prompts: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomStep:
+    """Where a random step led, by which noise; the others belong to steps with the policy loss (`Rollout`)."""
+
+    state: Tensor
+    noise: Tensor
+    log_prob: Tensor | None = None
+    process_reward: Tensor | None = None
+    guided_mean: Tensor | None = None
+    judgement: Tensor | None = None
+
+
+def random_step(
+    config: RewardRunConfig, setup: RewardSetup, call: PolicyCall, noise: Tensor, *, trained: bool
+) -> RandomStep:
+    """The step after a call; `trained` says whether it gets the policy loss."""
+    times = setup.student.times
+    step = transition(config, call.x_t, call.velocity, times, call.j)
+    if not trained:
+        return RandomStep(step.draw(noise), noise)
+    if config.method == "euphonium":
+        guided, rewards = steered(config, setup, step, call)
+        state = guided.draw(noise)
+        return RandomStep(state, noise, log_prob(config.chain, state, step), rewards, guided.mean)
+    state, judgement = step.draw(noise), None
+    if config.method == "flash" and setup.latent_reward is not None:
+        # The candidate itself is judged, at its own time.
+        t = torch.full((len(state),), times[call.j + 1], dtype=state.dtype, device=state.device)
+        judgement = latent_judgement(setup.latent_reward, state, t, call.condition)
+    return RandomStep(state, noise, log_prob(config.chain, state, step), judgement=judgement)
+
+
+def latent_judgement(
+    scorer: LatentScorer, x_t: Tensor, t: Tensor, condition: Condition, *, gradient: bool = False
+) -> Tensor:
+    """The latent scores [n]. Raises RewardError where they cannot be used, as for other scorers."""
+    try:
+        return latent_scores(scorer, x_t, t, condition, gradient=gradient)
+    except ValueError as error:
+        raise RewardError(f"the latent reward failed ({error})", clean=False) from error
 
 
 def shared_draw(rollout: Rollout, draw: Draw) -> Draw:
@@ -195,26 +286,24 @@ def log_prob(chain: ChainConfig, x_next: Tensor, step: Transition) -> Tensor:
 
 
 def steered(
-    config: RewardRunConfig,
-    setup: RewardSetup,
-    step: Transition,
-    *,
-    x_t: Tensor,
-    velocity: Tensor,
-    j: int,
-    prompts: list[str],
+    config: RewardRunConfig, setup: RewardSetup, step: Transition, call: PolicyCall
 ) -> tuple[Transition, Tensor]:
-    """Euphonium's guided transition and the process rewards [n] at x_t.
+    """Euphonium's guided transition and the process rewards [n] at x_t; above `highest_time` neither, and zeros.
 
-    No latent reward model is at hand: the process reward is the reward of the x0 that the policy predicts at x_t, with
-    the velocity held, so no gradient passes through the policy (our reading).
+    By default the process reward is the reward of the x0 that the policy predicts at x_t, with the velocity held, so no
+    gradient passes through the policy (our reading); with judge 'latent' a latent reward model's, as in the paper.
     """
-    times = setup.student.times
-    t, t_next = (torch.full((len(x_t),), times[k], dtype=x_t.dtype, device=x_t.device) for k in (j, j + 1))
+    times, x_t = setup.student.times, call.x_t
+    t, t_next = (torch.full((len(x_t),), times[k], dtype=x_t.dtype, device=x_t.device) for k in (call.j, call.j + 1))
+    if times[call.j] > config.process.highest_time:
+        return step, torch.zeros_like(t)
     with torch.enable_grad():
         leaf = x_t.detach().requires_grad_()
-        pixels = setup.teacher.decode(x0_from_velocity(leaf, velocity.detach(), t))
-        rewards = setup.reward.total(setup.reward.with_gradient(pixels, prompts))
+        if setup.latent_reward is not None:
+            rewards = latent_judgement(setup.latent_reward, leaf, t, call.condition, gradient=True)
+        else:
+            pixels = setup.teacher.decode(x0_from_velocity(leaf, call.velocity.detach(), t))
+            rewards = setup.reward.total(setup.reward.with_gradient(pixels, call.prompts))
         gradient = process_gradient(rewards, leaf)
     gradient = unit_gradient(gradient) if config.process.unit_gradient else gradient
     scale = step_scale(t, t_next, guidance=config.process.guidance)

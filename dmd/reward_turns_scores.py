@@ -34,7 +34,7 @@ class RewardError(RuntimeError):
 def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device) -> tuple[Scorer, ...]:
     """The scorers of a configuration. Raises ValueError or RuntimeError that says what is missing."""
     return tuple(
-        make_scorer(ScorerChoice(entry.name, entry.weights, entry.clip, entry.model), device=str(device))
+        make_scorer(ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames), device=str(device))
         for entry in entries
     )
 
@@ -42,13 +42,17 @@ def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device) -> tu
 class RewardModel:
     """The trained reward: sum over scorers of weight (score - mean) / std, higher is better.
 
-    Raises ValueError when a gradient is needed of a scorer that has none, or one scores videos.
+    Raises ValueError when a gradient is needed of a scorer that has none, or one scores pictures where the samples are
+    `videos`, or the other way round.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], settings: RewardSettings, *, gradient: bool) -> None:
+    def __init__(
+        self, scorers: Sequence[Scorer], settings: RewardSettings, *, gradient: bool, videos: bool = False
+    ) -> None:
         cards = [scorer.card for scorer in scorers]
-        if any(card.needs_video for card in cards):
-            raise ValueError("reward.scorers: a scorer of videos cannot judge pictures; choose another")
+        if any(card.needs_video != videos for card in cards):
+            kinds = ("pictures", "videos") if videos else ("videos", "pictures")
+            raise ValueError(f"reward.scorers: a scorer of {kinds[0]} cannot judge {kinds[1]}; choose another")
         without = [card.name for card in cards if gradient and not card.differentiable]
         if without:
             raise ValueError(

@@ -5,9 +5,9 @@ Shapes: P prompts, S samples of each; pixels [P S, 3, H, W] in [0, 1], latents [
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,52 +27,89 @@ from fewstep.evaluation.scorer import Scorer
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The mean of a score over the monitored samples, higher is better, and the standard error of that mean."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, scores: Tensor) -> Measured:
+        """From the scores [N] of the samples. Raises ValueError for fewer than two, which have no spread."""
+        if scores.numel() < 2:
+            raise ValueError(f"{scores.numel()} monitored samples have no standard error; use at least two")
+        values = scores.detach().double()
+        return cls(values.mean().item(), values.std().item() / math.sqrt(values.numel()))
+
+    def above(self, other: Measured, *, tolerance: float) -> bool:
+        """Whether this lies above the other by more than `tolerance` standard errors of their difference."""
+        return self.mean - other.mean > tolerance * math.hypot(self.error, other.error)
+
+
+@dataclass(frozen=True)
 class HackingMonitor:
     """Tells when the trained reward rises while held-out scores fall; a value, `updated` gives the next.
 
-    `history` are the measurements so far: the reward, then each held-out score, higher is better.
+    `history` are the measurements so far: the reward, then each held-out score. The monitored samples have the same
+    prompts and seeds at each, so two measurements are closer to each other than their errors say. Samples of other
+    seeds are not, and it is for those that a judge has to have fallen: a drift that only these few samples show is
+    none.
     """
 
     names: tuple[str, ...]
     patience: int = 3
-    history: tuple[tuple[float, ...], ...] = ()
+    tolerance: float = 2.0
+    history: tuple[tuple[Measured, ...], ...] = ()
 
-    def updated(self, reward: float, held_out: Sequence[float]) -> HackingMonitor:
+    def updated(self, reward: Measured, held_out: Sequence[Measured]) -> HackingMonitor:
         """The monitor with one more measurement. Raises ValueError unless there is one score per name."""
         if len(held_out) != len(self.names):
             raise ValueError(f"{len(held_out)} scores for the held-out scorers {', '.join(self.names)}")
-        return HackingMonitor(self.names, self.patience, (*self.history, (reward, *held_out)))
+        return replace(self, history=(*self.history, (reward, *held_out)))
+
+    def best(self, place: int) -> int:
+        """The measurement at which held-out score number `place` was best, the latest of equals."""
+        means = [row[1 + place].mean for row in self.history]
+        return max(range(len(means)), key=lambda number: (means[number], number))
 
     def falling(self) -> tuple[str, ...]:
-        """Held-out scorers whose last `patience` measurements each lie below the one before, while the reward rose.
+        """Held-out scorers that have been below their best for `patience` measurements, while the reward rose.
 
-        The reward counts as rising when the last measurement lies above the one `patience` earlier.
+        Both count between that best and the last measurement, and only by more than `tolerance` standard errors.
         """
-        recent = self.history[-self.patience - 1 :]
-        if len(recent) <= self.patience or recent[-1][0] <= recent[0][0]:
-            return ()
-        pairs = list(itertools.pairwise(recent))
-        return tuple(
-            name
-            for place, name in enumerate(self.names, start=1)
-            if all(later[place] < earlier[place] for earlier, later in pairs)
-        )
+        found, last = [], len(self.history) - 1
+        for place, name in enumerate(self.names):
+            if last - (since := self.best(place)) < self.patience:
+                continue
+            then, now = self.history[since], self.history[last]
+            fell = then[1 + place].above(now[1 + place], tolerance=self.tolerance)
+            if fell and now[0].above(then[0], tolerance=self.tolerance):
+                found.append(name)
+        return tuple(found)
 
     def message(self) -> str | None:
         """What to say, or None."""
         names = self.falling()
         if not names:
             return None
-        first, last = self.history[-self.patience - 1], self.history[-1]
-        seen = ", ".join(
-            f"{name} fell from {first[1 + self.names.index(name)]:.4g} to {last[1 + self.names.index(name)]:.4g}"
-            for name in names
-        )
+        last, told = len(self.history) - 1, []
+        for name in names:
+            place = self.names.index(name)
+            since = self.best(place)
+            then, now = self.history[since], self.history[last]
+            told.append(
+                f"held-out {name} fell from {then[1 + place].mean:.4g} to {now[1 + place].mean:.4g} in {last - since} "
+                f"measurements, in which the trained reward rose from {then[0].mean:.4g} to {now[0].mean:.4g}"
+            )
         return (
-            f"the trained reward rose from {first[0]:.4g} to {last[0]:.4g} while {seen} in {self.patience} "
-            "measurements in a row: the student learns to please the scorer; stop at an earlier checkpoint, or raise "
-            "objective.matching_weight or the kl_weight"
+            f"{'; '.join(told)}; both are more than {self.tolerance:g} standard errors: the student learns to please "
+            "the scorer; stop at an earlier checkpoint, or raise objective.matching_weight or the kl_weight"
         )
+
+
+def held_out_metric(name: str) -> str:
+    """The metric of a held-out scorer: held_out_NAME, once for those whose name begins so."""
+    return f"held_out_{name.removeprefix('held_out_')}"
 
 
 class RewardWatch:
@@ -85,18 +122,21 @@ class RewardWatch:
         self.config, self.setup, self.trainer = config, setup, trainer
         self.watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         names = tuple(scorer.card.name for scorer in setup.held_out)
-        self.hacking = HackingMonitor(names, config.monitor.patience)
+        if len({held_out_metric(name) for name in names}) < len(names):
+            raise ValueError(f"reward.held_out: two of {', '.join(names)} have one metric; leave one out")
+        self.hacking = HackingMonitor(names, config.monitor.patience, config.monitor.tolerance)
         self.told_at = -config.monitor.patience
         self.start_latents = self.latents()
 
     def state(self) -> dict[str, Any]:
         """JSON data from which `load_state` goes on exactly."""
-        return {**self.watch.state(), "hacking": [list(row) for row in self.hacking.history], "told_at": self.told_at}
+        rows = [[[score.mean, score.error] for score in row] for row in self.hacking.history]
+        return {**self.watch.state(), "hacking": rows, "told_at": self.told_at}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.watch.load_state(state)
-        history = tuple(tuple(row) for row in state["hacking"])
-        self.hacking = HackingMonitor(self.hacking.names, self.hacking.patience, history)
+        history = tuple(tuple(Measured(*score) for score in row) for row in state["hacking"])
+        self.hacking = replace(self.hacking, history=history)
         self.told_at = state["told_at"]
 
     @property
@@ -132,15 +172,16 @@ class RewardWatch:
         pixels, each = setup.teacher.decode(latents), monitor.samples_per_prompt
         prompts = [setup.prompts.prompts[number // each] for number in range(len(latents))]
         parts = self._scored(setup.reward.scorers, pixels, prompts)
-        reward = setup.reward.total(setup.reward.normalised(parts)).mean().item()
-        record = {"monitor_reward": reward} | {f"monitor_{name}": value for name, value in parts.means().items()}
-        held_out: dict[str, float] = {}
+        reward = Measured.of(setup.reward.total(setup.reward.normalised(parts)))
+        record = {"monitor_reward": reward.mean} | {f"monitor_{name}": value for name, value in parts.means().items()}
+        held_out: list[Measured] = []
         if setup.held_out:
-            held_out = self._scored(setup.held_out, pixels, prompts).means()
-        record |= {f"held_out_{name}": value for name, value in held_out.items()}
+            found = self._scored(setup.held_out, pixels, prompts)
+            held_out = [Measured.of(row) for row in found.values]
+            record |= {held_out_metric(name): score.mean for name, score in zip(found.names, held_out, strict=True)}
         record["monitor_diversity"] = group_distance(pixels, each)
         record["monitor_distance"] = (latents - self.start_latents).square().mean().sqrt().item()
-        self.hacking = self.hacking.updated(reward, list(held_out.values()))
+        self.hacking = self.hacking.updated(reward, held_out)
         return record
 
     def _scored(self, scorers: Sequence[Scorer], pixels: Tensor, prompts: list[str]) -> RewardParts:

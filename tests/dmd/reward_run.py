@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.run_directory import RunDirectory
+from fewstep.core.teacher import Teacher
 from fewstep.core.trainer import Trainer
 from fewstep.dmd.config import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
 from fewstep.dmd.reward_config import (
@@ -16,19 +20,29 @@ from fewstep.dmd.reward_config import (
     ForwardConfig,
     MonitorConfig,
     ObjectiveConfig,
-    PreferenceConfig,
-    ProcessConfig,
     RewardMethod,
     RewardRunConfig,
     RewardSettings,
     ScorerConfig,
 )
+from fewstep.dmd.reward_config_methods import PixelGanConfig, PreferenceConfig, ProcessConfig
+from fewstep.dmd.reward_latent import (
+    LatentReward,
+    LatentRewardRecord,
+    LatentRewardShape,
+    prompt_vector,
+    save_latent_reward,
+)
 from fewstep.dmd.reward_setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.train import train_dmd
+from fewstep.evaluation.digits_classifier import WEIGHTS_FILE, DigitsClassifier
 from fewstep.evaluation.scorer import Scorer
 from tests.dmd.tiny_run import TinyInputs, tiny_config
+from tests.tiny_pipelines import LATENT_SHAPE
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
+# A discriminator that tells samples apart after one update.
+QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0)
 # What each method adds to the settings below, in the form of its configuration in configs/dmd.
 METHODS: dict[RewardMethod, dict[str, Any]] = {
     "redmd": {},
@@ -60,6 +74,47 @@ METHODS: dict[RewardMethod, dict[str, Any]] = {
         "chain": ChainConfig(log_prob="distance", trained_steps=1, clip_range=1e-5),
     },
 }
+
+
+def write_pixel_backbone(folder: Path) -> Path:
+    """A folder with a random classifier of the digits, which takes pictures of any size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        classifier = DigitsClassifier()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(classifier.state_dict(), folder / WEIGHTS_FILE)
+    return folder
+
+
+def with_pixel_gan(inputs: TinyInputs, backbone: Path) -> dict[str, Any]:
+    """Changes that give flash its discriminator."""
+    return {
+        "objective.matching_steps": "early",
+        "data.latents": str(inputs.latents),
+        "pixel_gan": PixelGanConfig(weight=0.5, backbone=str(backbone), head_width=8, optimizer=QUICK),
+    }
+
+
+@torch.no_grad()
+def wake_heads(setup: RewardSetup) -> None:
+    """Last layers that are not zero: at chance the gradient of their bias is rounding, which Adam enlarges."""
+    if setup.pixel_role is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in setup.pixel_role.parameters:
+        if ".logit." in name:
+            weight.normal_(generator=generator)
+
+
+def write_latent_reward(inputs: TinyInputs, folder: Path) -> Path:
+    """A random latent reward model for the tiny teacher, whose scores differ between states and prompts."""
+    teacher = Teacher.load(inputs.teacher)
+    width = prompt_vector(teacher.null_condition).shape[1]
+    model = LatentReward(LatentRewardShape(LATENT_SHAPE[0], width, width=8, blocks=2), seed=2)
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(1))
+    save_latent_reward(model, LatentRewardRecord(("1 slant",), "bradley_terry", 8, 8, 0, 2, ()), folder)
+    return folder
 
 
 def write_student(inputs: TinyInputs, directory: Path, *, steps: int = 2) -> Path:

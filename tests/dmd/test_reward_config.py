@@ -9,7 +9,8 @@ import yaml
 
 from fewstep.core.config import load_config, save_resolved
 from fewstep.dmd.reward_config import RewardMethod, RewardRunConfig, RewardSettings, ScorerConfig
-from tests.dmd.reward_run import METHODS, reward_config
+from fewstep.dmd.reward_config_methods import PixelGanConfig
+from tests.dmd.reward_run import METHODS, OPTIMIZER, reward_config
 from tests.dmd.tiny_run import TinyInputs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "dmd"
@@ -21,9 +22,9 @@ def test_every_method_has_a_configuration_and_a_tiny_run() -> None:
     assert {path.stem for path in CONFIGS.glob("digits_*.yaml")} >= {f"digits_{method}" for method in METHODS}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_configurations_read_back_equal(method: RewardMethod, tmp_path: Path) -> None:
-    path = CONFIGS / f"digits_{method}.yaml"
+@pytest.mark.parametrize("name", [*METHODS, "flash_gan"])
+def test_configurations_read_back_equal(name: str, tmp_path: Path) -> None:
+    path, method = CONFIGS / f"digits_{name}.yaml", "flash" if name == "flash_gan" else name
     config, plain = load_config(RewardRunConfig, ["--config", str(path)], prog="train_reward.py", description="")
     assert config.method == method
     assert config.reward.scorers[0] == ScorerConfig(
@@ -44,6 +45,7 @@ def test_configurations_read_back_equal(method: RewardMethod, tmp_path: Path) ->
     )
 
 
+GAN = PixelGanConfig(weight=0.1, backbone="folder", optimizer=OPTIMIZER)
 MISTAKES: dict[str, tuple[RewardMethod, dict[str, Any], str]] = {
     "no start": ("nft", {"student.init": None}, "student.init is empty"),
     "flow map": ("nft", {"student.sampler": "flow_map"}, "flow_map' is not trained by a reward here"),
@@ -61,6 +63,17 @@ MISTAKES: dict[str, tuple[RewardMethod, dict[str, Any], str]] = {
     "ode": ("flow_grpo", {"student.sampler": "ode"}, "the steps of student.sampler 'ode' are not random"),
     "sde": ("euphonium", {"chain.transition": "flow_sde"}, "explores around the ODE"),
     "steps": ("rtdmd", {"chain.trained_steps": 2}, "2 steps have 1 random ones"),
+    "no GAN": ("flash", {"objective.matching_steps": "early"}, "leaves late steps to the pixel GAN"),
+    "other GAN": ("redmd", {"pixel_gan": GAN}, "pixel_gan belongs to flash, not to redmd"),
+    "no pictures": ("flash", {"pixel_gan": GAN}, "needs real pictures; set data.latents"),
+    "no model": ("flash", {"preference.judge": "latent"}, "preference.judge is 'latent' and .* None"),
+    "no judge": ("euphonium", {"process.latent_reward": "x"}, "process.judge is 'decoded' and .* 'x'"),
+    "noise": (
+        "euphonium",
+        {"process.judge": "latent", "process.latent_reward": "x"},
+        "at t = 1 there is none: set process.highest_time below 1",
+    ),
+    "distillation": ("euphonium", {"process.distill_weight": -1.0}, "process.distill_weight is -1.0"),
     "updates": ("nft", {"objective.updates_per_rollout": 0}, "must be at least 1"),
 }
 

@@ -14,12 +14,22 @@ import pytest
 
 from fewstep.dmd.reward_config import DecayConfig, ForwardConfig, RewardMethod, ScorerConfig
 from fewstep.dmd.reward_train import train_step
-from tests.dmd.reward_run import METHODS, reward_config, started, write_student
+from tests.dmd.reward_run import (
+    METHODS,
+    reward_config,
+    started,
+    wake_heads,
+    with_pixel_gan,
+    write_latent_reward,
+    write_pixel_backbone,
+    write_student,
+)
 from tests.dmd.test_golden import checksum
 from tests.dmd.tiny_run import TinyInputs
 
 GOLDEN = Path(__file__).parent / "golden" / "reward.json"
 WATCHED = ("student_loss", "policy_loss", "direct_loss", "fake_score_loss", "reward", "margin", "effective_share", "kl")
+WATCHED += ("student_gan_loss", "discriminator_loss", "distill_loss", "latent_reward")
 # Where the settings of the other tests make the second step blind: policies that differ, and no cold start.
 CHANGES: dict[str, dict[str, Any]] = {
     "rtdmd": {"objective.cold_start_steps": 0},
@@ -30,8 +40,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "reward.held_out": (),
     },
     "nft_anchored": {"objective.matching_weight": 0.5, "forward.adaptive": True},
+    "euphonium_distilled": {"process.distill_weight": 0.5},
 }
-VARIANTS: dict[str, RewardMethod] = {"redmd_saliency": "redmd", "nft_anchored": "nft"}
+VARIANTS: dict[str, RewardMethod] = {
+    "redmd_saliency": "redmd",
+    "nft_anchored": "nft",
+    "flash_gan": "flash",
+    "flash_latent": "flash",
+    "euphonium_distilled": "euphonium",
+}
 CASES: dict[str, RewardMethod] = {**{method: method for method in METHODS}, **VARIANTS}
 
 
@@ -44,9 +61,16 @@ def student(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def two_steps(inputs: TinyInputs, student: Path, folder: Path, name: str) -> dict[str, Any]:
     """What two steps report, and checksums of the student after them."""
-    config = reward_config(inputs, student, folder, CASES[name], CHANGES.get(name))
+    changes = CHANGES.get(name, {})
+    if name == "flash_gan":
+        changes = with_pixel_gan(inputs, write_pixel_backbone(folder / "backbone"))
+    if name == "flash_latent":
+        model = write_latent_reward(inputs, folder / "latent_reward")
+        changes = {"preference.judge": "latent", "preference.latent_reward": str(model)}
+    config = reward_config(inputs, student, folder / "run", CASES[name], changes)
     steps = []
     with started(config) as (setup, trainer):
+        wake_heads(setup)
         before = {key: weight.detach().clone() for key, weight in setup.student_role.parameters}
         for _ in range(2):
             metrics = train_step(config, setup, trainer)
@@ -74,4 +98,4 @@ def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, student: Path,
 def test_committed_numbers_tell_the_methods_apart() -> None:
     record = json.loads(GOLDEN.read_text(encoding="utf-8"))
     seen = {f"{record[name]['student']['moved']:.6g}" for name in CASES}
-    assert len(seen) == len(CASES) == 10
+    assert len(seen) == len(CASES) == 13

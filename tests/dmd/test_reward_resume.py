@@ -19,7 +19,7 @@ from fewstep.evaluation.remote_scorer import Patience, RemoteScorer
 from fewstep.evaluation.remote_scorer_server import ScorerServer
 from fewstep.evaluation.reward_digits import StrokeWeight
 from fewstep.evaluation.scorer import ScorerCard
-from tests.dmd.reward_run import changed, reward_config, write_student
+from tests.dmd.reward_run import changed, reward_config, with_pixel_gan, write_pixel_backbone, write_student
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, measured
 
 WILD = OptimizerConfig(learning_rate=1e30, clip=None)
@@ -68,6 +68,23 @@ def test_a_resumed_run_is_the_undisturbed_one(
     assert final(tmp_path / "other").name == "checkpoint-3"
     assert_same_checkpoint(load_checkpoint(final(tmp_path / "other")), load_checkpoint(final(tmp_path / "run")))
     assert measured(tmp_path / "other")[-1] == measured(tmp_path / "run")[-1]
+
+
+def test_a_resumed_discriminator_is_the_undisturbed_one(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
+    """Its heads and its optimizer are in the checkpoint, its frozen features are not."""
+    changes = {"run.steps": 3, **with_pixel_gan(inputs, write_pixel_backbone(tmp_path / "backbone"))}
+    config = reward_config(inputs, student, tmp_path / "run", "flash", changes)
+    assert train_reward(config) == 0
+    resumed = {"run.directory": str(tmp_path / "other"), "run.resume": str(tmp_path / "run" / "checkpoint-2")}
+    assert train_reward(changed(config, resumed)) == 0
+    left, right = (load_checkpoint(final(tmp_path / name)) for name in ("other", "run"))
+    assert_same_checkpoint(left, right)
+    assert measured(tmp_path / "other")[-1] == measured(tmp_path / "run")[-1]
+    assert right.state["roles"]["pixel_gan"]["updates"] == 3
+    assert all(name.startswith("heads.") for name in right.tensors["pixel_gan"])
+    assert len(right.tensors["pixel_gan"]) == 3 * 8
+    early = load_checkpoint(tmp_path / "run" / "checkpoint-2").tensors["pixel_gan"]
+    assert all(not torch.equal(early[name], weight) for name, weight in right.tensors["pixel_gan"].items())
 
 
 # Calls of a scorer: one for the monitor at step 0, then one in each step, one more for the monitor after step 2.

@@ -10,7 +10,7 @@ from fewstep.core.paths import x0_from_velocity
 from fewstep.dmd.reward_config import RewardMethod, RewardRunConfig
 from fewstep.dmd.reward_setup import RewardSetup
 from fewstep.dmd.reward_turns_rollout import Plan, draw_rollout, log_prob, make_plan, shared_draw, transition
-from tests.dmd.reward_run import METHODS, changed, reward_config, started, write_student
+from tests.dmd.reward_run import METHODS, changed, reward_config, started, with_pixel_gan, write_student
 from tests.dmd.tiny_run import TinyInputs
 
 EVERYTHING = Plan(last=3, matching_step=None, policy_steps=(), judged=True, shared_start=False, step=2)
@@ -110,8 +110,9 @@ def test_steered_steps_are_scored_under_the_unguided_transition(
 @pytest.mark.parametrize("method", METHODS)
 def test_plans_depend_on_seed_and_step_alone(inputs: TinyInputs, tmp_path: Path, method: RewardMethod) -> None:
     config = reward_config(inputs, tmp_path, tmp_path, method, {"student.steps": 4})
-    plans = [make_plan(config, step, calls=4) for step in range(40)]
-    assert plans == [make_plan(config, step, calls=4) for step in range(40)]
+    times = (1.0, 0.75, 0.5, 0.25)
+    plans = [make_plan(config, step, times=times) for step in range(40)]
+    assert plans == [make_plan(config, step, times=times) for step in range(40)]
     matched = {plan.matching_step for plan in plans}
     late = plans[1:]
     if method == "rtdmd":
@@ -130,3 +131,48 @@ def test_plans_depend_on_seed_and_step_alone(inputs: TinyInputs, tmp_path: Path,
     else:
         steps = () if method in ("nft", "crd") else (0, 1, 2)
         assert {(plan.last, plan.matching_step, plan.policy_steps) for plan in plans} == {(3, None, steps)}
+
+
+def test_flash_routes_steps_by_time(inputs: TinyInputs, tmp_path: Path) -> None:
+    """Early calls are matched and late ones see the discriminator, in the steps of pairs, too; stage 1 has no pairs."""
+    changes = {"student.steps": 4, "objective.cold_start_steps": 3, **with_pixel_gan(inputs, tmp_path)}
+    config = reward_config(inputs, tmp_path, tmp_path, "flash", changes)
+    plans = [make_plan(config, step, times=(1.0, 0.75, 0.5, 0.25)) for step in range(60)]
+    assert [plan.judged for plan in plans[:7]] == [False, False, False, True, False, True, False]
+    assert {plan.gan_step for plan in plans} == {2, 3}
+    assert {plan.fake_step for plan in plans} == {0, 1}
+    assert {plan.matching_step for plan in plans if not plan.judged} == {0, 1}
+    assert {plan.matching_step for plan in plans if plan.judged} == {None}
+    assert all(plan.last == (3 if plan.judged else plan.gan_step) for plan in plans)
+    plain = changed(config, {"objective.matching_steps": "any"})
+    assert {make_plan(plain, step, times=(1.0, 0.75, 0.5, 0.25)).matching_step for step in range(60)} == {
+        0,
+        1,
+        2,
+        3,
+        None,
+    }
+    with pytest.raises(ValueError, match="leaves one side"):
+        make_plan(config, 0, times=(1.0, 0.9))
+
+
+@pytest.mark.parametrize("highest_time", [1.0, 0.8])
+def test_steps_above_the_highest_time_are_not_steered(
+    parts: tuple[RewardRunConfig, RewardSetup], highest_time: float
+) -> None:
+    config, setup = parts
+    plan = Plan(last=3, matching_step=None, policy_steps=(0, 1), judged=True, shared_start=False, step=2)
+    limited = changed(config, {"process.highest_time": highest_time})
+    rollout = draw_rollout(limited, setup, SAMPLES, plan, policy=setup.behaviour)
+    plain = draw_rollout(changed(config, {"process.guidance": 0.0}), setup, SAMPLES, plan, policy=setup.behaviour)
+    moved = (rollout.next_states[0] - plain.next_states[0]).flatten(1).norm(dim=1)
+    step = 0.25 if highest_time == 1.0 else 0.0
+    torch.testing.assert_close(moved, torch.full_like(moved, step), rtol=1e-3, atol=1e-6)
+    assert (rollout.process_rewards[0].abs() > 0).all() == (highest_time == 1.0)
+    assert bool((rollout.process_rewards[1].abs() > 0).all())
+    t = torch.full((8,), setup.student.times[1])
+    with torch.no_grad():
+        velocity = setup.behaviour(rollout.states[1], t, rollout.condition)
+    unguided = transition(config, rollout.states[1], velocity, setup.student.times, 1).mean
+    shift = (rollout.guided_means[1] - unguided).flatten(1).norm(dim=1)
+    torch.testing.assert_close(shift, torch.full_like(shift, 0.25), rtol=1e-3, atol=1e-6)

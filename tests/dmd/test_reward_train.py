@@ -14,7 +14,7 @@ from fewstep.core.run_directory import read_metrics
 from fewstep.dmd.reward_config import RewardMethod, RewardRunConfig
 from fewstep.dmd.reward_setup import RewardData
 from fewstep.dmd.reward_train import train_reward, train_step
-from fewstep.dmd.reward_watch import HackingMonitor, RewardWatch
+from fewstep.dmd.reward_watch import Measured, RewardWatch
 from tests.dmd.reward_run import METHODS, reward_config, started, write_student
 from tests.dmd.tiny_run import TinyInputs
 
@@ -191,7 +191,8 @@ def test_hacking_is_told_once_and_remembered(inputs: TinyInputs, student: Path, 
     config = reward_config(inputs, student, tmp_path, "nft")
     with started(config) as (setup, trainer):
         watch = RewardWatch(config, setup, trainer)
-        watch.hacking = HackingMonitor(("slant",), 3, ((0.0, 0.9), (1.0, 0.8), (2.0, 0.7), (3.0, 0.6)))
+        for reward, slant in ((0.0, 0.9), (1.0, 0.8), (2.0, 0.7), (3.0, 0.6)):
+            watch.hacking = watch.hacking.updated(Measured(reward, 0.1), [Measured(slant, 0.01)])
         watch.say()
         watch.say()
         other = RewardWatch(config, setup, trainer)
@@ -200,4 +201,7 @@ def test_hacking_is_told_once_and_remembered(inputs: TinyInputs, student: Path, 
         other.say()
     notes = [record["note"] for record in read_metrics(tmp_path / "metrics.jsonl") if "note" in record]
     assert notes == [f"health: {watch.hacking.message()}"]
-    assert "while slant fell from 0.9 to 0.6 in 3 measurements in a row" in notes[0]
+    assert (
+        "held-out slant fell from 0.9 to 0.6 in 3 measurements, in which the trained reward rose from 0 to 3"
+        in notes[0]
+    )

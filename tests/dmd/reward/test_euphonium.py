@@ -124,6 +124,20 @@ def test_dual_surrogate_parts() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(single, log_ratio)[0])
 
 
+@pytest.mark.parametrize("std", [0.2, 1.5])
+def test_distillation_rests_at_the_guided_mean(std: float) -> None:
+    """R(x) = a x: the quadratic's minimiser, one Newton step from anywhere, is mean + scale a, whatever the std."""
+    slope, scale = tensor(0.7, -1.1), tensor(0.3, 0.3)
+    x_t = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    unguided = tensor(0.4, -0.2).expand(2, 2)
+    target = guided_transition(Transition(unguided, tensor(std)), process_gradient(x_t @ slope, x_t), scale).mean
+    mean = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    loss = guidance_distillation_loss(Transition(mean, tensor(std)), target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, mean)
+    # The curvature is 1 / (batch std^2).
+    torch.testing.assert_close(mean.detach() - 2 * std**2 * gradient, unguided + 0.3 * slope, rtol=1e-12, atol=1e-12)
+
+
 def test_distillation_moves_the_mean_to_the_guidance() -> None:
     mean = tensor(0.0, 1.0)[None].requires_grad_()
     target = tensor(0.5, 1.0)[None].requires_grad_()

@@ -1,0 +1,25 @@
+"""A model that scores noisy latents: train_latent_reward.py --config configs/dmd/digits_latent_reward.yaml"""
+
+from __future__ import annotations
+
+import sys
+
+from fewstep.core.config import parse_config
+from fewstep.dmd.reward_latent_config import LatentRewardConfig
+
+
+def main() -> None:
+    config, _ = parse_config(LatentRewardConfig, sys.argv[1:], prog="train_latent_reward.py", description=__doc__ or "")
+
+    from fewstep.core.trainer import NonFiniteError
+    from fewstep.dmd.reward_latent_train import train_latent_reward
+
+    try:
+        code = train_latent_reward(config)
+    except (ValueError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
