@@ -6,7 +6,7 @@ Legend: B batch, C channels, F latent frames, h x w latent pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +16,21 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from fewstep.causal_video.config import FLOW_METHODS, CausalConfig
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.export_card import CausalRecord, write_causal_card, write_causal_record
+from fewstep.causal_video.export_run import (
+    load_run_network,
+    read_causal_run,
+    settings_of_run,
+    stream_defaults,
+    trained_controls,
+)
 from fewstep.causal_video.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.pipeline import CausalVideoPipeline
 from fewstep.causal_video.rollout import rollout
-from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults, load_defaults
+from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages import causal_settings
-from fewstep.causal_video.student import build_student, find_weights
 from fewstep.causal_video.world import spread
-from fewstep.core.checkpoint import load_checkpoint
-from fewstep.core.config import load_config
-from fewstep.core.data import LatentDataset
 from fewstep.core.export import (
     DTYPE_NAMES,
     LIBRARIES,
@@ -38,15 +39,13 @@ from fewstep.core.export import (
 )
 from fewstep.core.export_check import PROBE_PROMPTS, PROBE_SEED, ExportMismatchError, relative_difference
 from fewstep.core.export_directory import check_finite, check_output, new_directory, remove_machine_names
-from fewstep.core.export_run import EMA_FILE, LIVE_FILE, find_checkpoint
+from fewstep.core.export_run import find_checkpoint
 from fewstep.core.lora import merge_lora
 from fewstep.core.model_card import Verification, license_of, public_name
-from fewstep.core.run_directory import CONFIG_FILE
 from fewstep.core.teacher import Teacher
 
 # Stock diffusers and the student do the same fp32 arithmetic in another order.
 STOCK_TOLERANCE = 1e-4
-STUDENT_PREFIX = "transformer."
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ def export_causal_run(
     overwrite: bool = False,
     device: str = "cpu",
 ) -> tuple[Path, CausalRecord]:
-    """Export the student of a run of scripts/train_causal_video.py; returns the directory and its record.
+    """Export the student of a run of scripts/train_causal_video.py or train_causal_reward.py; returns the directory and
+    its record.
 
     Args:
         run: run directory with config.yaml and checkpoints.
@@ -97,14 +97,14 @@ def export_causal_run(
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     output = run / "export" if output is None else Path(output)
     check_output(output, overwrite=overwrite)
-    config = read_causal_config(run)
-    settings = settings_of_run(config, steps)
+    found = read_causal_run(run)
+    config, settings = found.config, settings_of_run(found.config, steps)
     with torch.random.fork_rng(devices=[]):
         teacher = Teacher.load(config.teacher.path, device=device)
         actions = trained_controls(run, config)
         network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
         report = CausalReport(
-            method=config.method,
+            method=found.method,
             base_model=config.teacher.path,
             guidance=config.teacher.guidance,
             step=step,
@@ -200,105 +200,6 @@ def verify_draft(
     stock = stock_difference(draft, student, reference)
     check_verification(verification, stock, DTYPE_NAMES[dtype])
     return verification, stock
-
-
-def read_causal_config(run: Path) -> CausalConfig:
-    """The resolved configuration of a run. Raises ValueError where there is none, or one of another method."""
-    file = run / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; give the directory of a run of scripts/train_causal_video.py")
-    config, _ = load_config(CausalConfig, ["--config", str(file)], prog="export", description="")
-    return config
-
-
-def trained_controls(run: Path, config: CausalConfig) -> tuple[str, ...]:
-    """Names of the control channels of a run's student, from its causal_video.json; none for a student of text.
-
-    Raises ValueError where the run was trained with controls and does not say which.
-    """
-    if config.data.controls is None:
-        return ()
-    names = load_defaults(run).actions
-    if not names:
-        raise ValueError(
-            f"{run} was trained with data.controls, and its causal_video.json names none under stream.actions: bring "
-            "the file of the training back"
-        )
-    return names
-
-
-def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> CausalSettings:
-    """Layout, policy and schedule of the export. Raises ValueError for a stage without steps, and none given."""
-    settings = causal_settings(config.student)
-    if steps is not None:
-        return replace(settings, schedule=StepSchedule.steps(list(steps), shift=config.student.shift))
-    if config.method in FLOW_METHODS:
-        raise ValueError(
-            f"the stage {config.method} trains a many-step student of a flow, which has no schedule: export a later "
-            "stage, or give steps (such as --steps 20), which stream without guidance"
-        )
-    return settings
-
-
-def load_run_network(
-    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str, controls: int = 0
-) -> tuple[WanTransformer3DModel, int]:
-    """The student's transformer with the weights of a checkpoint, adapters unmerged, and the step they are of.
-
-    `controls` counts the channels it takes beside the latents.
-
-    Raises:
-        ValueError: the weights are missing, or do not fit the teacher.
-    """
-    loaded = load_checkpoint(checkpoint)
-    name = EMA_FILE if weights == "ema" else LIVE_FILE
-    if name not in loaded.tensors:
-        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
-    # Adapters sit on the weights of the stage before; all others are in the checkpoint.
-    has_base = config.student.lora_rank > 0 and config.student.init is not None
-    init = find_weights(str(config.student.init)) if has_base else None
-    network = build_student(config.student, teacher, init, seed=config.run.seed, controls=controls).transformer
-    network.disable_gradient_checkpointing()
-    load_trained(network, loaded.tensors[name], source=str(checkpoint))
-    return network, loaded.step
-
-
-def load_trained(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Load what a checkpoint holds of a student: all weights, or its adapters.
-
-    Raises:
-        ValueError: weights that were trained are missing, or there are others.
-    """
-    computed = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
-    plain = {name.removeprefix(STUDENT_PREFIX): tensor for name, tensor in tensors.items()}
-    plain = {name: tensor for name, tensor in plain.items() if name not in computed}
-    missing, unexpected = network.load_state_dict(plain, strict=False)
-    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    lost = sorted(trained & set(missing))
-    if lost or unexpected:
-        raise ValueError(
-            f"the weights of {source} do not fit the teacher: {len(lost)} missing {lost[:3]}, {len(unexpected)} "
-            f"unexpected {unexpected[:3]}. Was it exchanged, or student.lora_rank changed?"
-        )
-
-
-def stream_defaults(config: CausalConfig, teacher: Teacher) -> StreamDefaults:
-    """The size that the student was trained at: the configured one, or that of the videos.
-
-    Raises:
-        ValueError: neither says it.
-    """
-    height, width = config.data.height, config.data.width
-    if height is None and width is None:
-        source = config.data.latents or config.data.pairs
-        if source is None or not Path(source).is_dir():
-            raise ValueError(
-                f"the run does not say its size: data.height and width are empty, and data.latents ({source}) is no "
-                "folder here any more. Bring it back, or write the size into config.yaml of the run"
-            )
-        factor = teacher.pipeline.components["vae"].config["scale_factor_spatial"]
-        height, width = (int(side) * factor for side in LatentDataset.load(source).latents.shape[-2:])
-    return StreamDefaults(height, width, STOCK_RATE)
 
 
 def merged_network(network: WanTransformer3DModel) -> WanTransformer3DModel:

@@ -103,7 +103,7 @@ class HackingMonitor:
             )
         return (
             f"{'; '.join(told)}; both are more than {self.tolerance:g} standard errors: the student learns to please "
-            "the scorer; stop at an earlier checkpoint, or raise objective.matching_weight or the kl_weight"
+            "the scorer; stop at an earlier checkpoint, or raise the weight of what holds it (matching, KL or penalty)"
         )
 
 

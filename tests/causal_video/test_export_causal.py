@@ -9,14 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video import export as export_module
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
-from fewstep.causal_video.export import (
-    check_verification,
-    export_causal_run,
-    load_run_network,
-    merged_network,
-    read_causal_config,
-)
+from fewstep.causal_video.export import check_verification, export_causal_run, merged_network
 from fewstep.causal_video.export_card import add_causal_figures, read_causal_record
+from fewstep.causal_video.export_run import load_run_network, read_causal_run
 from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.pipeline import CausalVideoPipeline
 from fewstep.causal_video.rollout import rollout
@@ -97,7 +92,7 @@ def test_adapters_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:
     assert train_causal_video(tiny_causal(inputs, folder, "self_forcing_lora", changes)) == 0
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    config = read_causal_config(folder)
+    config = read_causal_run(folder).config
     with_adapters, step = load_run_network(config, Teacher.load(config.teacher.path), checkpoint, "live")
     assert step == 3
     _, record = export_causal_run(folder, weights="live")

@@ -61,7 +61,7 @@ def test_a_rising_reward_with_a_falling_judge_is_told() -> None:
         "held-out judge fell from 0.9 to 0.7 in 2 measurements, in which the trained reward rose from 0 to 0.3; both"
     )
     assert "more than 2 standard errors" in message
-    assert "raise objective.matching_weight or the kl_weight" in message
+    assert "raise the weight of what holds it" in message
 
 
 @pytest.mark.parametrize(
