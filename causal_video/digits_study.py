@@ -6,7 +6,8 @@ Legend: N videos, F latent frames, T pixel frames; latents [N, C, F, h, w], pixe
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.settings import CausalSettings
+from fewstep.causal_video.settings import CausalSettings, load_defaults
 from fewstep.causal_video.stages import causal_settings
 from fewstep.causal_video.stages_sampling import euler_rollout
 from fewstep.causal_video.student import build_student, find_weights
@@ -43,11 +44,13 @@ CHAINS = {
     "ode": ("ode", "self_forcing"),
     "dcm": ("teacher_forcing", "tf_dcm", "self_forcing"),
     "scm": ("teacher_forcing", "tf_scm", "self_forcing"),
+    "steered": ("steered", "steered_dcm"),
 }
 SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
 SINKS = ("none", "static", "ema")
-# Chunks of a short video are those of the layout; long ones have this many times as many, for a share of the prompts.
-LONG, LONG_SHARE = 10, 4
+# Chunks of a short video are those of the layout; long ones have this many times as many, for one prompt in three. That
+# has no factor in common with the counts of digits, directions and speeds, so that all of them stay.
+LONG, LONG_SHARE = 10, 3
 FLOW_STEPS, TEACHER_STEPS = 20, 50
 BATCH = 50
 SEED = 0
@@ -118,8 +121,9 @@ def load_student(run: Path) -> StudyStudent:
     """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
     config = read_config(run)
     teacher = Teacher.load(config.teacher.path)
-    network = build_student(config.student, teacher, find_weights(str(run)), seed=0).requires_grad_(False)
-    return StudyStudent(teacher, network, causal_settings(config.student), config)
+    names = load_defaults(run).actions
+    network = build_student(config.student, teacher, find_weights(str(run)), seed=0, controls=len(names))
+    return StudyStudent(teacher, network.requires_grad_(False), causal_settings(config.student), config)
 
 
 def with_sink(policy: CachePolicy, sink: str) -> CachePolicy:
@@ -133,9 +137,18 @@ def with_sink(policy: CachePolicy, sink: str) -> CachePolicy:
 
 @torch.no_grad()
 def sample_student(
-    student: StudyStudent, prompts: Sequence[str], *, schedule: StepSchedule, sink: str, chunks: int
+    student: StudyStudent,
+    prompts: Sequence[str],
+    *,
+    schedule: StepSchedule,
+    sink: str,
+    chunks: int,
+    controls: Tensor | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, T, H, W] of streamed videos. Students of a flow take Euler steps with the guidance of their run."""
+    """Pixels [N, 3, T, H, W] of streamed videos. Students of a flow take Euler steps with the guidance of their run.
+
+    `controls` are channels [N, K, F, h, w] of steered students.
+    """
     policy = with_sink(student.settings.policy, sink)
     layout = student.settings.layout.extended(chunks)
     settings = CausalSettings(layout, policy, schedule)
@@ -144,11 +157,13 @@ def sample_student(
     for start in range(0, len(prompts), BATCH):
         numbers = range(start, min(start + BATCH, len(prompts)))
         text = student.teacher.encode([prompts[number] for number in numbers]).tokens
+        extra = None if controls is None else controls[start : numbers.stop]
+        condition = VideoCondition(text, extra=extra)
         noise = ChunkNoise(SEED, tuple(numbers), (channels, height, width), stream="study")
         if student.config.method in FLOW_METHODS:
             latents = euler_rollout(
                 student.network,
-                VideoCondition(text),
+                condition,
                 noise,
                 settings,
                 times=student.teacher.family.teacher_grid(student.teacher.pipeline, FLOW_STEPS),
@@ -157,7 +172,7 @@ def sample_student(
             )
         else:
             exits = schedule.exits(schedule.longest - 1, chunks)
-            latents = rollout(student.network, VideoCondition(text), noise, settings, exits=exits).video
+            latents = rollout(student.network, condition, noise, settings, exits=exits).video
         pixels.append(student.teacher.decode(latents))
     return torch.cat(pixels)
 
@@ -194,38 +209,89 @@ def study_prompts(count: int) -> list[str]:
     return [balanced_clip_prompt(number) for number in range(count)]
 
 
-def judge_seed(folder: Path, chain: str, seed: int, *, samples: int, reference: VideoReference) -> list[StudyRow]:
-    """All rows of the students of one chain and seed: short videos at each schedule, long ones with each sink."""
-    judges, prompts, rows = load_judges(JUDGES), study_prompts(samples), []
+@dataclass(frozen=True, eq=False)
+class StudyJudge:
+    """What videos are judged by and compared with.
 
-    def row(name: str, student: StudyStudent, schedule: tuple[int, ...], sink: str, times: int) -> None:
+    Attributes:
+        judges: trained networks.
+        reference: features of real clips.
+        split: of these clips.
+        samples: N of short videos; long ones are made of every `LONG_SHARE`-th prompt.
+        kept: folder of rows that are judged already.
+    """
+
+    judges: VideoJudges
+    reference: VideoReference
+    split: str
+    samples: int
+    kept: Path
+
+    @classmethod
+    def load(cls, split: Literal["train", "test"], *, samples: int, kept: Path) -> StudyJudge:
+        """With 1,000 real clips of a split."""
+        judges = load_judges(JUDGES)
+        return cls(judges, real_reference(judges, split, 1000), split, samples, kept)
+
+    def result(self, prompts: Sequence[str], pixels: Callable[[], Tensor], *, made_of: Sequence[str]) -> VideoResult:
+        """Measures of videos, read from `kept` where the same ones have been judged before.
+
+        Args:
+            prompts: of the videos.
+            pixels: makes them.
+            made_of: all that they depend on.
+        """
+        parts = (*made_of, self.split, f"{len(prompts)} videos")
+        name = "-".join(re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts)
+        path = self.kept / f"{name}.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return VideoResult(**{key: tuple(one) if isinstance(one, list) else one for key, one in found.items()})
+        result = measure_clips(self.judges, pixels(), prompts=prompts, reference=self.reference)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+        return result
+
+
+def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[StudyRow]:
+    """All rows of the students of one chain and seed: short videos at each schedule, long ones with each sink."""
+    prompts, rows = study_prompts(judge.samples), []
+
+    def add(name: str, student: StudyStudent, schedule: tuple[int, ...], sink: str, times: int) -> None:
         chunks = student.settings.layout.chunks * times
         grid = StepSchedule.steps(schedule, shift=student.config.student.shift)
-        asked = prompts if times == 1 else prompts[: max(2, len(prompts) // LONG_SHARE)]
-        pixels = sample_student(student, asked, schedule=grid, sink=sink, chunks=chunks)
-        result = measure_clips(judges, pixels, prompts=asked, reference=reference)
+        asked = prompts if times == 1 else prompts[::LONG_SHARE]
         said = f"{FLOW_STEPS} Euler" if student.config.method in FLOW_METHODS else str(list(schedule))
-        frames = student.settings.layout.extended(chunks).frames
-        rows.append(StudyRow(name, seed, said, sink, frames, result))
+        frames, trained = student.settings.layout.extended(chunks).frames, f"{student.config.run.steps} steps"
+
+        def pixels() -> Tensor:
+            return sample_student(student, asked, schedule=grid, sink=sink, chunks=chunks)
+
+        made_of = (name, f"seed {seed}", trained, said, f"sink {sink}", f"{frames} frames")
+        rows.append(StudyRow(name, seed, said, sink, frames, judge.result(asked, pixels, made_of=made_of)))
 
     for stage in CHAINS[chain]:
         student = load_student(run_directory(folder, chain, stage, seed))
         name = f"{stage} ({chain})" if stage == "self_forcing" else stage
         short = ((4, 2),) if student.config.method in FLOW_METHODS else SCHEDULES
         for schedule in short:
-            row(name, student, schedule, student.settings.policy.sink, 1)
+            add(name, student, schedule, student.settings.policy.sink, 1)
         if stage == "self_forcing":
             for sink in SINKS:
-                row(name, student, (4, 2), sink, LONG)
+                add(name, student, (4, 2), sink, LONG)
     return rows
 
 
-def judge_teacher(*, samples: int, guidance: float, reference: VideoReference) -> StudyRow:
+def judge_teacher(judge: StudyJudge, *, guidance: float) -> StudyRow:
     """The bidirectional teacher on the same prompts."""
-    teacher, prompts = Teacher.load(TEACHER), study_prompts(samples)
-    pixels = sample_teacher(teacher, prompts, steps=TEACHER_STEPS, guidance=guidance)
-    result = measure_clips(load_judges(JUDGES), pixels, prompts=prompts, reference=reference)
-    return StudyRow("teacher", None, f"{TEACHER_STEPS} Euler", "", teacher_shape(teacher)[1], result)
+    teacher, prompts = Teacher.load(TEACHER), study_prompts(judge.samples)
+    steps, frames = f"{TEACHER_STEPS} Euler", teacher_shape(teacher)[1]
+
+    def pixels() -> Tensor:
+        return sample_teacher(teacher, prompts, steps=TEACHER_STEPS, guidance=guidance)
+
+    result = judge.result(prompts, pixels, made_of=("teacher", steps, f"guidance {guidance:g}"))
+    return StudyRow("teacher", None, steps, "", frames, result)
 
 
 def write_table(rows: Sequence[StudyRow], output: Path, *, command: Sequence[str]) -> None:

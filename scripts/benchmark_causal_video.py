@@ -1,5 +1,6 @@
 """Causal students of the embedded video teacher over seeds: chains of stages at several schedules, sinks on long
-streams, as in assets/benchmarks. Runs that are finished are not trained again; an interrupted one goes on.
+streams, as in assets/benchmarks. Runs that are finished are not trained again, rows that are judged (RUNS/judged) are
+not judged again; what was interrupted goes on.
 """
 
 import argparse
@@ -12,15 +13,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--chains", nargs="+", default=["ode", "dcm", "scm"], choices=["ode", "dcm", "scm"])
     parser.add_argument("--runs", default="runs/benchmark_causal_video", help="folder of the training runs")
-    parser.add_argument("--samples", type=int, default=400, help="videos per row and seed")
+    parser.add_argument("--samples", type=int, default=80, help="videos per row and seed")
     parser.add_argument("--reference", default="test", choices=["train", "test"], help="split of the real clips")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher's row")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the teacher's row, as in training")
     parser.add_argument("--output", default="assets/benchmarks/digits_causal_video")
     parser.add_argument("--train_only", action="store_true", help="leave out the evaluation")
     options = parser.parse_args()
 
     from fewstep.causal_video import digits_study as study
-    from fewstep.evaluation.video_judges import load_judges
 
     folder = Path(options.runs)
     for seed in options.seeds:
@@ -28,11 +28,11 @@ def main() -> None:
             study.train_chain(folder, chain, seed=seed)
     if options.train_only:
         return
-    reference = study.real_reference(load_judges(study.JUDGES), options.reference, 1000)
-    rows = [study.judge_teacher(samples=options.samples, guidance=options.guidance, reference=reference)]
+    judge = study.StudyJudge.load(options.reference, samples=options.samples, kept=folder / "judged")
+    rows = [study.judge_teacher(judge, guidance=options.guidance)]
     for chain in options.chains:
         for seed in options.seeds:
-            rows += study.judge_seed(folder, chain, seed, samples=options.samples, reference=reference)
+            rows += study.judge_seed(folder, chain, seed, judge)
     # Two chains begin with the same run.
     unique = {(row.system, row.seed, row.schedule, row.sink, row.latent_frames): row for row in rows}
     study.write_table(list(unique.values()), Path(options.output), command=sys.argv)

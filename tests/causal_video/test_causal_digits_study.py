@@ -12,7 +12,10 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.train import train_causal_video
-from fewstep.evaluation.video_measures import VideoResult
+from fewstep.core.embedded.digits import label_of_prompt
+from fewstep.core.embedded.video_clips import direction_of_prompt, moving_digits, speed_of_prompt
+from fewstep.evaluation.video_judges import load_judges
+from fewstep.evaluation.video_measures import VideoReference, VideoResult, video_reference
 from tests.causal_video.tiny_causal_run import VideoInputs, tiny_causal
 
 POLICY = CachePolicy(2, 1, "static")
@@ -71,6 +74,31 @@ def test_the_table_has_medians_over_seeds(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "results.json").read_text(encoding="ascii"))["rows"]) == 3
 
 
+def test_what_is_judged_is_kept_and_not_made_again(tmp_path: Path) -> None:
+    judge = study.StudyJudge(load_judges(study.JUDGES), reference_of_two(), "train", 2, tmp_path / "judged")
+    asked = study.study_prompts(2)
+    calls: list[str] = []
+
+    def pixels() -> torch.Tensor:
+        calls.append("made")
+        return moving_digits("train", seed=1, indices=range(2)).pixels
+
+    made_of = ("self_forcing (dcm)", "seed 1", "[4, 2]")
+    first = judge.result(asked, pixels, made_of=made_of)
+    assert judge.result(asked, pixels, made_of=made_of) == first
+    assert [path.name for path in judge.kept.iterdir()] == ["self_forcing_dcm-seed_1-4_2-train-2_videos.json"]
+    assert calls == ["made"]
+    judge.result(asked, pixels, made_of=("self_forcing (dcm)", "seed 2", "[4, 2]"))
+    assert len(calls) == 2
+    long = study.study_prompts(80)[:: study.LONG_SHARE]
+    assert len({label_of_prompt(one) for one in long}) == 10
+    assert len({(direction_of_prompt(one), speed_of_prompt(one)) for one in long}) == 8
+
+
+def reference_of_two() -> VideoReference:
+    return video_reference(load_judges(study.JUDGES), moving_digits("train", seed=0, indices=range(2)).pixels)
+
+
 def test_consistency_chains_share_their_first_stage() -> None:
     runs = {
         study.run_directory(Path("runs"), chain, stage, 1) for chain in study.CHAINS for stage in study.CHAINS[chain]
@@ -80,6 +108,8 @@ def test_consistency_chains_share_their_first_stage() -> None:
         "self_forcing_dcm_seed1",
         "self_forcing_ode_seed1",
         "self_forcing_scm_seed1",
+        "steered_dcm_seed1",
+        "steered_seed1",
         "teacher_forcing_seed1",
         "tf_dcm_seed1",
         "tf_scm_seed1",
