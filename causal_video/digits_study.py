@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fewstep.causal_video.config import FLOW_METHODS, CausalConfig
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
+from fewstep.causal_video.export_run import read_causal_run
 from fewstep.causal_video.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
+from fewstep.causal_video.reward_config import REWARD_METHODS
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings, load_defaults
@@ -27,7 +29,6 @@ from fewstep.causal_video.stages import causal_settings
 from fewstep.causal_video.stages_sampling import euler_rollout
 from fewstep.causal_video.student import build_student, find_weights
 from fewstep.core.checkpoint import latest_checkpoint, load_checkpoint
-from fewstep.core.config import load_config
 from fewstep.core.embedded.video_clips import balanced_clip_prompt, moving_digits
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_directory import CONFIG_FILE
@@ -39,15 +40,18 @@ from fewstep.evaluation.video_measures import VideoReference, VideoResult, measu
 
 TEACHER = "assets/digits_video"
 JUDGES = "assets/digits_video/judges"
-# The stages of each chain, in order; self-forcing has a run for each stage it can start from.
+# The stages of each chain, in order; self-forcing has a run for each stage it can start from. Astrolabe goes on from
+# the end of the dcm chain.
 CHAINS = {
     "ode": ("ode", "self_forcing"),
     "dcm": ("teacher_forcing", "tf_dcm", "self_forcing"),
     "scm": ("teacher_forcing", "tf_scm", "self_forcing"),
+    "astrolabe": ("teacher_forcing", "tf_dcm", "self_forcing", "astrolabe"),
     "steered": ("steered", "steered_dcm"),
 }
 SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
-SINKS = ("none", "static", "ema")
+# Long videos have each sink for one student, and for the others the one that it was trained with.
+SINKS, SINKS_OF = ("none", "static", "ema"), "self_forcing (dcm)"
 # Chunks of a short video are those of the layout; long ones have this many times as many, for one prompt in three. That
 # has no factor in common with the counts of digits, directions and speeds, so that all of them stay.
 LONG, LONG_SHARE = 10, 3
@@ -81,8 +85,13 @@ class StudyRow:
 
 def run_directory(folder: Path, chain: str, stage: str, seed: int) -> Path:
     """Where a stage of a chain is trained; chains share their first stage."""
-    name = f"{stage}_{chain}" if stage == "self_forcing" else stage
+    name = f"{stage}_{start_of(chain)}" if stage == "self_forcing" else stage
     return folder / f"{name}_seed{seed}"
+
+
+def start_of(chain: str) -> str:
+    """What self-forcing starts from in a chain: the name of the chain that ends there."""
+    return "dcm" if chain == "astrolabe" else chain
 
 
 def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] = ()) -> None:
@@ -94,14 +103,15 @@ def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] =
     for stage in CHAINS[chain]:
         run = run_directory(folder, chain, stage, seed)
         done = run / CONFIG_FILE
-        if done.is_file() and latest_step(run) >= read_config(run).run.steps:
+        if done.is_file() and latest_step(run) >= read_causal_run(run).config.run.steps:
             print(f"{run} is trained already")
         else:
             resume = ("--resume", "latest") if latest_checkpoint(run) is not None else ()
             start = () if before is None else ("--student.init", str(before))
             where = ("--run.directory", str(run), "--run.seed", str(seed))
             config = ("--config", f"configs/causal_video/digits_{stage}.yaml")
-            show_and_run(*LAUNCH, "scripts/train_causal_video.py", *config, *where, *start, *changes, *resume)
+            script = f"scripts/train_causal_{'reward' if stage in REWARD_METHODS else 'video'}.py"
+            show_and_run(*LAUNCH, script, *config, *where, *start, *changes, *resume)
         before = run
 
 
@@ -111,15 +121,9 @@ def latest_step(run: Path) -> int:
     return -1 if found is None else load_checkpoint(found).step
 
 
-def read_config(run: Path) -> CausalConfig:
-    """The resolved configuration of a run."""
-    config, _ = load_config(CausalConfig, ["--config", str(run / CONFIG_FILE)], prog="study", description="")
-    return config
-
-
 def load_student(run: Path) -> StudyStudent:
     """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
-    config = read_config(run)
+    config = read_causal_run(run).config
     teacher = Teacher.load(config.teacher.path)
     names = load_defaults(run).actions
     network = build_student(config.student, teacher, find_weights(str(run)), seed=0, controls=len(names))
@@ -245,8 +249,9 @@ class StudyJudge:
         name = "-".join(re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts)
         path = self.kept / f"{name}.json"
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return VideoResult(**{key: tuple(one) if isinstance(one, list) else one for key, one in found.items()})
+            found = VideoResult(**json.loads(path.read_text(encoding="utf-8")))
+            accuracy, distance = tuple(found.segment_accuracy), tuple(found.segment_distance)
+            return replace(found, segment_accuracy=accuracy, segment_distance=distance)
         result = measure_clips(self.judges, pixels(), prompts=prompts, reference=self.reference)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
@@ -254,7 +259,7 @@ class StudyJudge:
 
 
 def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[StudyRow]:
-    """All rows of the students of one chain and seed: short videos at each schedule, long ones with each sink."""
+    """All rows of the students of one chain and seed: short videos at each schedule, and long ones."""
     prompts, rows = study_prompts(judge.samples), []
 
     def add(name: str, student: StudyStudent, schedule: tuple[int, ...], sink: str, times: int) -> None:
@@ -272,12 +277,12 @@ def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[S
 
     for stage in CHAINS[chain]:
         student = load_student(run_directory(folder, chain, stage, seed))
-        name = f"{stage} ({chain})" if stage == "self_forcing" else stage
+        name = f"{stage} ({start_of(chain)})" if stage == "self_forcing" else stage
         short = ((4, 2),) if student.config.method in FLOW_METHODS else SCHEDULES
         for schedule in short:
             add(name, student, schedule, student.settings.policy.sink, 1)
-        if stage == "self_forcing":
-            for sink in SINKS:
+        if stage in ("self_forcing", *REWARD_METHODS):
+            for sink in SINKS if name == SINKS_OF else (student.settings.policy.sink,):
                 add(name, student, (4, 2), sink, LONG)
     return rows
 

@@ -7,11 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
+CHAINS = ("ode", "scm", "dcm", "astrolabe")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--chains", nargs="+", default=["ode", "dcm", "scm"], choices=["ode", "dcm", "scm"])
+    parser.add_argument("--chains", nargs="+", default=CHAINS, choices=CHAINS)
     parser.add_argument("--runs", default="runs/benchmark_causal_video", help="folder of the training runs")
     parser.add_argument("--samples", type=int, default=80, help="videos per row and seed")
     parser.add_argument("--reference", default="test", choices=["train", "test"], help="split of the real clips")
@@ -33,7 +35,7 @@ def main() -> None:
     for chain in options.chains:
         for seed in options.seeds:
             rows += study.judge_seed(folder, chain, seed, judge)
-    # Two chains begin with the same run.
+    # Chains share their first runs.
     unique = {(row.system, row.seed, row.schedule, row.sink, row.latent_frames): row for row in rows}
     study.write_table(list(unique.values()), Path(options.output), command=sys.argv)
 

@@ -104,6 +104,7 @@ def test_consistency_chains_share_their_first_stage() -> None:
         study.run_directory(Path("runs"), chain, stage, 1) for chain in study.CHAINS for stage in study.CHAINS[chain]
     }
     assert sorted(run.name for run in runs) == [
+        "astrolabe_seed1",
         "ode_seed1",
         "self_forcing_dcm_seed1",
         "self_forcing_ode_seed1",

@@ -35,7 +35,7 @@ def save_vision_model(model: Any, folder: Path) -> Path:
 
 def tiny_dinov2(folder: Path) -> Path:
     """Eight blocks of width 16 on pictures of 28 x 28 pixels, four patches and a class token."""
-    size = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "mlp_ratio": 2}
+    size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "mlp_ratio": 2}
     return save_vision_model(Dinov2Model(Dinov2Config(**size, image_size=28, patch_size=14)), folder)
 
 

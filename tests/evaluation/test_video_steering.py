@@ -18,11 +18,11 @@ def judges() -> VideoJudges:
     return load_judges(SHIPPED)
 
 
-def square(rows: list[float], columns: list[float]) -> Tensor:
+def square(rows: list[int], columns: list[int]) -> Tensor:
     """One clip [1, 3, T, 32, 32] of a 2 x 2 square whose top left is at integer places."""
     pixels = torch.zeros(1, 3, len(rows), 32, 32)
     for frame, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        pixels[0, :, frame, int(row) : int(row) + 2, int(column) : int(column) + 2] = 1.0
+        pixels[0, :, frame, row : row + 2, column : column + 2] = 1.0
     return pixels
 
 
