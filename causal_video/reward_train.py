@@ -95,19 +95,19 @@ def training_loop(
     """Steps until the run is over or interrupted, with measurements, contact sheets and checkpoints on the way."""
     if trainer.step == 0:
         watch.watch.save_samples()
-        watch.start()
+        watch.monitor.keep_start(watch.measure())
     while not trainer.should_stop():
         try:
             metrics, state = train_step(config, setup, trainer, state)
             trainer.advance()
-            if watch.due:
+            if watch.monitor.due:
                 metrics |= watch.measure()
         except RewardError as error:
             told = keep(error, trainer, {"watch": watch.state(), "penalty": state.state()})
             raise RewardError(told, clean=error.clean) from error
         watch.watch.look_at(trainer.log(metrics))
-        if watch.due:
-            watch.say()
+        if watch.monitor.due:
+            watch.monitor.say()
         if trainer.sample_due:
             watch.watch.save_samples()
         if trainer.checkpoint_due:

@@ -38,6 +38,8 @@ from fewstep.evaluation.provenance import collect_provenance
 from fewstep.evaluation.video_judges import VideoJudges, load_judges
 from fewstep.evaluation.video_steering import SteeringResult, measure_steering
 
+# Of the captions and actions that are asked for. Settings were chosen on those of seed 0.
+ASKED_SEED = 1
 # The folder that configs/causal_video/digits_steered.yaml reads, and how many clips it gets.
 DATA, CLIPS = Path("runs/digits_steered_data"), 1200
 SCHEDULES = ((4,), (2,), (1,), (4, 2))
@@ -76,7 +78,7 @@ def train_steered(folder: Path, seed: int, changes: Sequence[str] = ()) -> None:
 def asked_clips(count: int, latent_frames: int) -> SteeredDigits:
     """Real clips of held-out digits, whose captions and actions students are asked for."""
     frames = 1 + ACTION_FRAMES * (latent_frames - 1)
-    return steered_digits("test", seed=SEED, indices=range(count), frames=frames)
+    return steered_digits("test", seed=ASKED_SEED, indices=range(count), frames=frames)
 
 
 def sample_steered(student: StudyStudent, prompts: Sequence[str], actions: Tensor, schedule: tuple[int, ...]) -> Tensor:

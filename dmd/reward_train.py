@@ -80,18 +80,18 @@ def training_loop(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer,
     """Steps until the run is over or interrupted, with measurements, samples and checkpoints on the way."""
     if trainer.step == 0:
         watch.watch.save_samples()
-        watch.start()
+        watch.monitor.keep_start(watch.measure())
     while not trainer.should_stop():
         try:
             metrics = train_step(config, setup, trainer)
             trainer.advance()
-            if watch.due:
+            if watch.monitor.due:
                 metrics |= watch.measure()
         except RewardError as error:
             raise RewardError(keep(error, trainer, watch.state()), clean=error.clean) from error
         watch.watch.look_at(trainer.log(metrics))
-        if watch.due:
-            watch.say()
+        if watch.monitor.due:
+            watch.monitor.say()
         if trainer.sample_due:
             watch.watch.save_samples()
         if trainer.checkpoint_due:

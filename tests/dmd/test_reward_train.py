@@ -12,9 +12,10 @@ from fewstep.core.checkpoint import load_checkpoint
 from fewstep.core.export_run import export_run
 from fewstep.core.run_directory import read_metrics
 from fewstep.dmd.reward_config import RewardMethod, RewardRunConfig
+from fewstep.dmd.reward_monitor import Measured
 from fewstep.dmd.reward_setup import RewardData
 from fewstep.dmd.reward_train import train_reward, train_step
-from fewstep.dmd.reward_watch import Measured, RewardWatch
+from fewstep.dmd.reward_watch import RewardWatch
 from tests.dmd.reward_run import METHODS, reward_config, started, write_student
 from tests.dmd.tiny_run import TinyInputs
 
@@ -192,15 +193,15 @@ def test_hacking_is_told_once_and_remembered(inputs: TinyInputs, student: Path, 
     with started(config) as (setup, trainer):
         watch = RewardWatch(config, setup, trainer)
         for reward, slant in ((0.0, 0.9), (1.0, 0.8), (2.0, 0.7), (3.0, 0.6)):
-            watch.hacking = watch.hacking.updated(Measured(reward, 0.1), [Measured(slant, 0.01)])
-        watch.say()
-        watch.say()
+            watch.monitor.hacking = watch.monitor.hacking.updated(Measured(reward, 0.1), [Measured(slant, 0.01)])
+        watch.monitor.say()
+        watch.monitor.say()
         other = RewardWatch(config, setup, trainer)
         other.load_state(json.loads(json.dumps(watch.state())))
-        assert other.hacking == watch.hacking
-        other.say()
+        assert other.monitor.hacking == watch.monitor.hacking
+        other.monitor.say()
     notes = [record["note"] for record in read_metrics(tmp_path / "metrics.jsonl") if "note" in record]
-    assert notes == [f"health: {watch.hacking.message()}"]
+    assert notes == [f"health: {watch.monitor.hacking.message()}"]
     assert (
         "held-out slant fell from 0.9 to 0.6 in 3 measurements, in which the trained reward rose from 0 to 3"
         in notes[0]

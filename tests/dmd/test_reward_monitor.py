@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep.dmd.reward_config import MonitorConfig
-from fewstep.dmd.reward_watch import HackingMonitor, Measured, group_distance, held_out_metric
+from fewstep.dmd.reward_monitor import HackingMonitor, Measured, group_distance, held_out_metric
 
 # Reward (ink) and held-out judge of a run of the study that was made to be hacked, steps 0, 10, ..., 80, written before
 # there were errors. Of its 80 monitored samples that of the judge is at most 0.18, that of a sound run's ink 0.005.
