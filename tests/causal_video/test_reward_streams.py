@@ -21,10 +21,10 @@ from fewstep.dmd.groups import group_advantages
 from fewstep.dmd.reward_config import DecayConfig
 from fewstep.dmd.reward_turns_scores import RewardError, StepRewards
 from fewstep.evaluation.reward_digits import Slant, StrokeWeight
-from fewstep.evaluation.scorer import ScorerCard
 from fewstep.evaluation.scorers_frames import FrameScore
 from tests.causal_video.tiny_causal_run import VideoInputs
 from tests.causal_video.tiny_reward import reward_settings, started
+from tests.dmd.reward_run import Brittle
 from tests.dmd.tiny_run import assert_same_checkpoint, measured
 
 # With this seed the windows of the first two steps begin at other places, and someone is held back in the second.
@@ -43,24 +43,6 @@ GOLDEN: dict[str, list[float]] = {
     "window_start": [1, 3],
 }
 MOVED = 0.000619132
-
-
-class Brittle:
-    """Ink of a clip that fails in one of its calls, or answers nan."""
-
-    card = ScorerCard("ink", 0.0, 1.0, needs_video=True)
-
-    def __init__(self, failing_call: int, *, with_nan: bool = False) -> None:
-        self.calls, self.failing_call, self.with_nan = 0, failing_call, with_nan
-
-    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        self.calls += 1
-        scores = pixels.flatten(1).mean(dim=1)
-        if self.calls != self.failing_call:
-            return scores
-        if self.with_nan:
-            return scores * torch.tensor(float("nan"))
-        raise KeyError("the model forgot a token")
 
 
 def weights_of(module: nn.Module) -> Tensor:
@@ -261,15 +243,15 @@ def test_a_failing_scorer_keeps_the_start_of_its_step(
     config = reward_settings(inputs, tmp_path / "run", {"run.checkpoint_every": 100})
     slant = FrameScore(Slant())
     with pytest.raises(RewardError, match=told) as raised:
-        train_causal_reward(config, scorers=[Brittle(6, with_nan=with_nan), slant])
+        train_causal_reward(config, scorers=[Brittle(6, with_nan=with_nan, video=True), slant])
     assert str(raised.value).startswith("step 1: the reward failed")
     assert str(raised.value).endswith(f"continue with --resume {tmp_path / 'run' / 'checkpoint-1'}")
     if with_nan:
         return
     resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="latest"))
-    assert train_causal_reward(resumed, scorers=[Brittle(0), slant]) == 0
+    assert train_causal_reward(resumed, scorers=[Brittle(0, video=True), slant]) == 0
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(tmp_path / "whole")))
-    assert train_causal_reward(whole, scorers=[Brittle(0), slant]) == 0
+    assert train_causal_reward(whole, scorers=[Brittle(0, video=True), slant]) == 0
     left, right = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("run", "whole"))
     assert left.step == 2
     assert_same_checkpoint(left, right)
@@ -278,7 +260,7 @@ def test_a_failing_scorer_keeps_the_start_of_its_step(
 def test_a_failing_measurement_goes_back_to_the_last_checkpoint(inputs: VideoInputs, tmp_path: Path) -> None:
     config = reward_settings(inputs, tmp_path / "run")
     with pytest.raises(RewardError, match=r"step 2: the measurement failed \(KeyError") as raised:
-        train_causal_reward(config, scorers=[Brittle(7), FrameScore(Slant())])
+        train_causal_reward(config, scorers=[Brittle(7, video=True), FrameScore(Slant())])
     assert str(raised.value).endswith(f"continue with --resume {tmp_path / 'run' / 'checkpoint-1'}")
 
 
@@ -290,9 +272,9 @@ def test_what_does_not_fit_is_named_before_anything_is_trained(inputs: VideoInpu
         with pytest.raises(ValueError, match=message):
             train_causal_reward(reward_settings(inputs, tmp_path / "run", changes))
     with pytest.raises(ValueError, match="1 scorers for 2 entries"):
-        train_causal_reward(reward_settings(inputs, tmp_path / "run"), scorers=[Brittle(0)])
+        train_causal_reward(reward_settings(inputs, tmp_path / "run"), scorers=[Brittle(0, video=True)])
     with pytest.raises(ValueError, match="a scorer of pictures cannot judge videos"):
-        train_causal_reward(reward_settings(inputs, tmp_path / "run"), scorers=[Brittle(0), StrokeWeight()])
+        train_causal_reward(reward_settings(inputs, tmp_path / "run"), scorers=[Brittle(0, video=True), StrokeWeight()])
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.run_directory import RunDirectory
@@ -36,7 +37,7 @@ from fewstep.dmd.reward_latent import (
 from fewstep.dmd.reward_setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.train import train_dmd
 from fewstep.evaluation.digits_classifier import WEIGHTS_FILE, DigitsClassifier
-from fewstep.evaluation.scorer import Scorer
+from fewstep.evaluation.scorer import Scorer, ScorerCard
 from tests.dmd.tiny_run import TinyInputs, tiny_config
 from tests.tiny_pipelines import LATENT_SHAPE
 
@@ -74,6 +75,23 @@ METHODS: dict[RewardMethod, dict[str, Any]] = {
         "chain": ChainConfig(log_prob="distance", trained_steps=1, clip_range=1e-5),
     },
 }
+
+
+class Brittle:
+    """Ink of pictures or clips that fails in one of its calls, or answers nan."""
+
+    def __init__(self, failing_call: int, *, with_nan: bool = False, video: bool = False) -> None:
+        self.card = ScorerCard("stroke_weight", 0.0, 1.0, differentiable=True, needs_video=video)
+        self.calls, self.failing_call, self.with_nan = 0, failing_call, with_nan
+
+    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        self.calls += 1
+        scores = pixels.flatten(1).mean(dim=1)
+        if self.calls != self.failing_call:
+            return scores
+        if self.with_nan:
+            return scores * torch.tensor(float("nan"))
+        raise KeyError("the model forgot a token")
 
 
 def write_pixel_backbone(folder: Path) -> Path:

@@ -6,7 +6,6 @@ from threading import Thread
 
 import pytest
 import torch
-from torch import Tensor
 
 from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.config import OptimizerConfig
@@ -18,29 +17,10 @@ from fewstep.dmd.reward_turns_scores import RewardError
 from fewstep.evaluation.remote_scorer import Patience, RemoteScorer
 from fewstep.evaluation.remote_scorer_server import ScorerServer
 from fewstep.evaluation.reward_digits import StrokeWeight
-from fewstep.evaluation.scorer import ScorerCard
-from tests.dmd.reward_run import changed, reward_config, with_pixel_gan, write_pixel_backbone, write_student
+from tests.dmd.reward_run import Brittle, changed, reward_config, with_pixel_gan, write_pixel_backbone, write_student
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, measured
 
 WILD = OptimizerConfig(learning_rate=1e30, clip=None)
-
-
-class Brittle:
-    """Stroke weight that fails in one of its calls, or answers nan."""
-
-    card = ScorerCard("stroke_weight", 0.0, 1.0, differentiable=True)
-
-    def __init__(self, failing_call: int, *, with_nan: bool = False) -> None:
-        self.calls, self.failing_call, self.with_nan = 0, failing_call, with_nan
-
-    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        self.calls += 1
-        scores = pixels.flatten(1).mean(dim=1)
-        if self.calls != self.failing_call:
-            return scores
-        if self.with_nan:
-            return scores * torch.tensor(float("nan"))
-        raise KeyError("the model forgot a token")
 
 
 @pytest.fixture(scope="module")
