@@ -5,6 +5,7 @@ Legend: N videos, F latent frames, T pixel frames; latents [N, C, F, h, w], pixe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -63,9 +64,10 @@ SHOWN = ("digit_accuracy", "direction_accuracy", "speed_accuracy", "black_frames
 
 @dataclass(frozen=True, eq=False)
 class StudyStudent:
-    """The averaged student of a run beside its teacher."""
+    """The averaged student of a run beside its teacher; `weights` is the file it was read from."""
 
     teacher: Teacher
+    weights: Path
     network: CausalWan
     settings: CausalSettings
     config: CausalConfig
@@ -121,13 +123,19 @@ def latest_step(run: Path) -> int:
     return -1 if found is None else load_checkpoint(found).step
 
 
+def fingerprint(weights: Path) -> str:
+    """The first 12 digits of the hash of a file: a run that is trained again is judged again."""
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+
+
 def load_student(run: Path) -> StudyStudent:
     """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
     config = read_causal_run(run).config
     teacher = Teacher.load(config.teacher.path)
     names = load_defaults(run).actions
-    network = build_student(config.student, teacher, find_weights(str(run)), seed=0, controls=len(names))
-    return StudyStudent(teacher, network.requires_grad_(False), causal_settings(config.student), config)
+    weights = find_weights(str(run))
+    network = build_student(config.student, teacher, weights, seed=0, controls=len(names))
+    return StudyStudent(teacher, weights, network.requires_grad_(False), causal_settings(config.student), config)
 
 
 def with_sink(policy: CachePolicy, sink: str) -> CachePolicy:
@@ -267,12 +275,12 @@ def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[S
         grid = StepSchedule.steps(schedule, shift=student.config.student.shift)
         asked = prompts if times == 1 else prompts[::LONG_SHARE]
         said = f"{FLOW_STEPS} Euler" if student.config.method in FLOW_METHODS else str(list(schedule))
-        frames, trained = student.settings.layout.extended(chunks).frames, f"{student.config.run.steps} steps"
+        frames, weights = student.settings.layout.extended(chunks).frames, fingerprint(student.weights)
 
         def pixels() -> Tensor:
             return sample_student(student, asked, schedule=grid, sink=sink, chunks=chunks)
 
-        made_of = (name, f"seed {seed}", trained, said, f"sink {sink}", f"{frames} frames")
+        made_of = (name, f"seed {seed}", weights, said, f"sink {sink}", f"{frames} frames")
         rows.append(StudyRow(name, seed, said, sink, frames, judge.result(asked, pixels, made_of=made_of)))
 
     for stage in CHAINS[chain]:

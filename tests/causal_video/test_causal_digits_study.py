@@ -99,6 +99,13 @@ def reference_of_two() -> VideoReference:
     return video_reference(load_judges(study.JUDGES), moving_digits("train", seed=0, indices=range(2)).pixels)
 
 
+def test_other_weights_are_judged_again(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"abd")
+    assert study.fingerprint(tmp_path / "a") == "ba7816bf8f01"
+    assert study.fingerprint(tmp_path / "b") != study.fingerprint(tmp_path / "a")
+
+
 def test_consistency_chains_share_their_first_stage() -> None:
     runs = {
         study.run_directory(Path("runs"), chain, stage, 1) for chain in study.CHAINS for stage in study.CHAINS[chain]
