@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.causal_video.block import Prompt
-from fewstep.causal_video.calls import CallOutput, chunk_call, condition_first_frame
-from fewstep.causal_video.prefix import KeysValues, Prefix
+from fewstep.causal_video.model.block import Prompt
+from fewstep.causal_video.model.calls import CallOutput, chunk_call, condition_first_frame
+from fewstep.causal_video.model.prefix import KeysValues, Prefix
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import sample_noise
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.causal_video.block import Prompt
-from fewstep.causal_video.cache import RollingCache
-from fewstep.causal_video.calls import condition_first_frame
+from fewstep.causal_video.cache.rolling import RollingCache
 from fewstep.causal_video.denoise import ChunkNoise, ChunkResult, ExitStep, VideoCondition, denoise_chunk
-from fewstep.causal_video.network import CausalWan
-from fewstep.causal_video.prefix import KeysValues
+from fewstep.causal_video.model.block import Prompt
+from fewstep.causal_video.model.calls import condition_first_frame
+from fewstep.causal_video.model.network import CausalWan
+from fewstep.causal_video.model.prefix import KeysValues
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.core.paths import add_noise
 

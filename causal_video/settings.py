@@ -61,6 +61,12 @@ class CausalSettings:
     def __post_init__(self) -> None:
         self.policy.chunk_window(self.layout)
 
+    @property
+    def text(self) -> str:
+        """Chunks and the times of each, in words."""
+        times = "; ".join(", ".join(f"{t:.6g}" for t in each) for each in self.schedule.times)
+        return f"chunks of {list(self.layout.lengths)} latent frames at t = {times} (the last one repeats)"
+
     def save(self, directory: str | Path, defaults: StreamDefaults | None = None) -> Path:
         """Write `causal_video.json` beside the weights, with what streams are opened with if given; gives its path."""
         content: dict[str, Any] = {

@@ -14,8 +14,8 @@ from fewstep.consistency.config import ConsistencyLossConfig
 from fewstep.consistency.times import logit_normal, mix_max_time
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise
+from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher
-from fewstep.dmd.turns import Draw
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fewstep.consistency.mcm_config import McmConfig
-from fewstep.consistency.sprint_config import SprintConfig
+from fewstep.consistency.mcm.config import McmConfig
+from fewstep.consistency.sana_sprint.config import SprintConfig
 from fewstep.core.config import RunConfig
-from fewstep.dmd.config import DataConfig, FakeScoreConfig, LossConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.dmd.config import LossConfig
 
 # Objectives of networks with two times, u(x_t, t, r).
 FLOW_MAPS = ("meanflow", "imf", "alphaflow", "dmf", "anyflow")

@@ -10,36 +10,29 @@ import torch
 from torch import Tensor
 
 from fewstep.consistency.config import ConsistencyConfig
-from fewstep.consistency.mcm_setup import McmParts, build_mcm
-from fewstep.consistency.sprint_setup import (
+from fewstep.consistency.mcm.setup import McmParts, build_mcm
+from fewstep.consistency.sana_sprint.setup import (
     TURNS,
-    ToldPrompts,
     add_heads,
     build_sprint_student,
     check_control,
     check_sprint_teacher,
 )
 from fewstep.consistency.time_weight import build_time_weight
-from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
+from fewstep.core.data import REAL_SEED, LatentDataset, LatentSource, PromptConditions, ToldPrompts, read_prompts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export_sana import sprint_times
-from fewstep.core.export_schedulers import nearest_exportable_times
+from fewstep.core.export.sana import sprint_times
+from fewstep.core.export.schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.grids import step_grid
-from fewstep.core.roles import Role
+from fewstep.core.networks import build_fake_score, build_student_denoiser, load_weights
+from fewstep.core.settings import DataConfig
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
-from fewstep.core.trainer import Trainer
+from fewstep.core.training.roles import Role
+from fewstep.core.training.trainer import Trainer
 from fewstep.core.two_time import add_second_time, holds_second_time
-from fewstep.dmd.config import DataConfig
-from fewstep.dmd.setup import (
-    REAL_SEED,
-    LatentSource,
-    build_fake_score,
-    build_student_denoiser,
-    load_weights,
-)
 
 # Times and samples of the check before the first step: the middle of the path, and few samples.
 CHECKED_TIMES = (0.3, 0.7)

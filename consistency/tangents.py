@@ -19,7 +19,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.trigflow import VelocityFunction
+
 Times = Tensor | tuple[Tensor, ...]
+
+
 Function = Callable[..., Tensor]
 
 
@@ -206,3 +211,19 @@ def _same_random_state(x: Tensor) -> Iterator[None]:
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def along(
+    function: VelocityFunction,
+    x: Tensor,
+    time: Tensor,
+    dx: Tensor,
+    dtime: Tensor,
+    loss: ConsistencyLossConfig,
+    *,
+    end: float,
+) -> Tensor:
+    """The derivative along (dx, dtime), by the configured method; `end` is the largest time there is."""
+    if loss.tangent == "jvp":
+        return total_derivative(function, x, time, dx, dtime).derivative
+    return central_derivative(function, x, time, dx, dtime, step=loss.central_step, interval=(0.0, end))

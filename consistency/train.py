@@ -5,31 +5,35 @@ The second is rCM's and AnyFlow's, the third SANA-Sprint's and MCM's, whose step
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import Networks, Noised, noise_data
-from fewstep.consistency.config import ConsistencyConfig
-from fewstep.consistency.flow_map_loss import backward_simulation, simulate
-from fewstep.consistency.mcm_train import train_mcm_step
+from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised, noise_data
+from fewstep.consistency.config import FLOW_MAPS, ConsistencyConfig, ConsistencyLossConfig
+from fewstep.consistency.mcm.train import train_mcm_step
+from fewstep.consistency.methods.alphaflow import alpha_schedule, alphaflow_turn
+from fewstep.consistency.methods.anyflow import anyflow_turn, backward_simulation, simulate
+from fewstep.consistency.methods.dcm import dcm_turn
+from fewstep.consistency.methods.ect import ect_turn
+from fewstep.consistency.methods.flow_map import draw_pair, flow_batch
+from fewstep.consistency.methods.meanflow import meanflow_turn
+from fewstep.consistency.methods.scm import scm_turn
+from fewstep.consistency.sana_sprint.setup import TURNS
+from fewstep.consistency.sana_sprint.step import SprintNetworks, sprint_discriminator_turn, sprint_student_turn
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
-from fewstep.consistency.sprint_setup import TURNS
-from fewstep.consistency.sprint_turns import SprintNetworks, sprint_discriminator_turn, sprint_student_turn
-from fewstep.consistency.turns import consistency_turn
-from fewstep.consistency.watch import describe_run
+from fewstep.consistency.times import TimePair, grid_times
 from fewstep.core.condition import Condition
-from fewstep.core.randomness import shared_integer
-from fewstep.core.roles import Role, frozen
-from fewstep.core.run_directory import RunDirectory
-from fewstep.core.trainer import Trainer
-from fewstep.core.watch import Watch
-from fewstep.dmd.train import mean_records
-from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
+from fewstep.core.randomness import Draw, shared_integer
+from fewstep.core.training.metrics import mean_records
+from fewstep.core.training.roles import Role, frozen
+from fewstep.core.training.run import open_run
+from fewstep.core.training.trainer import Trainer
+from fewstep.core.training.watch import Watch, run_text
+from fewstep.dmd.matching import fake_score_turn, student_turn
 
 
 def train_consistency(config: ConsistencyConfig) -> int:
@@ -44,44 +48,21 @@ def train_consistency(config: ConsistencyConfig) -> int:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
     """
     data = ConsistencyData.read(config)
-    with ExitStack() as stack:
-        run = config.run
-        if run.dry_run:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            config = replace(config, run=replace(run, directory=folder, resume=None))
-        directory = RunDirectory(Path(config.run.directory), resume=config.run.resume)
-        trainer = Trainer(config.run, directory)
-        stack.callback(trainer.close)
+    with open_run(config) as run:
+        config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
-        if directory.resume_path is not None:
-            watch.load_state(trainer.resume(directory.resume_path))
-        trainer.note(describe_run(config, setup, trainer))
-        checked = check_tangent(config, setup, trainer)
-        if checked is not None:
-            trainer.note(checked)
-        if run.dry_run:
-            train_step(config, setup, trainer)
-            trainer.note("dry run: one step was made, nothing is kept")
-            return 0
-        if trainer.is_main:
-            directory.write_config(config)
-        return training_loop(config, setup, trainer, watch=watch)
+        notes = (partial(describe_run, config, setup, trainer), partial(check_tangent, config, setup, trainer))
+        for _ in run.steps(watch, *notes):
+            run.finish_step(train_step(config, setup, trainer))
+    return run.exit_code
 
 
-def training_loop(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, watch: Watch) -> int:
-    """Steps until the run is over or interrupted, with metrics, samples and checkpoints on the way."""
-    if trainer.step == 0:
-        watch.save_samples()
-    while not trainer.should_stop():
-        metrics = train_step(config, setup, trainer)
-        trainer.advance()
-        watch.look_at(trainer.log(metrics))
-        if trainer.sample_due:
-            watch.save_samples()
-        if trainer.checkpoint_due:
-            trainer.save(watch.state())
-    return trainer.finish(watch.state())
+def describe_run(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> str:
+    """The resolved settings, the step grid, and parameters and memory of each network, as text."""
+    told = f"steps at t = {setup.student.grid_text}; latents {setup.latent_shape}; "
+    told += f"{len(setup.real.dataset.prompts)} data, {len(setup.prompts)} prompts"
+    return run_text(config, trainer, told, frozen={"teacher": setup.teacher.denoiser})
 
 
 def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> dict[str, float | Tensor]:
@@ -251,3 +232,49 @@ def discriminator_backward(
     trainer.check_finite("discriminator loss", turn.loss)
     trainer.backward(turn.loss)
     return turn.record
+
+
+def flow_map_turn(
+    noised: Noised,
+    pair: TimePair,
+    networks: Networks,
+    *,
+    draw: Draw,
+    loss: ConsistencyLossConfig,
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> ConsistencyTurn:
+    """The loss of the configured flow map on one batch, noised to the t of `pair`.
+
+    Raises:
+        ValueError: some r exceeds its t, or AnyFlow finds no sample with r = t.
+    """
+    if bool((pair.r > pair.t).any()):
+        raise ValueError("a flow map goes from t down to r: give pairs with r <= t (0 is data, 1 is noise)")
+    batch = flow_batch(noised, pair, networks, draw=draw, loss=loss)
+    if loss.objective == "anyflow":
+        return anyflow_turn(batch, networks, loss, data=noised.eps - noised.x0, mean=mean_over_processes)
+    if loss.objective == "alphaflow":
+        alpha = alpha_schedule(noised.progress, start=loss.alpha_start, end=loss.alpha_end)
+        if alpha > 0:
+            return alphaflow_turn(batch, networks, loss, alpha=alpha)
+    return meanflow_turn(batch, networks, loss)
+
+
+def consistency_turn(
+    noised: Noised,
+    networks: Networks,
+    *,
+    draw: Draw,
+    loss: ConsistencyLossConfig,
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> ConsistencyTurn:
+    """The loss that is configured, on one batch. `mean_over_processes` averages a tensor over the run's processes."""
+    if loss.objective in FLOW_MAPS:
+        pair = draw_pair(noised, draw, loss)
+        return flow_map_turn(noised, pair, networks, draw=draw, loss=loss, mean_over_processes=mean_over_processes)
+    if loss.objective == "dcm":
+        uniform = draw.uniform("consistency_grid")
+        return dcm_turn(noised, networks, grid_times(uniform, steps=loss.grid_steps, shift=loss.grid_shift))
+    if loss.objective == "ect":
+        return ect_turn(noised, networks, loss)
+    return scm_turn(noised, networks, loss)

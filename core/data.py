@@ -7,7 +7,7 @@ the global batch, so a resumed run reads on where it stopped and two processes r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from fewstep.core.randomness import shared_integer
 from fewstep.core.teacher import Teacher
 
 ENCODE_BATCH = 64
+
+
 LATENTS_FILE, PROMPTS_FILE = "latents.safetensors", "prompts.txt"
 
 
@@ -146,3 +148,62 @@ class LatentDataset:
         if "latents" not in tensors:
             raise ValueError(f"{file} holds {sorted(tensors)}; a tensor named 'latents' is needed")
         return cls(tensors["latents"], read_prompts(folder / PROMPTS_FILE), tensors.get("noise"))
+
+
+class ToldPrompts(PromptConditions):
+    """Prompts whose conditions also tell one guidance scale to a network with a guidance embedding.
+
+    Args:
+        teacher, prompts, cache, height, width: as in `PromptConditions`.
+        guidance: the scale w of u + w (c - u).
+        control: [N, C, h, w] latents of the pictures that a ControlNet follows, one for each prompt.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        prompts: Sequence[str],
+        *,
+        cache: bool,
+        height: int | None,
+        width: int | None,
+        guidance: float,
+        control: Tensor | None = None,
+    ) -> None:
+        self.guidance, self.control = guidance, control
+        super().__init__(teacher, prompts, cache=cache, height=height, width=width)
+
+    def rows(self, rows: Sequence[int]) -> Condition:
+        condition = super().rows(rows)
+        if self.control is None:
+            return condition
+        return condition.with_control(self.control[list(rows)])
+
+    def _encode(self, prompts: Sequence[str]) -> Condition:
+        condition = super()._encode(prompts)
+        scales = torch.full((condition.batch_size,), self.guidance, device=condition.tokens.device)
+        return replace(condition, guidance=scales)
+
+
+# Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.
+REAL_SEED, PAIR_SEED = 1, 2
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """A latent dataset with the embeddings of its prompts, read in its own order."""
+
+    dataset: LatentDataset
+    conditions: PromptConditions
+    seed: int
+
+    def rows(self, samples: Sequence[int], device: torch.device) -> tuple[list[int], Tensor, Condition]:
+        """Row numbers, latents [B, C, H, W] and conditions for these sample numbers."""
+        rows = rows_of_samples(samples, len(self.dataset.prompts), self.seed)
+        return rows, self.dataset.latents[rows].to(device), self.conditions.rows(rows)
+
+    def noise(self, rows: list[int], device: torch.device) -> Tensor:
+        """The noise [B, C, H, W] that these rows were made from. Raises ValueError for latents that are no pairs."""
+        if self.dataset.noise is None:
+            raise ValueError("these latents have no noise; make pairs with scripts/make_teacher_pairs.py")
+        return self.dataset.noise[rows].to(device)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.core.grids import sample_times
 
 
 def sample_noise(
@@ -104,3 +107,24 @@ def _generators(seed: int, step: int, stream: str, rows: Sequence[int]) -> Itera
         words = np.array([key & 0xFFFFFFFFFFFFFFFF, key >> 64], dtype=np.uint64)
         philox.state = {**fresh, "state": {"counter": fresh["state"]["counter"], "key": words}}
         yield generator
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of a batch as a function of (seed, stream, sample number in the whole run)."""
+
+    seed: int
+    indices: list[int]
+    device: torch.device
+
+    def noise(self, shape: tuple[int, ...], stream: str) -> Tensor:
+        """Standard normal [B, *shape], fp32."""
+        return sample_noise(self.seed, self.indices, shape, stream=stream, device=self.device)
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform in [0, 1), [B], fp32."""
+        return sample_uniform(self.seed, self.indices, (), stream=stream, device=self.device)
+
+    def times(self, stream: str, *, shift: float, interval: tuple[float, float]) -> Tensor:
+        """Shifted uniform times [B], clamped to the interval."""
+        return sample_times(self.uniform(stream), shift=shift, t_min=interval[0], t_max=interval[1])

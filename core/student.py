@@ -56,6 +56,11 @@ class Student:
         self.times = tuple(times)
         self.sampler: Sampler = sampler
 
+    @property
+    def grid_text(self) -> str:
+        """The times, as text."""
+        return ", ".join(f"{time:.6g}" for time in self.times)
+
     def rollout(
         self,
         noise: Tensor,

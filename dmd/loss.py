@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.shapes import expand_weight, require_same_shape
 
 NORMALISER_FLOOR = 1e-5
 
@@ -44,17 +45,6 @@ class MatchingStatistics:
     fake_std: Tensor
     teacher_mean: Tensor
     teacher_std: Tensor
-
-
-def expand_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """View [B] so that it broadcasts over x [B, ...]; fp32 at least.
-
-    Raises:
-        ValueError: weight is not [B].
-    """
-    if weight.shape != x.shape[:1]:
-        raise ValueError(f"a weight per sample must be [{x.shape[0]}], got shape {tuple(weight.shape)}")
-    return at_least_fp32(weight).view(-1, *([1] * (x.ndim - 1)))
 
 
 def direction_normaliser(x0: Tensor, real_x0: Tensor, *, floor: float = NORMALISER_FLOOR) -> Tensor:
@@ -194,10 +184,3 @@ def regression_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
     """
     require_same_shape(x0=x0, teacher_x0=teacher_x0)
     return (at_least_fp32(x0) - at_least_fp32(teacher_x0.detach())).square().mean()
-
-
-def require_same_shape(**tensors: Tensor) -> None:
-    """Raise ValueError, naming each tensor, unless all have one shape: broadcasting would average the wrong pairs."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"the tensors of a loss must have one shape, got {shapes}")

@@ -7,47 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from fewstep.core.condition import Condition
-from fewstep.core.data import LatentDataset, PromptConditions, read_prompts, rows_of_samples
-from fewstep.core.denoiser import Denoiser
-from fewstep.core.discriminator import build_heads
-from fewstep.core.export_schedulers import nearest_exportable_times
+from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
+from fewstep.core.export.schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.grids import step_grid
-from fewstep.core.lora import add_lora
-from fewstep.core.roles import Role
+from fewstep.core.networks import build_fake_score, build_student_denoiser, image_shape
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
-from fewstep.core.trainer import Trainer
-from fewstep.dmd.config import DmdConfig, FakeScoreConfig, StudentConfig
-
-HEAD_WIDTH = 128
-# Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.
-REAL_SEED, PAIR_SEED = 1, 2
-
-
-@dataclass(frozen=True)
-class LatentSource:
-    """A latent dataset with the embeddings of its prompts, read in its own order."""
-
-    dataset: LatentDataset
-    conditions: PromptConditions
-    seed: int
-
-    def rows(self, samples: Sequence[int], device: torch.device) -> tuple[list[int], Tensor, Condition]:
-        """Row numbers, latents [B, C, H, W] and conditions for these sample numbers."""
-        rows = rows_of_samples(samples, len(self.dataset.prompts), self.seed)
-        return rows, self.dataset.latents[rows].to(device), self.conditions.rows(rows)
-
-    def noise(self, rows: list[int], device: torch.device) -> Tensor:
-        """The noise [B, C, H, W] that these rows were made from. Raises ValueError for latents that are no pairs."""
-        if self.dataset.noise is None:
-            raise ValueError("these latents have no noise; make pairs with scripts/make_teacher_pairs.py")
-        return self.dataset.noise[rows].to(device)
+from fewstep.core.training.roles import Role
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.config import DmdConfig
 
 
 @dataclass(frozen=True)
@@ -86,16 +56,6 @@ class DmdData:
         if pairs is not None and pairs.noise is None:
             raise ValueError(f"{data.pairs} holds latents without noise; make pairs with scripts/make_teacher_pairs.py")
         return cls(read_prompts(data.prompts), real, pairs)
-
-
-def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(C, h, w) of a picture's latents. Raises ValueError for a teacher of videos, whose latents have frames."""
-    if len(shape) != 3:
-        raise ValueError(
-            f"this teacher makes videos, latents {shape}, and this script trains students for pictures: use "
-            "scripts/train_consistency.py, or scripts/train_causal_video.py for streams"
-        )
-    return shape[0], shape[1], shape[2]
 
 
 def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
@@ -148,58 +108,3 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         real=source(data.real, REAL_SEED),
         pairs=source(data.pairs, PAIR_SEED),
     )
-
-
-def build_student_denoiser(settings: StudentConfig, teacher: Teacher, *, seed: int) -> Denoiser:
-    """A trainable fp32 copy of the teacher's network, from `student.init` if given, or with adapters if asked.
-
-    Raises ValueError for both: adapters are stored alone, and an export would put them on the teacher's weights.
-    """
-    if settings.init is not None and settings.lora_rank > 0:
-        raise ValueError(
-            f"student.init {settings.init} with student.lora_rank {settings.lora_rank}: adapters are saved without the "
-            "weights under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
-        )
-    denoiser = teacher.denoiser.copy().float()
-    if settings.init is not None:
-        load_weights(denoiser, settings.init)
-    if settings.gradient_checkpointing:
-        denoiser.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(denoiser.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
-    return denoiser
-
-
-def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int, with_heads: bool) -> FakeScore:
-    """A trainable fp32 copy of the teacher's network, with discriminator heads if asked."""
-    trunk = teacher.denoiser.copy().float()
-    if settings.gradient_checkpointing:
-        trunk.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    heads = None
-    if with_heads:
-        heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=seed)
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(trunk.network, rank=rank, alpha=alpha, targets=targets, seed=seed + 1)
-    return FakeScore(trunk, heads=heads)
-
-
-def load_weights(denoiser: Denoiser, path: str) -> None:
-    """Load student weights from a safetensors file of an export (`transformer/`, `unet/`) or of a checkpoint.
-
-    Raises ValueError when the file is unreadable, or does not hold exactly this network's weights.
-    """
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"student.init {path} cannot be read ({error}); give a .safetensors file") from error
-    plain = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-    missing, unexpected = denoiser.network.load_state_dict(plain, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"student.init {path} does not fit the teacher's network: {len(missing)} weights missing "
-            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}"
-        )

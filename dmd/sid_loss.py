@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32
-from fewstep.dmd.loss import NORMALISER_FLOOR, direction_normaliser, expand_weight, require_same_shape
+from fewstep.core.shapes import expand_weight, require_same_shape
+from fewstep.dmd.loss import NORMALISER_FLOOR, direction_normaliser
 
 
 def sid_loss(

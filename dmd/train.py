@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.randomness import shared_integer
-from fewstep.core.roles import frozen
-from fewstep.core.run_directory import RunDirectory
-from fewstep.core.trainer import Trainer
-from fewstep.core.watch import Watch
+from fewstep.core.randomness import Draw, shared_integer
+from fewstep.core.training.metrics import mean_records
+from fewstep.core.training.roles import frozen
+from fewstep.core.training.run import open_run
+from fewstep.core.training.trainer import Trainer
+from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.loss import regression_loss
+from fewstep.dmd.matching import fake_score_turn, student_turn
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
-from fewstep.dmd.turns import Draw, fake_score_turn, student_turn
-from fewstep.dmd.watch import describe_run
 
 
 @dataclass(frozen=True)
@@ -43,41 +41,21 @@ def train_dmd(config: DmdConfig) -> int:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
     """
     data = DmdData.read(config)
-    with ExitStack() as stack:
-        run = config.run
-        if run.dry_run:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            config = replace(config, run=replace(run, directory=folder, resume=None))
-        directory = RunDirectory(Path(config.run.directory), resume=config.run.resume)
-        trainer = Trainer(config.run, directory)
-        stack.callback(trainer.close)
+    with open_run(config) as run:
+        config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
-        if directory.resume_path is not None:
-            watch.load_state(trainer.resume(directory.resume_path))
-        trainer.note(describe_run(config, setup, trainer))
-        if run.dry_run:
-            train_step(config, setup, trainer)
-            trainer.note("dry run: one step was made, nothing is kept")
-            return 0
-        if trainer.is_main:
-            directory.write_config(config)
-        return training_loop(config, setup, trainer, watch=watch)
+        for _ in run.steps(watch, partial(describe_run, config, setup, trainer)):
+            run.finish_step(train_step(config, setup, trainer))
+    return run.exit_code
 
 
-def training_loop(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, watch: Watch) -> int:
-    """Steps until the run is over or interrupted, with metrics, samples and checkpoints on the way."""
-    if trainer.step == 0:
-        watch.save_samples()
-    while not trainer.should_stop():
-        metrics = train_step(config, setup, trainer)
-        trainer.advance()
-        watch.look_at(trainer.log(metrics))
-        if trainer.sample_due:
-            watch.save_samples()
-        if trainer.checkpoint_due:
-            trainer.save(watch.state())
-    return trainer.finish(watch.state())
+def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
+    """The resolved settings, the step grid, and parameters and memory of each network, as text."""
+    ratio = config.fake_score.updates_per_student_update
+    told = f"steps at t = {setup.student.grid_text} ({setup.student.sampler}); latents {setup.latent_shape}; "
+    told += f"{ratio} fake-score updates per student update; {len(setup.prompts)} prompts"
+    return run_text(config, trainer, told, frozen={"teacher": setup.teacher.denoiser})
 
 
 def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
@@ -162,10 +140,3 @@ def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *,
     if turn.discriminator_loss is not None:
         record["discriminator_loss"] = turn.discriminator_loss.detach()
     return record
-
-
-def mean_records(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each metric over the slices of a step."""
-    if not records:
-        return {}
-    return {name: torch.stack([record[name] for record in records]).mean() for name in records[0]}

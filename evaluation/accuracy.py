@@ -1,6 +1,6 @@
 """Does a pipeline draw what it was asked for, and does it draw it in more than one way?
 
-Shapes: N images, pixels [N, 3, 32, 32] in [0, 1], labels [N], features [N, D].
+Shapes: N images, pixels [N, 3, H, W] in [0, 1], labels [N], features [N, D].
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from fewstep.evaluation.digits_classifier import DigitsClassifier
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class AccuracyResult:
-    """Fraction of images that the classifier takes for the digit of the prompt.
+    """Fraction of images that the classifier takes for the class that the prompt asks for.
 
     `reference` is the same fraction for the real images of the reference split: the ceiling of this measure.
-    `per_class` has one fraction per digit, None where no image of that digit was asked for.
+    `per_class` has one fraction per class, None where no image of that class was asked for.
     """
 
     value: float
@@ -36,15 +34,19 @@ class DiversityResult:
 
 
 @torch.no_grad()
-def class_accuracy(classifier: DigitsClassifier, pixels: Tensor, *, labels: Tensor) -> tuple[float, list[float | None]]:
-    """(accuracy over all images, accuracy per digit) in [0, 1]. Raises ValueError when counts differ or are zero."""
+def class_accuracy(classifier: nn.Module, pixels: Tensor, *, labels: Tensor) -> tuple[float, list[float | None]]:
+    """(accuracy over all images, accuracy per class) in [0, 1]; `classifier` gives logits [N, classes].
+
+    Raises ValueError when counts differ or are zero.
+    """
     if labels.ndim != 1 or len(labels) != len(pixels) or len(labels) == 0:
         raise ValueError(
             f"{tuple(labels.shape)} labels for {len(pixels)} images; use one label per image, at least one"
         )
-    predicted = torch.cat([classifier(part).argmax(dim=1) for part in pixels.split(256)])
-    right = (predicted == labels).double()
-    per_class = [right[labels == digit].mean().item() if (labels == digit).any() else None for digit in range(10)]
+    logits = torch.cat([classifier(part) for part in pixels.split(256)])
+    right = (logits.argmax(dim=1) == labels).double()
+    of_class = (right[labels == number] for number in range(logits.shape[1]))
+    per_class = [part.mean().item() if len(part) else None for part in of_class]
     return right.mean().item(), per_class
 
 

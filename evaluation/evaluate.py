@@ -1,30 +1,26 @@
 """Judge exported pipelines: quality with given seeds, speed of the stock call, and sample grids.
 
-Shapes: pixels [N, 3, H, W] in [0, 1] (32 x 32 for the embedded digits), features [N, D].
+Shapes: pixels [N, 3, H, W] in [0, 1], features [N, D].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.core.embedded.digits import balanced_prompt
 from fewstep.evaluation.clip_score import ClipScorer, load_clip_scorer, mean_clip_score
-from fewstep.evaluation.digits_classifier import DigitFeatures, DigitsClassifier, load_classifier
 from fewstep.evaluation.fid import extract_features, score_fid, score_kid
 from fewstep.evaluation.generation import StockCall, generate, load_pipeline
 from fewstep.evaluation.inception import WEIGHTS_NAME, load_inception_features
 from fewstep.evaluation.latency import LatencyResult, TimingPlan, measure_latency
-from fewstep.evaluation.references import Reference, digits_reference, folder_reference
+from fewstep.evaluation.references import Reference, folder_reference
 from fewstep.evaluation.results import EvaluationResult, ReportRow
-from fewstep.evaluation.systems import OwnReference, System, read_system, require_samples
-
-DEFAULT_CLASSIFIER = Path("assets/digits_image/classifier")
+from fewstep.evaluation.systems import OwnReference, System, require_samples
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Judge:
 class SampleGrid:
     """Images of the same prompts and indices by several systems: pixels[i] is [K, 3, H, W] of the system names[i].
 
-    `real` holds real images: one per prompt of the digits, the first ones of a folder.
+    `real` holds real images, perhaps one per prompt.
     """
 
     prompts: tuple[str, ...]
@@ -69,44 +65,31 @@ class Comparison:
 
 
 def build_judge(
-    reference: str | OwnReference,
+    own: OwnReference,
     *,
-    classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
     inception: str | Path | None = None,
     clip: str | Path | None = None,
     clip_model: str | None = None,
 ) -> Judge:
-    """A judge whose reference is the digits split "test" or "train", or the user's own prompts and pictures.
+    """A judge whose reference is the user's own prompts and pictures.
 
-    `inception` and `clip` are local weights (see `load_inception_features` and `load_clip_scorer`): the first takes the
-    place of the classifier's features in FID, KID and diversity, the second adds the CLIP score. Own pictures need the
-    first and have no classifier. Raises ValueError for another split, and for missing weights, prompts or pictures.
+    `inception` and `clip` are local weights (see `load_inception_features` and `load_clip_scorer`): the first gives the
+    features of FID and KID, the second adds the CLIP score. Raises ValueError for missing weights, prompts or pictures.
     """
-    if isinstance(reference, OwnReference):
-        if inception is None:
-            raise ValueError(
-                "FID and KID of your own pictures need Inception features, for the classifier knows digits alone; give "
-                f"--inception FILE, the weights {WEIGHTS_NAME} of torch-fidelity (v0.2.0)"
-            )
-        chosen = folder_reference(reference, extractor=load_inception_features(inception))
-    else:
-        network = classifier if isinstance(classifier, DigitsClassifier) else load_classifier(classifier)
-        features = DigitFeatures(network) if inception is None else load_inception_features(inception)
-        chosen = digits_reference(reference, classifier=network, extractor=features)
-    return Judge(
-        reference=chosen,
-        clip=None if clip is None else load_clip_scorer(clip, model=clip_model),
-        clip_weights="" if clip is None else Path(clip).name,
-    )
+    if inception is None:
+        raise ValueError(
+            "FID and KID of your own pictures need Inception features; give --inception FILE, the weights "
+            f"{WEIGHTS_NAME} of torch-fidelity (v0.2.0)"
+        )
+    reference = folder_reference(own, extractor=load_inception_features(inception))
+    return with_clip(Judge(reference), clip, model=clip_model)
 
 
-def evaluation_prompts(samples: int) -> list[str]:
-    """The prompts of samples 0 ... samples - 1 of the digits, which follow the captions of the data.
-
-    Raises ValueError for too few samples to hold every digit twice.
-    """
-    require_samples(samples)
-    return [balanced_prompt(index) for index in range(samples)]
+def with_clip(judge: Judge, clip: str | Path | None, *, model: str | None = None) -> Judge:
+    """The judge with a CLIP score from local weights, or as it is for None."""
+    if clip is None:
+        return judge
+    return replace(judge, clip=load_clip_scorer(clip, model=model), clip_weights=Path(clip).name)
 
 
 def judge_pixels(
@@ -134,28 +117,6 @@ def judge_pixels(
     )
 
 
-def evaluate_pipeline(
-    path: str | Path,
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    samples: int = 500,
-    seed: int = 0,
-    reference: str = "test",
-    classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
-    batch_size: int = 64,
-) -> EvaluationResult:
-    """Quality of the digits pipeline in the directory `path` over `samples` images; speed is the matter of `compare`.
-
-    steps and guidance None are read from the export's distillation.json. Raises ValueError for bad input.
-    """
-    prompts = evaluation_prompts(samples)
-    system = read_system(path, steps=steps, guidance=guidance)
-    judge = build_judge(reference, classifier=classifier)
-    pixels = _draw(load_pipeline(path), system, prompts=prompts, seed=seed, batch_size=batch_size)
-    return judge_pixels(judge, pixels, prompts=prompts, system=system, seed=seed)
-
-
 def _time(systems: Sequence[System], *, reference: Reference, plan: TimingPlan, device: str) -> list[LatencyResult]:
     """Time freshly loaded pipelines, which nothing of the evaluation has touched."""
     prompts = tuple(reference.sample_prompts(plan.batch_size))
@@ -163,7 +124,7 @@ def _time(systems: Sequence[System], *, reference: Reference, plan: TimingPlan, 
     return measure_latency(calls, plan=plan, device=device)
 
 
-def _draw(pipeline: Any, system: System, *, prompts: Sequence[str], seed: int, batch_size: int) -> Tensor:
+def draw_samples(pipeline: Any, system: System, *, prompts: Sequence[str], seed: int, batch_size: int) -> Tensor:
     """Pixels of prompts 0, 1, ... as `system` calls the pipeline."""
     return generate(
         pipeline,
@@ -213,10 +174,10 @@ def compare(
         pipeline = load_pipeline(system.path, device=device)
         own = []
         for seed in seeds:
-            pixels = _draw(pipeline, system, prompts=prompts, seed=seed, batch_size=batch_size)
+            pixels = draw_samples(pipeline, system, prompts=prompts, seed=seed, batch_size=batch_size)
             own.append(judge_pixels(judge, pixels, prompts=prompts, system=system, seed=seed))
         results.append(own)
-        drawn.append(_draw(pipeline, system, prompts=grid_prompts, seed=seeds[0], batch_size=batch_size))
+        drawn.append(draw_samples(pipeline, system, prompts=grid_prompts, seed=seeds[0], batch_size=batch_size))
     groups = _group(systems, results)
     chosen = [system for system, _ in groups]
     latencies = [None] * len(chosen)

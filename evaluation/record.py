@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.core.model_card import RECORD_FILE, Figure, add_figures
+from fewstep.core.export.model_card import RECORD_FILE, Figure, add_figures
 from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.results import EvaluationResult, Spread
 

@@ -1,6 +1,6 @@
-"""What generated images are asked for and held against: the embedded digits, or the user's own prompts and pictures.
+"""What generated images are asked for and held against, and the user's own prompts and pictures as that.
 
-Shapes: pixels [N, 3, H, W] in [0, 1], labels [N], features [N, D].
+Shapes: pixels [N, 3, H, W] in [0, 1], features [N, D].
 """
 
 from __future__ import annotations
@@ -8,24 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.core.data import read_prompts
-from fewstep.core.embedded.digits import PHRASINGS, balanced_prompt, caption, load_digits_split
-from fewstep.core.embedded.digits import label_of_prompt as digit_of_prompt
 from fewstep.core.latent_sources import read_picture
-from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult, class_accuracy, within_class_diversity
-from fewstep.evaluation.digits_classifier import DigitFeatures, DigitsClassifier
+from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult
 from fewstep.evaluation.fid import ReferenceFeatures, extract_features
-from fewstep.evaluation.inception import InceptionFeatures
 from fewstep.evaluation.systems import OwnReference
 
-SPLITS = ("test", "train")
-# After so many indices `balanced_prompt` repeats: 10 digits, 4 turns of the stroke weight, all phrasings.
-DIGIT_PROMPTS = 40 * len(PHRASINGS)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # The kernel distance of two halves needs four pictures in each.
 LEAST_PICTURES = 8
@@ -33,24 +27,19 @@ GRID_COLUMNS = 10
 READ_BATCH = 64
 
 
-@dataclass(frozen=True)
-class DigitClasses:
-    """A classifier of digits, and what it says of the real ones: their accuracy and their diversity."""
+class Classes(Protocol):
+    """A classifier of what prompts ask for, and what it says of real pictures: their accuracy and their diversity."""
 
-    classifier: DigitsClassifier
-    accuracy: float
-    diversity: float
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def diversity(self) -> float: ...
 
     def score(
         self, pixels: Tensor, features: Tensor, *, prompts: Sequence[str]
     ) -> tuple[AccuracyResult, DiversityResult]:
-        """Scores of pixels [N, 3, 32, 32] and their features [N, D], which were drawn for `prompts`."""
-        labels = torch.tensor([digit_of_prompt(prompt) for prompt in prompts])
-        accuracy, per_class = class_accuracy(self.classifier, pixels, labels=labels)
-        return (
-            AccuracyResult(accuracy, len(pixels), self.accuracy, tuple(per_class)),
-            DiversityResult(within_class_diversity(features, labels), self.diversity),
-        )
+        """Scores of pixels [N, 3, H, W] and their features [N, D], which were drawn for `prompts`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,38 +55,11 @@ class Reference:
     real: ReferenceFeatures
     grid_prompts: tuple[str, ...]
     grid_pixels: Tensor
-    classes: DigitClasses | None = None
+    classes: Classes | None = None
 
     def sample_prompts(self, samples: int) -> list[str]:
         """The prompts of samples 0 ... samples - 1."""
         return [self.prompts[index % len(self.prompts)] for index in range(samples)]
-
-
-def digits_reference(
-    split: str, *, classifier: DigitsClassifier, extractor: DigitFeatures | InceptionFeatures
-) -> Reference:
-    """The digits of `split`, "test" or "train"; the other split measures the floor. Raises ValueError for another."""
-    if split not in SPLITS:
-        raise ValueError(f"reference is {split!r}; use one of {', '.join(SPLITS)}")
-    real = load_digits_split("test" if split == "test" else "train")
-    other = load_digits_split("train" if split == "test" else "test")
-    rows = extract_features(extractor, real.pixels)
-    accuracy, _ = class_accuracy(classifier, real.pixels, labels=real.labels)
-    return Reference(
-        prompts=tuple(balanced_prompt(index) for index in range(DIGIT_PROMPTS)),
-        extractor=extractor,
-        real=ReferenceFeatures(
-            split=split,
-            features=rows,
-            floor_pool=extract_features(extractor, other.pixels),
-            floor_labels=other.labels,
-            feature_extractor=extractor.name,
-        ),
-        # One column per digit, without a stroke weight.
-        grid_prompts=tuple(caption(digit, weight=None, phrasing=0) for digit in range(10)),
-        grid_pixels=torch.stack([real.pixels[real.labels == digit][0] for digit in range(10)]),
-        classes=DigitClasses(classifier, accuracy, within_class_diversity(rows, real.labels)),
-    )
 
 
 def list_pictures(folder: str | Path) -> list[Path]:

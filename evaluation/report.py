@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fewstep.core.sample_grid import save_grid
+from fewstep.core.training.sample_grid import save_grid
 from fewstep.evaluation.curves import Curve, choose_metrics
 from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.figures import curves_figure, grid_image, quality_figure

@@ -30,10 +30,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from studies.attention_speed import MASKS, Case, measure, record_of, table_of
 
     from fewstep.evaluation.provenance import collect_provenance
-    from fewstep.kernels.attention_benchmark import MASKS, Case, measure
-    from fewstep.kernels.attention_benchmark_table import record_of, table_of
 
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--train_only", action="store_true", help="leave out the evaluation")
     options = parser.parse_args()
 
-    from fewstep.causal_video import digits_study as study
+    from studies import causal as study
 
     folder = Path(options.runs)
     for seed in options.seeds:

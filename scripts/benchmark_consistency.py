@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("--train_only", action="store_true", help="leave out the evaluation")
     options = parser.parse_args()
 
-    from fewstep.consistency import digits_study as study
-    from fewstep.consistency.two_time_study import write_results
+    from studies import consistency as study
+    from studies.two_time import write_results
 
     folder, output, methods = Path(options.runs), Path(options.output), options.methods or study.METHODS
     for seed in options.seeds:

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--output", default="assets/benchmarks/digits_dmd")
     options = parser.parse_args()
 
-    from fewstep.dmd.digits_study import STUDENT_STEPS, evaluate, train_and_export
+    from studies.dmd import STUDENT_STEPS, evaluate, train_and_export
 
     for seed in options.seeds:
         for steps in STUDENT_STEPS:

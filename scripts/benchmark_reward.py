@@ -25,13 +25,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="with --overlap: steps timed each way")
     options = parser.parse_args()
 
-    from fewstep.dmd.reward_study import HACKING, METHODS, evaluate, run_directory, study_config, train, write_report
+    from studies.reward import HACKING, METHODS, evaluate, run_directory, study_config, train, write_report
+
     from fewstep.evaluation.provenance import collect_provenance
 
     base, folder, output = Path(options.base), Path(options.runs), Path(options.output)
     made = asdict(collect_provenance("scripts/benchmark_reward.py", arguments=sys.argv[1:]))
     if options.overlap:
-        from fewstep.dmd.reward_benchmark import measure_overlap
+        from studies.reward_overlap import measure_overlap
 
         start = run_directory(base, 2, options.seeds[0])
         config = study_config(options.overlap, base=start, run=folder / "overlap", seed=0)

@@ -16,8 +16,8 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from studies.reward_toy import Method, ToyReward, run_reward_toy
 
-    from fewstep.dmd.reward.toy import Method, ToyReward, run_reward_toy
     from fewstep.evaluation.provenance import collect_provenance
 
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--train_only", action="store_true", help="leave out the evaluation")
     options = parser.parse_args()
 
-    from fewstep.causal_video import steered_study as study
+    from studies import steered as study
 
     folder, output = Path(options.runs), Path(options.output)
     if options.train_only:

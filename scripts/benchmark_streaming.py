@@ -16,8 +16,7 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
-
-    from fewstep.causal_video import speed_benchmark as benchmark
+    from studies import streaming_speed as benchmark
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

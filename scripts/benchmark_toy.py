@@ -16,9 +16,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from studies.consistency_toy import OBJECTIVES, ToySettings
+    from studies.consistency_toy_study import run_study, table, write_study
 
-    from fewstep.consistency.toy import OBJECTIVES, ToySettings
-    from fewstep.consistency.toy_study import run_study, table, write_study
     from fewstep.evaluation.provenance import collect_provenance
 
     # The network is too small for a second thread to help.

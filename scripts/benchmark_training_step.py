@@ -22,11 +22,11 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from studies.scm_step_cost import measure_scm_step
+    from studies.step_cost import measure_step_cost
 
-    from fewstep.consistency.benchmark import measure_scm_step
     from fewstep.consistency.config import ConsistencyConfig
     from fewstep.core.config import load_config
-    from fewstep.dmd.benchmark import measure_step_cost
     from fewstep.dmd.config import DmdConfig
     from fewstep.evaluation.provenance import collect_provenance
 

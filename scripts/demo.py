@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=500, help="images per row of the table")
     options = parser.parse_args()
 
-    from fewstep.dmd.digits_study import STUDENT_STEPS, evaluate, run_directory, train_and_export
+    from studies.dmd import STUDENT_STEPS, evaluate, run_directory, train_and_export
 
     started, output = time.monotonic(), Path(options.output)
     shutil.rmtree(output, ignore_errors=True)

@@ -41,11 +41,15 @@ def main() -> None:
         real = systems.pick_reference(options.reference, chosen, prompts=options.prompts, images=options.images)
         metrics = [curve for run in options.run for curve in curves.read_curves(run)]
         # Slow imports; mistakes above are answered without them.
+        from fewstep.embedded.digits import reference as digits
         from fewstep.evaluation import evaluate, latency, provenance, record, report, table
 
         plan = {"batch_size": options.timing_batch, "threads": options.threads}
         timing = latency.TimingPlan(options.timing_repeats, **plan) if options.timing_repeats else None
-        judge = evaluate.build_judge(real, classifier=options.classifier, **weights)
+        if isinstance(real, systems.OwnReference):
+            judge = evaluate.build_judge(real, **weights)
+        else:
+            judge = digits.digits_judge(real, classifier=options.classifier, **weights)
         found = evaluate.compare(chosen, judge=judge, timing=timing, device=options.device, **sampling)
     except ValueError as error:
         sys.exit(f"error: {error}")

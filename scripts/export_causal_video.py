@@ -21,9 +21,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # Imports are slow; --help and mistyped options answer without them.
-    from fewstep.causal_video.export import export_causal_run
-    from fewstep.causal_video.export_card import streaming_snippet
-    from fewstep.core.export_check import ExportMismatchError
+    from fewstep.causal_video.export.card import streaming_snippet
+    from fewstep.causal_video.export.pipeline import export_causal_run
+    from fewstep.core.export.check import ExportMismatchError
 
     try:
         directory, record = export_causal_run(

@@ -22,9 +22,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # Imports are slow; --help and mistyped options answer without them.
-    from fewstep.core.export_check import ExportMismatchError
-    from fewstep.core.export_run import ExportFiles, export_run
-    from fewstep.core.model_card import loading_snippet
+    from fewstep.core.export.check import ExportMismatchError
+    from fewstep.core.export.model_card import loading_snippet
+    from fewstep.core.export.run import ExportFiles, export_run
 
     try:
         directory, record = export_run(

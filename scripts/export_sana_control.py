@@ -19,8 +19,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     from fewstep.core.data import LatentDataset
-    from fewstep.core.export_check import ExportMismatchError
-    from fewstep.core.export_sana_control import draw_control_grid, export_control_run
+    from fewstep.core.export.check import ExportMismatchError
+    from fewstep.core.export.sana_control import draw_control_grid, export_control_run
 
     chosen = {"steps": options.steps, "checkpoint": options.checkpoint, "weights": options.weights}
     try:

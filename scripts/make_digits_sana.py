@@ -19,7 +19,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch
 
-    from fewstep.core.embedded.sana_teacher import SanaRecipe, save_sana, train_sana
+    from fewstep.embedded.digits.sana_teacher import SanaRecipe, save_sana, train_sana
 
     torch.set_num_threads(arguments.threads)
     chosen = {

@@ -20,8 +20,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from fewstep.consistency.sprint_control import make_control_teacher
-    from fewstep.consistency.sprint_teacher import FineTuneRecipe
+    from studies.sana_control import make_control_teacher
+
+    from fewstep.consistency.sana_sprint.teacher import FineTuneRecipe
 
     recipe = FineTuneRecipe(
         steps=arguments.steps,

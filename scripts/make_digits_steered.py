@@ -19,7 +19,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from fewstep.causal_video.controls_digits import encode_steered_digits
+    from studies.steered_clips import encode_steered_digits
+
     from fewstep.core.teacher import Teacher
 
     teacher = Teacher.load(arguments.teacher, device=arguments.device)

@@ -19,7 +19,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch
 
-    from fewstep.core.embedded.teacher import TeacherRecipe, save_teacher, train_teacher
+    from fewstep.embedded.digits.teacher import TeacherRecipe, save_teacher, train_teacher
 
     torch.set_num_threads(arguments.threads)
     chosen = {

@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch
 
-    from fewstep.core.embedded.video_teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
+    from fewstep.embedded.digits.clip_teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
 
     torch.set_num_threads(arguments.threads)
     names = ("autoencoder_steps", "short_steps", "transformer_steps")
@@ -31,7 +31,7 @@ def main() -> None:
     recipe = VideoTeacherRecipe(seed=arguments.seed, **chosen)
     pipeline, dataset, log = train_video_teacher(recipe, arguments.output)
     save_video_teacher(pipeline, dataset, arguments.output, recipe=recipe, log=log)
-    print(f"wrote {arguments.output}; measure it with python -m fewstep.evaluation.video_evaluation")
+    print(f"wrote {arguments.output}; measure it with python -m studies.clip_evaluation")
 
 
 if __name__ == "__main__":

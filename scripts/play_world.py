@@ -19,9 +19,9 @@ def main() -> None:
 
     import torch
 
-    from fewstep.causal_video.pipeline import CausalVideoPipeline
-    from fewstep.causal_video.server import serve
-    from fewstep.causal_video.world_play import World
+    from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
+    from fewstep.causal_video.stream.play import World
+    from fewstep.causal_video.stream.server import serve
 
     try:
         dtype = getattr(torch, options.dtype)

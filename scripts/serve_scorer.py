@@ -21,8 +21,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from fewstep.evaluation.remote_scorer_server import ScorerServer
-    from fewstep.evaluation.reward_choice import ScorerChoice, make_scorer
+    from fewstep.dmd.reward.scorers import ScorerChoice, make_scorer
+    from fewstep.evaluation.scorers.remote_server import ScorerServer
 
     place = {"host": options.host, "device": options.device, "chunk": options.chunk}
     try:

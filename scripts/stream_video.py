@@ -28,9 +28,9 @@ def main() -> None:
     options = parse()
     import torch
 
-    from fewstep.causal_video.pipeline import CausalVideoPipeline
-    from fewstep.causal_video.session_output import check_video_path, hold_last, parse_switch, read_picture, write_video
-    from fewstep.causal_video.speed import timed
+    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, read_picture, write_video
+    from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
+    from fewstep.causal_video.stream.speed import timed
 
     try:
         check_video_path(options.output)

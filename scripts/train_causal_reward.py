@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import sys
 
-from fewstep.causal_video.reward_config import CausalRewardConfig
+from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.core.config import parse_config
 
 
 def main() -> None:
     config, _ = parse_config(CausalRewardConfig, sys.argv[1:], prog="train_causal_reward.py", description=__doc__ or "")
 
-    from fewstep.causal_video.reward_train import train_causal_reward
-    from fewstep.core.trainer import NonFiniteError
-    from fewstep.dmd.reward_turns_scores import RewardError
+    from fewstep.causal_video.reward.train import train_causal_reward
+    from fewstep.core.training.trainer import NonFiniteError
+    from fewstep.dmd.reward.scores import RewardError
 
     try:
         code = train_causal_reward(config)

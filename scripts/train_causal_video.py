@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import sys
 
-from fewstep.causal_video.config import CausalConfig
+from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.core.config import parse_config
 
 
 def main() -> None:
     config, _ = parse_config(CausalConfig, sys.argv[1:], prog="train_causal_video.py", description=__doc__ or "")
 
-    from fewstep.causal_video.train import train_causal_video
-    from fewstep.core.trainer import NonFiniteError
+    from fewstep.causal_video.stages.train import train_causal_video
+    from fewstep.core.training.trainer import NonFiniteError
 
     try:
         code = train_causal_video(config)

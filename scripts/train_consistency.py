@@ -13,7 +13,7 @@ def main() -> None:
     config, _ = parse_config(ConsistencyConfig, sys.argv[1:], prog="train_consistency.py", description=__doc__ or "")
 
     from fewstep.consistency.train import train_consistency
-    from fewstep.core.trainer import NonFiniteError
+    from fewstep.core.training.trainer import NonFiniteError
 
     try:
         code = train_consistency(config)

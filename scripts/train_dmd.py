@@ -11,7 +11,7 @@ from fewstep.dmd.config import DmdConfig
 def main() -> None:
     config, _ = parse_config(DmdConfig, sys.argv[1:], prog="train_dmd.py", description=__doc__ or "")
 
-    from fewstep.core.trainer import NonFiniteError
+    from fewstep.core.training.trainer import NonFiniteError
     from fewstep.dmd.train import train_dmd
 
     try:

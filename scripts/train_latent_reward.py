@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from fewstep.core.config import parse_config
-from fewstep.dmd.reward_latent_config import LatentRewardConfig
+from fewstep.dmd.reward.latent.config import LatentRewardConfig
 
 
 def main() -> None:
     config, _ = parse_config(LatentRewardConfig, sys.argv[1:], prog="train_latent_reward.py", description=__doc__ or "")
 
-    from fewstep.core.trainer import NonFiniteError
-    from fewstep.dmd.reward_latent_train import train_latent_reward
+    from fewstep.core.training.trainer import NonFiniteError
+    from fewstep.dmd.reward.latent.train import train_latent_reward
 
     try:
         code = train_latent_reward(config)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 
 from fewstep.core.config import parse_config
-from fewstep.dmd.reward_config import RewardRunConfig
+from fewstep.dmd.reward.config import RewardRunConfig
 
 
 def main() -> None:
     config, _ = parse_config(RewardRunConfig, sys.argv[1:], prog="train_reward.py", description=__doc__ or "")
 
-    from fewstep.core.trainer import NonFiniteError
-    from fewstep.dmd.reward_train import train_reward
-    from fewstep.dmd.reward_turns_scores import RewardError
+    from fewstep.core.training.trainer import NonFiniteError
+    from fewstep.dmd.reward.scores import RewardError
+    from fewstep.dmd.reward.train import train_reward
 
     try:
         code = train_reward(config)

@@ -15,7 +15,7 @@ import torch
 from diffusers import SanaTransformer2DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
-from fewstep.core.families.sd3_attention import KeyBiasJointAttention
+from fewstep.core.families.sd3 import KeyBiasJointAttention
 from tests.tiny_pipelines import CLIP_WIDTH, LATENT_SHAPE, T5_WIDTH, build_sd3, build_sd15, build_sdxl
 
 TEXT_WIDTH = 16

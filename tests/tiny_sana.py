@@ -14,8 +14,8 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 
-from fewstep.core.embedded.sana_parts import TEXT_WIDTH, build_text_encoder, build_tokenizer
 from fewstep.core.families.sana_control import with_controlnet
+from fewstep.embedded.digits.sana_teacher import TEXT_WIDTH, build_text_encoder, build_tokenizer
 from tests.tiny_networks import widen_weights
 
 LATENT_SHAPE = (8, 4, 4)

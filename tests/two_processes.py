@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.core.checkpoint import load_checkpoint
-from fewstep.core.run_directory import METRICS_FILE, read_metrics
+from fewstep.core.training.checkpoint import load_checkpoint
+from fewstep.core.training.run_directory import METRICS_FILE, read_metrics
 
 
 def launch_two(*command: str, timeout: float = 500) -> str:

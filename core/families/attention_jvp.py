@@ -27,7 +27,7 @@ from fewstep.core.families.attention_jvp_processors import (
 )
 from fewstep.core.families.family import network_dtype
 from fewstep.core.families.sana_control import ControlledSana
-from fewstep.core.families.sd3_attention import KeyBiasJointAttention
+from fewstep.core.families.sd3 import KeyBiasJointAttention
 from fewstep.kernels.check_jvp import JvpCheck, check_jvp
 
 NETWORKS = (SD3Transformer2DModel, SanaTransformer2DModel, ControlledSana, WanTransformer3DModel, UNet2DConditionModel)

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.core.families.sd3_attention import KeyBiasJointAttention, joint_projections, split_heads
+from fewstep.core.families.sd3 import KeyBiasJointAttention, joint_projections, split_heads
 from fewstep.kernels.attention import attention
 from fewstep.kernels.mask import AttentionMask
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32, eps_from_velocity, expand_time, x0_from_velocity
-from fewstep.dmd.loss import require_same_shape
+from fewstep.core.shapes import require_same_shape
 from fewstep.dmd.reward.inputs import Reduction, over_elements
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.shapes import require_same_shape
 
 Reduction = Literal["mean", "sum"]
 
@@ -74,3 +75,14 @@ def group_std(values: Tensor, group: Tensor) -> Tensor:
         ValueError: group is not integer and [B].
     """
     return group_mean((values - group_mean(values, group)).square(), group).sqrt()
+
+
+def reference_penalty(prediction: Tensor, reference_prediction: Tensor) -> Tensor:
+    """mean |prediction - reference|^2 of each sample, [B]; no gradient reaches the reference.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_same_shape(prediction=prediction, reference_prediction=reference_prediction)
+    difference = at_least_fp32(prediction) - at_least_fp32(reference_prediction.detach())
+    return over_elements(difference.square(), "mean")

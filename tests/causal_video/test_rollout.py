@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.causal_video.cache import RollingCache
+from fewstep.causal_video.cache.rolling import RollingCache
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition, denoise_chunk
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.network import CausalWan
+from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.rollout import Rollout, replayed_backward, rollout
 from fewstep.causal_video.schedule import StepSchedule, random_exit

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.causal_video.cache import RollingCache
+from fewstep.causal_video.cache.rolling import RollingCache
 from fewstep.causal_video.denoise import ChunkNoise
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.network import CausalWan
+from fewstep.causal_video.model.network import CausalWan
+from fewstep.causal_video.model.prefix import Prefix
 from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
-from fewstep.causal_video.prefix import Prefix
 from tests.tiny_networks import draw, widen_weights
 
 CHANNELS = 4

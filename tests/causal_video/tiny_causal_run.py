@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.causal_video.config import CausalConfig, CausalDataConfig, CausalLossConfig, CausalStudentConfig
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.setup import CausalData, CausalSetup, build_setup
+from fewstep.causal_video.stages.config import CausalConfig, CausalDataConfig, CausalLossConfig, CausalStudentConfig
+from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_setup
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
-from fewstep.core.run_directory import RunDirectory
-from fewstep.core.trainer import Trainer
-from fewstep.dmd.config import FakeScoreConfig, LossConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, TeacherConfig
+from fewstep.core.training.run_directory import RunDirectory
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.config import LossConfig
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_videos import VIDEO_LATENTS, build_video_pipeline
 

@@ -11,11 +11,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.pipeline import CausalVideoPipeline
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.session_state import ChunkOutput
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
+from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
+from fewstep.causal_video.stream.state import ChunkOutput
 from tests.tiny_networks import widen_weights
 from tests.tiny_videos import TEXT_WIDTH, VIDEO_LATENTS, VIDEO_SIDE, build_video_pipeline
 

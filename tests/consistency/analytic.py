@@ -7,9 +7,8 @@ Data are N(mean, std^2) in each element. Times are floats or tensors that broadc
 from dataclasses import dataclass
 
 import torch
+from studies.toy_mixture import Mixture
 from torch import Tensor
-
-from fewstep.consistency.toy_mixture import Mixture
 
 Number = float | Tensor
 BIMODAL = Mixture((0.4, 0.6), (-1.2, 0.9), (0.35, 0.5))

@@ -10,13 +10,12 @@ import torch
 from fewstep.consistency.batch import Networks, noise_data
 from fewstep.consistency.config import ConsistencyLossConfig
 from fewstep.consistency.setup import check_tangent
-from fewstep.consistency.train import train_consistency, train_step
-from fewstep.consistency.turns import consistency_turn
-from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.consistency.train import consistency_turn, train_consistency, train_step
 from fewstep.core.config import save_resolved
-from fewstep.core.export_run import export_run
-from fewstep.core.roles import Role
-from fewstep.dmd.turns import Draw
+from fewstep.core.export.run import export_run
+from fewstep.core.randomness import Draw
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.training.roles import Role
 from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 

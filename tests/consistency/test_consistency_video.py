@@ -12,12 +12,12 @@ from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 
 from fewstep.consistency.train import train_consistency, train_step
-from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.data import LatentDataset
-from fewstep.core.export_run import export_run, load_run_student, read_settings
+from fewstep.core.export.run import export_run, load_run_student, read_settings
 from fewstep.core.grids import step_grid
+from fewstep.core.networks import image_shape
 from fewstep.core.student import Student
-from fewstep.dmd.setup import image_shape
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from tests.causal_video.tiny_causal_run import VideoInputs, write_inputs
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
 from tests.consistency.tiny_video_run import VIDEO_CASES, tiny_video

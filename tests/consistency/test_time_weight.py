@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.consistency.scm_loss import scm_loss
+from fewstep.consistency.methods.scm import scm_loss
 from fewstep.consistency.time_weight import build_time_weight
 from fewstep.consistency.train import train_step
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency

@@ -12,12 +12,11 @@ from torch import nn
 from fewstep.consistency.config import ConsistencyLossConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import flow_map_samples, train_consistency, train_step
-from fewstep.core.checkpoint import list_checkpoints, load_checkpoint
-from fewstep.core.export_run import export_run, load_run_student, read_settings
-from fewstep.core.randomness import sample_noise, shared_integer
-from fewstep.core.roles import Role
+from fewstep.core.export.run import export_run, load_run_student, read_settings
+from fewstep.core.randomness import Draw, sample_noise, shared_integer
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.training.roles import Role
 from fewstep.core.two_time import second_time_of
-from fewstep.dmd.turns import Draw
 from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 from tests.tiny_pipelines import LATENT_SHAPE

@@ -8,9 +8,9 @@ from typing import Any
 from fewstep.consistency.config import ConsistencyConfig, ConsistencyLossConfig
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup
 from fewstep.core.config import OptimizerConfig, RunConfig
-from fewstep.core.run_directory import RunDirectory
-from fewstep.core.trainer import Trainer
-from fewstep.dmd.config import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.training.run_directory import RunDirectory
+from fewstep.core.training.trainer import Trainer
 from tests.dmd.tiny_run import TinyInputs
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.consistency.config import ConsistencyConfig, ConsistencyLossConfig
-from fewstep.consistency.mcm_config import McmConfig
+from fewstep.consistency.mcm.config import McmConfig
 from fewstep.core.config import RunConfig
-from fewstep.dmd.config import DataConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, StudentConfig, TeacherConfig
 from tests.causal_video.tiny_causal_run import VideoInputs
 from tests.consistency.tiny_consistency_run import FAKE_SCORE, OPTIMIZER
 from tests.tiny_videos import VIDEO_FRAMES, VIDEO_SIDE

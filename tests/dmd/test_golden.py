@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from fewstep.core.config import OptimizerConfig
-from fewstep.core.roles import Role
+from fewstep.core.training.roles import Role
 from fewstep.dmd.train import train_step
 from tests.dmd.tiny_run import WITH_GAN, TinyInputs, start, tiny_config
 

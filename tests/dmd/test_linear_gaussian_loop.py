@@ -6,6 +6,7 @@ The teacher is N(0.5 + c, 1.3^2) under a prompt with the token c and N(0.5, 1.3^
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,15 @@ from fewstep.core.condition import Condition
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import PromptConditions
 from fewstep.core.fake_score import FakeScoreOutput
-from fewstep.core.run_directory import RunDirectory, read_metrics
+from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
 from fewstep.core.student import Student
-from fewstep.core.trainer import Trainer
-from fewstep.core.watch import Watch
-from fewstep.dmd.config import DataConfig, DmdConfig, FakeScoreConfig, LossConfig, StudentConfig, TeacherConfig
+from fewstep.core.training.run import Run
+from fewstep.core.training.run_directory import RunDirectory, read_metrics
+from fewstep.core.training.trainer import Trainer
+from fewstep.core.training.watch import Watch
+from fewstep.dmd.config import DmdConfig, LossConfig
 from fewstep.dmd.setup import DmdSetup
-from fewstep.dmd.train import training_loop
+from fewstep.dmd.train import train_step
 from tests.dmd.gaussian_bench import GaussianDenoiser, LinearGaussianDenoiser
 
 MEAN, STD, GUIDANCE = 0.5, 1.3, 2.0
@@ -98,7 +101,8 @@ def settings(case: Case, directory: Path, *, updates: int) -> DmdConfig:
 def train(case: Case, directory: Path, *, updates: int) -> tuple[dict[str, Tensor], GaussianFakeScore]:
     """Run the loop to its end; the student's averaged parameters and the fake score."""
     config = settings(case, directory, updates=updates)
-    trainer = Trainer(config.run, RunDirectory(directory), cpu=True)
+    run_directory = RunDirectory(directory)
+    trainer = Trainer(config.run, run_directory, cpu=True)
     teacher: Any = GaussianTeacher()
     student: Any = LinearGaussianDenoiser(0.0, 0.7, kind="transport", dtype=torch.float32)
     fake: Any = GaussianFakeScore()
@@ -116,15 +120,12 @@ def train(case: Case, directory: Path, *, updates: int) -> tuple[dict[str, Tenso
         real=None,
         pairs=None,
     )
-    assert (
-        training_loop(
-            config,
-            setup,
-            trainer,
-            watch=Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance),
-        )
-        == 0
-    )
+    watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
+    with ExitStack() as stack:
+        run = Run(config, trainer, run_directory, dry=False, stack=stack)
+        for _ in run.steps(watch):
+            run.finish_step(train_step(config, setup, trainer))
+    assert run.exit_code == 0
     ema = setup.student_role.ema
     assert ema is not None
     return ema.state_dict(), fake

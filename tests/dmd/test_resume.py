@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.core.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from fewstep.core.config import save_resolved
-from fewstep.core.run_directory import read_metrics
+from fewstep.core.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from fewstep.core.training.run_directory import read_metrics
 from tests.dmd.run_server import SCRIPT, RunServer
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, measured, tiny_config
 

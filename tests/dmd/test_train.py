@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.core.checkpoint import load_checkpoint
-from fewstep.core.randomness import shared_integer
-from fewstep.core.roles import Role
-from fewstep.core.trainer import NonFiniteError
-from fewstep.dmd.setup import REAL_SEED
+from fewstep.core.data import REAL_SEED
+from fewstep.core.randomness import Draw, shared_integer
+from fewstep.core.training.checkpoint import load_checkpoint
+from fewstep.core.training.roles import Role
+from fewstep.core.training.trainer import NonFiniteError
 from fewstep.dmd.train import student_samples, train_dmd, train_step
-from fewstep.dmd.turns import Draw
 from tests.dmd.tiny_run import WITH_GAN, TinyInputs, measured, start, tiny_config
 
 

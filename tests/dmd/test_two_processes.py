@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.core.checkpoint import load_checkpoint
 from fewstep.core.config import save_resolved
+from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.train import train_dmd
 from tests.dmd.run_server import SCRIPT, Run, RunServer

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from fewstep.core.checkpoint import Checkpoint
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.latent_sources import teacher_pairs
 from fewstep.core.randomness import sample_noise
-from fewstep.core.run_directory import RunDirectory, read_metrics
+from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
-from fewstep.core.trainer import Trainer
-from fewstep.dmd.config import DataConfig, DmdConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.training.checkpoint import Checkpoint
+from fewstep.core.training.run_directory import RunDirectory, read_metrics
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, save_pipeline
 

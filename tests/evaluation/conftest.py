@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.core.embedded.autoencoder import build_autoencoder
-from fewstep.core.embedded.teacher import build_pipeline
-from fewstep.core.model_card import ExportRecord, write_record
-from fewstep.evaluation.digits_classifier import DigitsClassifier, TrainingRecord, save_classifier, train_classifier
+from fewstep.core.export.model_card import ExportRecord, write_record
+from fewstep.embedded.digits.autoencoder import build_autoencoder
+from fewstep.embedded.digits.classifier import DigitsClassifier, TrainingRecord, save_classifier, train_classifier
+from fewstep.embedded.digits.teacher import build_pipeline
 
 EPOCHS = 6
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewstep.core.embedded.digits import load_digits_split
+from fewstep.embedded.digits.images import load_digits_split
 from fewstep.evaluation.accuracy import class_accuracy, within_class_diversity
 
 

@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
-from fewstep.core.embedded.digits import label_of_prompt, load_digits_split
-from fewstep.evaluation.evaluate import (
-    build_judge,
-    compare,
-    evaluate_pipeline,
-    evaluation_prompts,
-    judge_pixels,
-)
+from fewstep.embedded.digits.images import label_of_prompt, load_digits_split
+from fewstep.embedded.digits.reference import digits_judge, evaluate_pipeline, evaluation_prompts
+from fewstep.evaluation.evaluate import compare, judge_pixels
 from fewstep.evaluation.latency import TimingPlan
 from fewstep.evaluation.results import Spread
 from fewstep.evaluation.systems import System, read_system
@@ -20,7 +15,7 @@ from fewstep.evaluation.systems import System, read_system
 
 @pytest.fixture(scope="module")
 def judge(classifier_folder):
-    return build_judge("test", classifier=classifier_folder)
+    return digits_judge("test", classifier=classifier_folder)
 
 
 def test_real_images_score_at_the_floor(judge) -> None:
@@ -104,10 +99,10 @@ def test_spread() -> None:
 
 def test_bad_input_is_an_error(judge, classifier_folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="reference is 'valid'; use one of test, train"):
-        build_judge("valid", classifier=classifier_folder)
+        digits_judge("valid", classifier=classifier_folder)
     with pytest.raises(ValueError, match="samples is 0; use at least 20"):
         evaluate_pipeline(tmp_path, samples=0)
     with pytest.raises(ValueError, match="0 systems and 1 seeds"):
         compare([], judge=judge)
     with pytest.raises(ValueError, match="no classifier weights"):
-        build_judge("test", classifier=tmp_path)
+        digits_judge("test", classifier=tmp_path)

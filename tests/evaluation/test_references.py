@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.core.embedded.digits import balanced_prompt
+from fewstep.embedded.digits.images import balanced_prompt
+from fewstep.embedded.digits.reference import DIGIT_PROMPTS
 from fewstep.evaluation.evaluate import Comparison, Judge, build_judge, compare
 from fewstep.evaluation.fid import FeatureStatistics, extract_features
 from fewstep.evaluation.generation import generate, load_pipeline
 from fewstep.evaluation.latency import TimingPlan
 from fewstep.evaluation.provenance import Provenance
 from fewstep.evaluation.record import figures_of
-from fewstep.evaluation.references import DIGIT_PROMPTS, folder_reference, list_pictures
+from fewstep.evaluation.references import folder_reference, list_pictures
 from fewstep.evaluation.report import table_notes, write_report
 from fewstep.evaluation.systems import OwnReference, System, pick_reference, picture_size, read_system
 from fewstep.evaluation.table import results_table

@@ -1,0 +1,143 @@
+"""What a run directory holds of a causal student: its settings, its weights, its size.
+
+Both kinds of runs are read: stages of scripts/train_causal_video.py, and those of scripts/train_causal_reward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from fewstep.causal_video.reward.config import REWARD_METHODS, CausalRewardConfig
+from fewstep.causal_video.schedule import StepSchedule
+from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults, load_defaults
+from fewstep.causal_video.stages.batch import causal_settings
+from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.stages.student import build_student, find_weights
+from fewstep.core.config import load_config
+from fewstep.core.data import LatentDataset
+from fewstep.core.export.run import EMA_FILE, LIVE_FILE
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.checkpoint import load_checkpoint
+from fewstep.core.training.run_directory import CONFIG_FILE
+
+STUDENT_PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class CausalRun:
+    """The method of a run, and its configuration as a stage: that of a reward run without its reward."""
+
+    method: str
+    config: CausalConfig
+
+
+def read_causal_run(run: Path) -> CausalRun:
+    """The resolved configuration of a run. Raises ValueError where there is none, or one of another method."""
+    file = run / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist; give the directory of a run of scripts/train_causal_video.py or "
+            "train_causal_reward.py"
+        )
+    said, arguments = yaml.safe_load(file.read_text(encoding="utf-8")), ["--config", str(file)]
+    if isinstance(said, Mapping) and said.get("method") in REWARD_METHODS:
+        rewarded, _ = load_config(CausalRewardConfig, arguments, prog="export", description="")
+        return CausalRun(rewarded.method, rewarded.as_stage())
+    config, _ = load_config(CausalConfig, arguments, prog="export", description="")
+    return CausalRun(config.method, config)
+
+
+def trained_controls(run: Path, config: CausalConfig) -> tuple[str, ...]:
+    """Names of the control channels of a run's student, from its causal_video.json; none for a student of text.
+
+    Raises ValueError where the run was trained with controls and does not say which.
+    """
+    if config.data.controls is None:
+        return ()
+    names = load_defaults(run).actions
+    if not names:
+        raise ValueError(
+            f"{run} was trained with data.controls, and its causal_video.json names none under stream.actions: bring "
+            "the file of the training back"
+        )
+    return names
+
+
+def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> CausalSettings:
+    """Layout, policy and schedule of the export. Raises ValueError for a stage without steps, and none given."""
+    settings = causal_settings(config.student)
+    if steps is not None:
+        return replace(settings, schedule=StepSchedule.steps(list(steps), shift=config.student.shift))
+    if config.method in FLOW_METHODS:
+        raise ValueError(
+            f"the stage {config.method} trains a many-step student of a flow, which has no schedule: export a later "
+            "stage, or give steps (such as --steps 20), which stream without guidance"
+        )
+    return settings
+
+
+def load_run_network(
+    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str, controls: int = 0
+) -> tuple[WanTransformer3DModel, int]:
+    """The student's transformer with the weights of a checkpoint, adapters unmerged, and the step they are of.
+
+    `controls` counts the channels it takes beside the latents.
+
+    Raises:
+        ValueError: the weights are missing, or do not fit the teacher.
+    """
+    loaded = load_checkpoint(checkpoint)
+    name = EMA_FILE if weights == "ema" else LIVE_FILE
+    if name not in loaded.tensors:
+        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
+    # Adapters sit on the weights of the stage before; all others are in the checkpoint.
+    has_base = config.student.lora_rank > 0 and config.student.init is not None
+    init = find_weights(str(config.student.init)) if has_base else None
+    network = build_student(config.student, teacher, init, seed=config.run.seed, controls=controls).transformer
+    network.disable_gradient_checkpointing()
+    load_trained(network, loaded.tensors[name], source=str(checkpoint))
+    return network, loaded.step
+
+
+def load_trained(network: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Load what a checkpoint holds of a student: all weights, or its adapters.
+
+    Raises:
+        ValueError: weights that were trained are missing, or there are others.
+    """
+    computed = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    plain = {name.removeprefix(STUDENT_PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {name: tensor for name, tensor in plain.items() if name not in computed}
+    missing, unexpected = network.load_state_dict(plain, strict=False)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(missing))
+    if lost or unexpected:
+        raise ValueError(
+            f"the weights of {source} do not fit the teacher: {len(lost)} missing {lost[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}. Was it exchanged, or student.lora_rank changed?"
+        )
+
+
+def stream_defaults(config: CausalConfig, teacher: Teacher) -> StreamDefaults:
+    """The size that the student was trained at: the configured one, or that of the videos.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    height, width = config.data.height, config.data.width
+    if height is None and width is None:
+        source = config.data.latents or config.data.pairs
+        if source is None or not Path(source).is_dir():
+            raise ValueError(
+                f"the run does not say its size: data.height and width are empty, and data.latents ({source}) is no "
+                "folder here any more. Bring it back, or write the size into config.yaml of the run"
+            )
+        factor = teacher.pipeline.components["vae"].config["scale_factor_spatial"]
+        height, width = (int(side) * factor for side in LatentDataset.load(source).latents.shape[-2:])
+    return StreamDefaults(height, width, STOCK_RATE)

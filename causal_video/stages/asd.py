@@ -1,0 +1,90 @@
+"""Adversarial self-distillation: a rollout of n steps is compared with the same student's rollout of n + 1.
+
+The method is ASD (arXiv:2511.01419). We know its outline alone, so the form of the losses is our reading: relativistic
+pairing and penalties as in R3GAN (arXiv:2501.05441).
+
+Legend: B batch; logits [B], a large one says that more steps were taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fewstep.core.discriminator import DiscriminatorHeads
+from fewstep.core.paths import at_least_fp32
+from fewstep.core.shapes import require_same_shape
+from fewstep.dmd.gan_loss import approximate_r1_penalty
+
+# Of the perturbation that stands for the derivative in the penalties.
+PERTURBATION = 0.05
+
+
+class StepDiscriminator(nn.Module):
+    """Heads on frozen features, one set for each n: logits of n against n + 1 steps.
+
+    Args:
+        channels: of each feature map.
+        width: of the heads.
+        pairs: how many n there are, from n = 1 on.
+        seed: decides all weights.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+
+    def __init__(self, channels: Sequence[int], *, width: int, pairs: int, seed: int) -> None:
+        super().__init__()
+        if pairs < 1:
+            raise ValueError(f"a discriminator of n against n + 1 steps needs a pair, got {pairs}")
+        self.heads = nn.ModuleList(
+            DiscriminatorHeads(channels, width=width, seed=seed + number) for number in range(pairs)
+        )
+
+    def forward(self, features: Sequence[Tensor], steps: int) -> Tensor:
+        """Feature maps [B, C, N] to logits [B] of the pair (steps, steps + 1).
+
+        Raises:
+            ValueError: there is no such pair.
+        """
+        if not 1 <= steps <= len(self.heads):
+            raise ValueError(f"steps must be from 1 to {len(self.heads)}, got {steps}")
+        # All heads are called, so that distributed gradients of the others exist, and are zero.
+        return torch.stack([heads(features) for heads in self.heads])[steps - 1]
+
+
+def relativistic_generator_loss(fewer: Tensor, more: Tensor) -> Tensor:
+    """mean softplus(more - fewer): the rollout of fewer steps is to look like the one of more; log 2 where it does.
+
+    Raises:
+        ValueError: the logits differ in shape.
+    """
+    require_same_shape(fewer=fewer, more=more)
+    return functional.softplus(at_least_fp32(more) - at_least_fp32(fewer)).mean()
+
+
+def relativistic_discriminator_loss(fewer: Tensor, more: Tensor) -> Tensor:
+    """mean softplus(fewer - more): log 2 at chance.
+
+    Raises:
+        ValueError: the logits differ in shape.
+    """
+    require_same_shape(fewer=fewer, more=more)
+    return functional.softplus(at_least_fp32(fewer) - at_least_fp32(more)).mean()
+
+
+def gradient_penalties(logits: Sequence[Tensor], perturbed: Sequence[Tensor]) -> Tensor:
+    """Sum of finite-difference penalties |D(x) - D(x + s n)|^2 / s^2 of both kinds of samples, R1 and R2.
+
+    Args:
+        logits: of each kind of samples.
+        perturbed: of the same ones at x + `PERTURBATION` n.
+
+    Raises:
+        ValueError: the counts or shapes differ.
+    """
+    pairs = zip(logits, perturbed, strict=True)
+    return torch.stack([approximate_r1_penalty(a, b) / PERTURBATION**2 for a, b in pairs]).sum()

@@ -1,0 +1,137 @@
+"""What the training stages of a causal student share: a batch of videos, the causal teacher, times per chunk.
+
+Legend: B batch, C channels, F latent frames, N text tokens; videos [B, C, F, h, w]; t [B] or [B, F].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.causal_video.layout import ChunkLayout
+from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call
+from fewstep.causal_video.model.controls import controls_of
+from fewstep.causal_video.model.network import CausalWan
+from fewstep.causal_video.schedule import StepSchedule
+from fewstep.causal_video.settings import CausalSettings
+from fewstep.causal_video.stages.config import CausalStudentConfig
+from fewstep.core.condition import Condition
+from fewstep.core.denoiser import guided_velocity
+from fewstep.core.randomness import Draw, sample_uniform, shared_integer
+from fewstep.kernels.mask import AttentionMask
+
+# Of the integers that decide whether a step gives the first frame.
+IMAGE_PARTS = 10**6
+
+
+def causal_settings(student: CausalStudentConfig) -> CausalSettings:
+    """Layout, policy and schedule of a configuration. Raises ValueError for times that are no grids."""
+    if student.times is not None:
+        try:
+            schedule = StepSchedule(student.times)
+        except ValueError as error:
+            raise ValueError(f"student.times: {error}") from error
+    else:
+        schedule = StepSchedule.steps(student.steps, shift=student.shift)
+    return CausalSettings(ChunkLayout(student.layout), student.policy, schedule)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoBatch:
+    """Videos of one slice, and what they are noised with.
+
+    Attributes:
+        x0: clean [B, C, F, h, w].
+        eps: noise like x0.
+        condition: their captions, with controls where the network takes some (`controls.with_controls`).
+        context: what the clean half of a packed call shows, x0 or x0 noised.
+        context_time: [B] time of it, or None for 0.
+        image: [B, C, 1, h, w] where the first frame is given, or None.
+        step: of the run.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    condition: Condition
+    context: Tensor
+    context_time: Tensor | None
+    image: Tensor | None
+    step: int
+
+    @property
+    def frame_counts(self) -> Tensor:
+        """bool [B, F]: the frames a loss is about, all but a given one."""
+        counts = torch.ones(self.x0.shape[0], self.x0.shape[2], dtype=torch.bool, device=self.x0.device)
+        if self.image is not None:
+            counts[:, 0] = False
+        return counts
+
+
+class PackedNetwork(nn.Module):
+    """A causal network on one batch's clean context, called like a `Denoiser`: (x, t, condition) of the noisy half.
+
+    So `guided_velocity` and `total_derivative` take it. A given first frame is put in its place, a constant whose
+    tangent is zero. A doubled batch sees the context twice. Controls of the condition are shown beside both halves.
+
+    Args:
+        network: a `CausalWan` or its wrapper.
+        batch: gives context and image.
+        mask: `masks.teacher_forcing` of its layout.
+    """
+
+    def __init__(self, network: nn.Module, batch: VideoBatch, mask: AttentionMask) -> None:
+        super().__init__()
+        self.network, self.batch, self.mask = network, batch, mask
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Velocity [B, C, F, h, w] at t [B] or [B, F]."""
+        copies = len(x) // len(self.batch.x0)
+        context, image, time = (
+            None if a is None else torch.cat([a] * copies)
+            for a in (self.batch.context, self.batch.image, self.batch.context_time)
+        )
+        assert context is not None
+        x, t = condition_first_frame(x, t, image)
+        extra = controls_of(condition, x.shape[2])
+        call = packed_call(context, x, t, condition.tokens, mask=self.mask, clean_time=time, extra=extra)
+        output = self.network(call)
+        assert isinstance(output, CallOutput)
+        return output.velocity
+
+
+@dataclass(frozen=True, eq=False)
+class CausalTeacher:
+    """A frozen causal network with guidance u + w (c - u), in the packed call of the student.
+
+    Attributes:
+        network: without gradients.
+        null_condition: the unconditional side, batch 1.
+        guidance: w; 1 is none.
+    """
+
+    network: CausalWan
+    null_condition: Condition
+    guidance: float
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, batch: VideoBatch, mask: AttentionMask) -> Tensor:
+        """Guided velocity [B, C, F, h, w] of the noisy half at t [B]."""
+        packed = PackedNetwork(self.network, batch, mask)
+        return guided_velocity(packed, x, t, batch.condition, self.null_condition, self.guidance)
+
+
+def chunk_uniform(draw: Draw, layout: ChunkLayout, stream: str) -> Tensor:
+    """A uniform number per sample and chunk, [B, chunks]."""
+    return sample_uniform(draw.seed, draw.indices, (layout.chunks,), stream=stream, device=draw.device)
+
+
+def over_frames(values: Tensor, layout: ChunkLayout) -> Tensor:
+    """Values per chunk [B, chunks] as values per frame [B, F]."""
+    return values.repeat_interleave(torch.tensor(layout.lengths, device=values.device), dim=1)
+
+
+def gives_image(share: float, seed: int, step: int) -> bool:
+    """Whether a step's samples have their first frame given: a share of the steps, the same in every process."""
+    return shared_integer(seed, step, "image", IMAGE_PARTS) < share * IMAGE_PARTS

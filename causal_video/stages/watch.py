@@ -1,0 +1,149 @@
+"""What one sees of a run of a causal student: contact sheets of videos, health messages, and the note at the start.
+
+Legend: B prompts, C channels, F latent frames, T pixel frames; latents [B, C, F, h, w], pixels [B, 3, T, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
+from fewstep.causal_video.model.controls import controls_of
+from fewstep.causal_video.rollout import rollout
+from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.stages.sampling import euler_rollout
+from fewstep.causal_video.stages.setup import CausalSetup
+from fewstep.core.condition import Condition
+from fewstep.core.randomness import sample_noise
+from fewstep.core.training.health import HealthMonitor, HealthStatistics
+from fewstep.core.training.sample_grid import frame_row, save_grid
+from fewstep.core.training.trainer import Trainer
+from fewstep.core.training.watch import GRID_SEED, run_text, saturation, training_statistics
+
+TEACHER_STEPS, FLOW_STEPS = 50, 20
+
+
+class VideoWatch:
+    """Fixed prompts and seeds for the contact sheet, the teacher's videos beside it, and the health monitor.
+
+    Args:
+        config: of the run.
+        setup: what to look at.
+        trainer: the run.
+    """
+
+    def __init__(self, config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> None:
+        self.config, self.setup, self.trainer, self.monitor = config, setup, trainer, HealthMonitor()
+        self.rows = list(range(min(config.data.sample_count, len(setup.prompts))))
+        self.teacher_latents: Tensor | None = None
+        self.pictures = HealthStatistics()
+
+    def state(self) -> dict[str, Any]:
+        """JSON data from which `load_state` goes on exactly: the monitor, and what it knows of the last sheet."""
+        return {"health": self.monitor.state(), "pictures": asdict(self.pictures)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.monitor.load_state(state["health"])
+        self.pictures = HealthStatistics(**state["pictures"])
+
+    def begin(self) -> None:
+        """The sheet of a run's start."""
+        self.save_samples()
+
+    def measure(self) -> Mapping[str, float]:
+        """No more metrics than those of the steps."""
+        return {}
+
+    @torch.no_grad()
+    def _reference(self) -> Tensor:
+        """The teacher's latents of the sheet, made once."""
+        if self.teacher_latents is None:
+            setup = self.setup
+            noise = sample_noise(GRID_SEED, self.rows, setup.latent_shape, stream="sheet", device=self.trainer.device)
+            self.teacher_latents = setup.teacher.sample(
+                noise, sheet_condition(setup, self.rows), steps=TEACHER_STEPS, guidance=self.config.teacher.guidance
+            )
+        return self.teacher_latents
+
+    @torch.no_grad()
+    def save_samples(self) -> None:
+        """Write the contact sheet of this step (process 0): a row of frames per prompt, the teacher's and the averaged
+        student's, whose video is streamed over its cache.
+
+        Raises NonFiniteError when videos of either are not finite.
+        """
+        if not self.trainer.is_main:
+            return
+        setup, role = self.setup, self.setup.student_role
+        assert role.ema is not None
+        with role.ema.applied(role.module):
+            latents = student_videos(self.config, setup, self.rows)
+        self.trainer.check_finite("teacher's sample videos", self._reference())
+        self.trainer.check_finite("student's sample videos", latents)
+        teacher_pixels, pixels = setup.teacher.decode(self._reference()), setup.teacher.decode(latents)
+        rows, labels = [], []
+        for place, row in enumerate(self.rows):
+            for name, video in (("teacher", teacher_pixels), ("student", pixels)):
+                rows.append(frame_row(video[place]))
+                labels.append(f"{name}: {setup.prompts.prompts[row]}")
+        save_grid(rows, self.trainer.directory.sample_path(self.trainer.step), labels=labels)
+        self.pictures = HealthStatistics(
+            brightness=pixels.mean().item(),
+            reference_brightness=teacher_pixels.mean().item(),
+            saturation=saturation(pixels),
+            reference_saturation=saturation(teacher_pixels),
+        )
+
+    def look_at(self, means: Mapping[str, float] | None) -> None:
+        """Say what is unhealthy in a record of means; nothing when no record was due."""
+        if means is None or not self.trainer.is_main:
+            return
+        statistics = training_statistics(means, self._reference(), self.pictures)
+        for message in self.monitor.update(statistics):
+            self.trainer.note(f"health: {message.text}")
+
+
+def student_videos(config: CausalConfig, setup: CausalSetup, rows: list[int]) -> Tensor:
+    """Latents [B, C, F, h, w] of these prompts with fixed seeds, from the weights as they are.
+
+    Students of a flow take 20 Euler steps a chunk on the teacher's grid with its guidance, others their schedule.
+    """
+    channels, _, height, width = setup.latent_shape
+    noise = ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet")
+    asked, student = sheet_condition(setup, rows), setup.student
+    condition = VideoCondition(asked.tokens, extra=controls_of(asked, setup.latent_shape[1]))
+    if config.method in FLOW_METHODS:
+        return euler_rollout(
+            student,
+            condition,
+            noise,
+            setup.settings,
+            times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, FLOW_STEPS),
+            guidance=config.teacher.guidance,
+            null_text=setup.teacher.null_condition.tokens,
+        )
+    schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
+    exits = schedule.exits(schedule.longest - 1, chunks)
+    return rollout(student, condition, noise, setup.settings, exits=exits).video
+
+
+def sheet_condition(setup: CausalSetup, rows: list[int]) -> Condition:
+    """These prompts; a steered student follows the controls of the first videos beside them, one after the other."""
+    count = 1 if setup.real is None else len(setup.real.dataset.prompts)
+    return setup.controlled(setup.prompts.rows(rows), [row % count for row in rows])
+
+
+def describe_run(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> str:
+    """The resolved settings, the times of each chunk, and parameters and memory of each network, as text."""
+    held: dict[str, nn.Module] = {"teacher": setup.teacher.denoiser}
+    if setup.networks.teacher is not None:
+        held["causal teacher"] = setup.networks.teacher.network
+    data = "no videos" if setup.real is None else f"{len(setup.real.dataset.prompts)} videos"
+    data += "" if setup.controls is None else f" with controls {', '.join(setup.controls.names)}"
+    told = f"{setup.settings.text}; latents {setup.latent_shape}; {data}, {len(setup.prompts)} prompts"
+    return run_text(config, trainer, told, frozen=held)

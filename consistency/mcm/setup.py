@@ -1,0 +1,69 @@
+"""What an MCM run has beside the parts of other consistency runs: a motion head, discriminator heads, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.mcm.motion_head import MotionHead
+from fewstep.core.data import LatentDataset, LatentSource, PromptConditions
+from fewstep.core.discriminator import build_heads
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.roles import Role
+from fewstep.core.training.trainer import Trainer
+
+# Another order than that of prompts, data and pairs, whose seeds are the run's, plus 1 and plus 2.
+PICTURE_SEED = 3
+
+
+@dataclass(frozen=True)
+class McmParts:
+    """The learned motion map (None for fixed maps), the discriminator (None without), and the pictures it sees."""
+
+    motion_role: Role | None
+    heads_role: Role | None
+    pictures: LatentSource | None
+
+
+def build_mcm(
+    config: ConsistencyConfig,
+    trainer: Trainer,
+    *,
+    teacher: Teacher,
+    shape: tuple[int, ...],
+    pictures: LatentDataset | None,
+    embed: Callable[[Sequence[str]], PromptConditions],
+) -> McmParts:
+    """Make the heads and hand them to the trainer; the motion head learns at the student's rate.
+
+    Raises:
+        ValueError: the teacher makes no videos, there are fewer latent frames than are judged, the pictures are of
+            another shape, or the network has no such blocks.
+    """
+    mcm = config.mcm
+    assert mcm is not None
+    if len(shape) != 4:
+        raise ValueError(
+            f"{teacher.path} makes pictures, latents {shape}; mcm distils motion: give a teacher of videos"
+        )
+    if mcm.frames > shape[1]:
+        raise ValueError(f"mcm.frames is {mcm.frames} of {shape[1]} latent frames; judge as many at most")
+    channels, _, height, width = shape
+    expected = (channels, 1, height, width)
+    if pictures is not None and tuple(pictures.latents.shape[1:]) != expected:
+        raise ValueError(
+            f"mcm.pictures holds latents of shape {tuple(pictures.latents.shape[1:])}, this run judges {expected}: "
+            "encode pictures as videos of one frame (scripts/encode_videos.py --frames 1) at the size of the run"
+        )
+    seed, motion_role, heads_role = trainer.run.seed, None, None
+    if mcm.motion == "learned":
+        head = MotionHead(channels, width=mcm.motion_width, seed=seed)
+        motion_role = trainer.add_role("motion", head, config.student.optimizer, ema_decay=mcm.motion_ema_decay)
+    if mcm.adversarial_weight > 0:
+        heads = build_heads(teacher.denoiser, mcm.blocks, width=mcm.head_width, seed=seed)
+        heads_role = trainer.add_role("heads", heads, mcm.optimizer)
+    source = None
+    if pictures is not None:
+        source = LatentSource(pictures, embed(pictures.prompts), seed + PICTURE_SEED)
+    return McmParts(motion_role, heads_role, source)

@@ -1,0 +1,172 @@
+"""The two halves of a step of MCM (arXiv:2406.06890): what its student and its discriminator minimise on one batch.
+
+Networks are called here, arithmetic is in `motion.py`, `discrete_loss.py` and `ladd_loss.py`. Legend: B batch; videos
+x0, x_t, eps [B, C, F, h, w]; S judged frames of each, as videos of one frame [S B, C, 1, h, w].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
+from fewstep.consistency.mcm.config import McmConfig
+from fewstep.consistency.mcm.frames import frame_places, pick_frames
+from fewstep.consistency.mcm.motion import motion_loss
+from fewstep.consistency.methods.dcm import distilled_pair
+from fewstep.consistency.times import TimePair
+from fewstep.core.condition import Condition
+from fewstep.core.paths import add_noise, x0_from_velocity
+from fewstep.core.randomness import Draw, shared_integer
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.roles import Role, frozen
+from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
+
+# Of the integer whose share decides where a step starts from.
+COINS = 1 << 20
+
+
+@dataclass(frozen=True)
+class McmTurn:
+    """The student's loss, what to log of it, and the x0 that the loss was taken on, without graph."""
+
+    loss: Tensor
+    record: dict[str, Tensor]
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Frames [M, C, 1, h, w] and their prompts, batch M."""
+
+    frames: Tensor
+    condition: Condition
+
+
+def starts_from_student(seed: int, step: int, share: float) -> bool:
+    """Whether noise is added to the student's own videos in this step; the same on all processes."""
+    return shared_integer(seed, step, "mcm_trajectory", COINS) < share * COINS
+
+
+@torch.no_grad()
+def student_videos(shape: tuple[int, ...], condition: Condition, student: nn.Module, *, draw: Draw) -> Tensor:
+    """The student's x0 [B, C, F, h, w] in one step from pure noise: the start of MCM's simulated trajectories."""
+    noise = draw.noise(shape, "mcm_start")
+    t = torch.ones(len(noise), device=noise.device)
+    return x0_from_velocity(noise, student(noise, t, condition), t)
+
+
+def mcm_noised(
+    data: tuple[Tensor, Condition],
+    student: nn.Module,
+    times: TimePair,
+    *,
+    draw: Draw,
+    mcm: McmConfig,
+    step: int,
+) -> Noised:
+    """What the step starts from, data (x0, condition) or the student's own videos, noised to the t of `times`.
+
+    At the first time of the teacher's grid, t = 1, the state is the noise alone, whatever x0 is.
+    """
+    x0, condition = data
+    shape = tuple(x0.shape[1:])
+    if starts_from_student(draw.seed, step, mcm.mixed_share):
+        x0 = student_videos(shape, condition, student, draw=draw)
+    return Noised(x0, draw.noise(shape, "consistency_noise"), times.t, condition, step)
+
+
+def mcm_student_turn(
+    noised: Noised,
+    networks: Networks,
+    roles: tuple[Role | None, Role | None],
+    times: TimePair,
+    *,
+    draw: Draw,
+    mcm: McmConfig,
+) -> McmTurn:
+    """Discrete consistency of motion, plus the discriminator's view of single frames of the same x0.
+
+    `roles` are the learned motion map and the discriminator's heads, each None where there is none.
+    """
+    motion, heads = roles
+    prediction, target = distilled_pair(noised, networks, times)
+    total = motion_term(prediction, target, motion, mcm)
+    record = {"motion_loss": total.detach()}
+    if heads is not None:
+        judged = fake_frames(prediction, noised.condition, draw=draw, mcm=mcm, stream="mcm_student")
+        features = teacher_features(judged, networks.teacher, draw=draw, mcm=mcm, stream="mcm_student")
+        with frozen(heads.module):
+            adversarial = hinge_generator_loss(heads.module(features))
+        total = total + mcm.adversarial_weight * adversarial
+        record["adversarial_loss"] = adversarial.detach()
+    return McmTurn(total, record, prediction.detach())
+
+
+def motion_term(prediction: Tensor, target: Tensor, motion: Role | None, mcm: McmConfig) -> Tensor:
+    """mean sqrt((m(prediction) - m'(target))^2 + c^2) - c; m' is the learned map's moving average, else m itself."""
+    if mcm.motion != "learned":
+        return motion_loss(prediction, target, mcm.motion, constant=mcm.constant, cutoff=mcm.cutoff)
+    assert motion is not None
+    assert motion.ema is not None
+    # The average first: it takes the live weights' place, which a graph would notice.
+    with torch.no_grad(), motion.ema.applied(motion.module):
+        mapped = motion.module(target)
+    return motion_loss(motion.wrapped(prediction), mapped, "raw", constant=mcm.constant)
+
+
+def mcm_discriminator_turn(
+    samples: Tensor,
+    condition: Condition,
+    real: Judged,
+    heads: nn.Module,
+    *,
+    teacher: Teacher,
+    draw: Draw,
+    mcm: McmConfig,
+) -> ConsistencyTurn:
+    """Hinge loss of the heads on frames of the student's x0 [B, C, F, h, w] and on real frames; the teacher is frozen.
+
+    The public code's clamped losses are twice this, less a constant.
+    """
+    fake = fake_frames(samples, condition, draw=draw, mcm=mcm, stream="mcm_fake")
+    with torch.no_grad():
+        kinds = [
+            teacher_features(judged, teacher, draw=draw, mcm=mcm, stream=stream)
+            for judged, stream in ((fake, "mcm_fake"), (real, "mcm_real"))
+        ]
+        features = [torch.cat(maps) for maps in zip(*kinds, strict=True)]
+    fake_logits, real_logits = heads(features).split([len(fake.frames), len(real.frames)])
+    loss = hinge_discriminator_loss(fake_logits, real_logits)
+    record = {
+        "fake_logit": fake_logits.detach().mean(),
+        "real_logit": real_logits.detach().mean(),
+        "discriminator_loss": loss.detach(),
+    }
+    return ConsistencyTurn(loss, record)
+
+
+def fake_frames(video: Tensor, condition: Condition, *, draw: Draw, mcm: McmConfig, stream: str) -> Judged:
+    """The frames of the student's videos that are judged: the first beside pictures, else drawn ones."""
+    if mcm.pictures is None:
+        return drawn_frames(video, condition, draw=draw, mcm=mcm, stream=stream)
+    return Judged(video[:, :, :1], condition)
+
+
+def drawn_frames(video: Tensor, condition: Condition, *, draw: Draw, mcm: McmConfig, stream: str) -> Judged:
+    """One random frame of each of `mcm.frames` parts of every video."""
+    uniform = torch.stack([draw.uniform(f"{stream}_frame_{part}") for part in range(mcm.frames)])
+    return Judged(pick_frames(video, frame_places(uniform, video.shape[2])), condition.repeat(mcm.frames))
+
+
+def teacher_features(judged: Judged, teacher: Teacher, *, draw: Draw, mcm: McmConfig, stream: str) -> list[Tensor]:
+    """Features [M, D, N] of the teacher's conditional call on noised single frames, with the graph to the frames."""
+    groups = range(len(judged.frames) // len(draw.indices))
+    shape, (smallest, largest) = tuple(judged.frames.shape[1:]), mcm.judged_times
+    eps = torch.cat([draw.noise(shape, f"{stream}_noise_{group}") for group in groups])
+    uniform = torch.cat([draw.uniform(f"{stream}_time_{group}") for group in groups])
+    t = smallest + (largest - smallest) * uniform
+    x_t = add_noise(judged.frames, eps, t)
+    return teacher.denoiser.velocity_and_features(x_t, t, judged.condition, mcm.blocks)[1]

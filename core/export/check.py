@@ -1,0 +1,153 @@
+"""Loads an export again and compares it with the sampler of the training.
+
+B pictures or videos, latents [B, C, H, W] or [B, C, F, H, W], K steps.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.export.sampler import SamplerSpec
+from fewstep.core.export.schedulers import SchedulerPlan
+from fewstep.core.families.family import Family, VideoFamily
+from fewstep.core.families.sana import call_arguments
+from fewstep.core.families.wan import video_arguments
+from fewstep.core.student import Student
+from fewstep.core.two_time import second_time_of
+
+PROBE_PROMPTS = ("a cat", "7")
+PROBE_SEED = 20240514
+TIMESTEP_TOLERANCE = 1e-3
+
+
+class ExportMismatchError(RuntimeError):
+    """The files of an export do not do what the training did; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input of the comparison: prompts, latents [B, C, H, W] and the noise between steps, K - 1 times [B, C, H, W].
+
+    seed: torch's global generator, set to it, draws exactly `renoise` one after the other.
+    guidance: the scale that a network with a guidance embedding is told, None for others.
+    frames: pixel frames of a video, None for the pipeline's own, and for pictures.
+    """
+
+    prompts: tuple[str, ...]
+    height: int | None
+    width: int | None
+    latents: Tensor
+    renoise: tuple[Tensor, ...]
+    seed: int
+    guidance: float | None = None
+    frames: int | None = None
+
+
+def make_probe(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    *,
+    spec: SamplerSpec,
+    device: torch.device,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+) -> Probe:
+    """A probe for pictures or videos of `height` x `width` pixels and `frames`, by default the pipeline's own size.
+
+    Raises ValueError where frames are given for pictures.
+    """
+    if isinstance(family, VideoFamily):
+        sizes: tuple[int, ...] = family.video_shape(pipeline, frames=frames, height=height, width=width)
+    elif frames is None:
+        sizes = family.latent_shape(pipeline, height, width)
+    else:
+        raise ValueError(f"frames is {frames}, and a pipeline of the family {family.name} makes pictures")
+    shape = (len(PROBE_PROMPTS), *sizes)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(device)
+    with _seeded(PROBE_SEED, device):
+        renoise = tuple(torch.randn(shape, device=device) for _ in range(spec.steps - 1))
+    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED, frames=frames)
+
+
+def training_latents(
+    network: nn.Module, family: Family, *, pipeline: DiffusionPipeline, spec: SamplerSpec, probe: Probe
+) -> Tensor:
+    """What the student of the training makes of a probe, with the text encoders of `pipeline`: latents [B, C, H, W]."""
+    with torch.no_grad():
+        condition = family.encode_prompts(pipeline, list(probe.prompts), height=probe.height, width=probe.width)
+    if probe.guidance is not None:
+        scales = torch.full((condition.batch_size,), probe.guidance, device=probe.latents.device)
+        condition = replace(condition, guidance=scales)
+    family.prepare_network(network)
+    # A second time that is in the weights already makes the jump an Euler step.
+    baked = spec.sampler == "flow_map" and second_time_of(network) is None
+    student = Student(Denoiser(network, family), times=spec.times, sampler="ode" if baked else spec.sampler)
+    return student.sample(probe.latents, condition, probe.renoise)
+
+
+def pipeline_latents(
+    pipeline: Any, plan: SchedulerPlan, probe: Probe, *, guidance_scale: float, network_name: str
+) -> tuple[Tensor, list[float]]:
+    """What a diffusers pipeline makes of a probe, and the timesteps that its network was called with."""
+    seen: list[float] = []
+    height, width = probe.height, probe.width
+    size = {"height": height, "width": width} | call_arguments(pipeline, height, width)
+    size |= video_arguments(pipeline, frames=probe.frames, height=height, width=width)
+
+    def record(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        timestep = named["timestep"] if "timestep" in named else positional[1]
+        seen.append(float(torch.as_tensor(timestep).flatten()[0]))
+
+    handle = getattr(pipeline, network_name).register_forward_pre_hook(record, with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with _seeded(probe.seed, probe.latents.device):
+            latents = pipeline(
+                prompt=list(probe.prompts),
+                **size,
+                latents=probe.latents.clone(),
+                num_inference_steps=plan.num_inference_steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
+                return_dict=False,
+                **plan.extra_arguments(),
+            )[0]
+    finally:
+        handle.remove()
+    return latents, seen
+
+
+def check_timesteps(seen: list[float], plan: SchedulerPlan) -> None:
+    """Raise ExportMismatchError unless the network was called at the planned timesteps and no other."""
+    expected = plan.network_timesteps
+    same_count = len(seen) == len(expected)
+    if not same_count or any(abs(a - b) > TIMESTEP_TOLERANCE for a, b in zip(seen, expected, strict=True)):
+        raise ExportMismatchError(
+            f"the exported pipeline calls its network at the timesteps {seen}, the student was trained at "
+            f"{list(expected)} (allowed difference {TIMESTEP_TOLERANCE}). The scheduler in the export is not the "
+            "planned one, or this version of diffusers reads it in another way."
+        )
+
+
+def relative_difference(latents: Tensor, reference: Tensor) -> float:
+    """max|latents - reference| / max|reference|; inf if a value is not finite."""
+    if latents.shape != reference.shape:
+        raise ExportMismatchError(f"latents have shape {tuple(latents.shape)}, expected {tuple(reference.shape)}")
+    difference = (latents.float() - reference.float()).abs().max() / reference.float().abs().max()
+    return difference.item() if torch.isfinite(difference) else float("inf")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators at `seed` inside, and as they were before outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

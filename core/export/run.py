@@ -1,0 +1,239 @@
+"""Exports the student of a run directory: reads its configuration and one of its checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from fewstep.core.denoiser import Denoiser
+from fewstep.core.export.model_card import ExportRecord, StudentReport
+from fewstep.core.export.pipeline import DTYPE_NAMES, export_pipeline
+from fewstep.core.export.sampler import SamplerSpec
+from fewstep.core.export.sana import sprint_times
+from fewstep.core.export.schedulers import nearest_exportable_times
+from fewstep.core.families.sana_control import ControlledSana
+from fewstep.core.families.sana_networks import with_guidance_embedding
+from fewstep.core.grids import step_grid
+from fewstep.core.lora import add_lora
+from fewstep.core.student import Sampler, Student
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from fewstep.core.training.run_directory import CONFIG_FILE
+from fewstep.core.two_time import SecondTime, add_second_time
+
+LIVE_FILE, EMA_FILE = "student", "student_ema"
+# A Denoiser's parameters carry the name of its one child.
+NETWORK_PREFIX = "network."
+MISSING = object()
+# Its students have a guidance embedding, which their teachers have not, and step where SanaSprintPipeline can.
+SPRINT_METHOD = "sana_sprint"
+
+
+# Methods whose students are trained at all times, not at the times of one grid.
+ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm")
+
+
+@dataclass(frozen=True)
+class ExportFiles:
+    """How an export is written: `dtype` "float32", "float16" or "bfloat16"; the others as in `export_pipeline`."""
+
+    dtype: str = "float32"
+    overwrite: bool = False
+    lora_only: bool = False
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What an export needs to know of the resolved configuration of a run; the fields are named as in config.yaml."""
+
+    method: str
+    teacher_path: str
+    guidance: float
+    steps: int
+    shift: float
+    sampler: Sampler
+    lora_rank: int
+    lora_alpha: float
+    height: int | None
+    width: int | None
+    second_time: SecondTime | Literal["none"] = "none"
+    frames: int | None = None
+
+
+def read_settings(run: str | Path) -> RunSettings:
+    """The settings in `run`/config.yaml. Raises ValueError naming the file or key that is missing."""
+    file = Path(run) / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the directory of a training run")
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    def read(*keys: str, default: Any = MISSING) -> Any:
+        value = config
+        for key in keys:
+            value = value.get(key, MISSING) if isinstance(value, Mapping) else MISSING
+        if value is MISSING and default is MISSING:
+            raise ValueError(f"{file} has no {'.'.join(keys)}; it is not the resolved configuration of a distillation")
+        return default if value is MISSING else value
+
+    # Methods without adapters, a size of their own, frames or a second time have no such keys.
+    return RunSettings(
+        method=read("method"),
+        teacher_path=read("teacher", "path"),
+        guidance=float(read("teacher", "guidance")),
+        steps=read("student", "steps"),
+        shift=float(read("student", "shift")),
+        sampler=read("student", "sampler"),
+        lora_rank=read("student", "lora_rank", default=0),
+        lora_alpha=float(read("student", "lora_alpha", default=1.0)),
+        height=read("data", "height", default=None),
+        width=read("data", "width", default=None),
+        second_time=read("second_time", default="none"),
+        frames=read("data", "frames", default=None),
+    )
+
+
+DEFAULT_FILES = ExportFiles()
+
+
+def export_run(
+    run: str | Path,
+    *,
+    checkpoint: str = "latest",
+    weights: Literal["ema", "live"] = "ema",
+    output: str | Path | None = None,
+    steps: int | None = None,
+    device: str = "cpu",
+    files: ExportFiles = DEFAULT_FILES,
+) -> tuple[Path, ExportRecord]:
+    """Export the student of a run; returns the directory that was written and its record.
+
+    Args:
+        run: run directory with config.yaml and checkpoints.
+        checkpoint: "latest", the name of a checkpoint of this run, or a path.
+        weights: the moving average or the live weights.
+        output: directory to create; by default "export" in the run directory.
+        steps: of the exported sampler, if not the run's; for consistency students, which are trained at all times.
+        device: where the comparison runs.
+        files: how the files are written.
+
+    Raises:
+        ValueError: a file, key or weight is missing, or see `export_pipeline`.
+        FileExistsError, ExportMismatchError: see `export_pipeline`.
+    """
+    dtypes, dtype = {name: value for value, name in DTYPE_NAMES.items()}, files.dtype
+    if dtype not in dtypes or weights not in ("ema", "live"):
+        raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
+    run = Path(run)
+    settings = with_steps(read_settings(run), steps, run)
+    loaded = load_run_student(run, settings, checkpoint=checkpoint, weights=weights, device=device)
+    if isinstance(loaded.student.denoiser.network, ControlledSana):
+        raise ValueError(f"{run} trained a student with a ControlNet: use scripts/export_sana_control.py")
+    report = StudentReport(
+        method=settings.method,
+        base_model=settings.teacher_path,
+        guidance=settings.guidance,
+        step=loaded.step,
+        ema=weights == "ema",
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        name=run.resolve().name,
+    )
+    output = run / "export" if output is None else Path(output)
+    record = export_pipeline(
+        settings.teacher_path,
+        loaded.student.denoiser.network,
+        sampler=SamplerSpec(
+            loaded.student.times, settings.sampler, settings.shift if settings.sampler == "flow_map" else None
+        ),
+        output=output,
+        report=report,
+        dtype=dtypes[dtype],
+        overwrite=files.overwrite,
+        lora_only=files.lora_only,
+    )
+    return output, record
+
+
+@dataclass(frozen=True)
+class RunStudent:
+    """The student of a run beside its teacher, and the step of the training that its weights are of."""
+
+    teacher: Teacher
+    student: Student
+    step: int
+
+
+def load_run_student(
+    run: Path, settings: RunSettings, *, checkpoint: str = "latest", weights: str = "ema", device: str = "cpu"
+) -> RunStudent:
+    """The student as it samples in training, from a checkpoint of a run; the arguments of `export_run`.
+
+    Raises:
+        ValueError: a file or weight is missing, or does not fit the teacher.
+    """
+    loaded = load_checkpoint(find_checkpoint(run, checkpoint))
+    name = EMA_FILE if weights == "ema" else LIVE_FILE
+    if name not in loaded.tensors:
+        raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
+    teacher = Teacher.load(settings.teacher_path, device=device)
+    network = _student_network(teacher, settings, loaded.tensors[name])
+    grid = step_grid(settings.steps, shift=settings.shift)
+    if settings.method == SPRINT_METHOD:
+        grid = sprint_times(settings.steps)
+    times = nearest_exportable_times(teacher.pipeline, grid)
+    return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
+
+
+def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
+    """The settings, with another number of steps if one is given. Raises ValueError for a student of one grid."""
+    steps = settings.steps if steps is None else steps
+    if steps != settings.steps and settings.method not in ANY_GRID_METHODS:
+        raise ValueError(
+            f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at those "
+            f"times alone; train one of {steps} steps (methods for any number: {', '.join(ANY_GRID_METHODS)})"
+        )
+    return replace(settings, steps=steps)
+
+
+def find_checkpoint(run: Path, checkpoint: str) -> Path:
+    """A checkpoint of a run by name, by path, or the latest. Raises ValueError that names those there are."""
+    known = ", ".join(path.name for path in list_checkpoints(run)) or "none"
+    if checkpoint == "latest":
+        found = latest_checkpoint(run)
+        if found is None:
+            raise ValueError(f"{run} holds no checkpoint; train first, or give the path of a checkpoint")
+        return found
+    for path in (run / checkpoint, Path(checkpoint)):
+        if path.is_dir():
+            return path
+    raise ValueError(f"there is no checkpoint {checkpoint}; checkpoints of {run}: {known}")
+
+
+def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The teacher's network with the student's adapters, if any, and its weights."""
+    network = teacher.denoiser.network
+    if settings.method == SPRINT_METHOD and not isinstance(network, ControlledSana):
+        assert isinstance(network, SanaTransformer2DModel)
+        network = with_guidance_embedding(network)
+    network.requires_grad_(True)
+    if settings.lora_rank > 0:
+        targets = teacher.family.lora_targets
+        add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=0)
+    if settings.second_time != "none":
+        add_second_time(network, settings.second_time)
+    plain = {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items()}
+    # A LoRA student stores its adapters alone; what stays the teacher's is exactly what was not trained.
+    missing, unexpected = network.load_state_dict(plain, strict=False)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(missing))
+    if lost or unexpected:
+        raise ValueError(
+            f"the weights do not fit the teacher at {settings.teacher_path}: {len(lost)} missing {lost[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}. Was it exchanged, or student.lora_rank changed?"
+        )
+    return network.eval()

@@ -1,0 +1,82 @@
+"""Settings of the training of a latent reward model. No torch here, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fewstep.core.config import OptimizerConfig, RunConfig
+from fewstep.core.settings import TeacherConfig
+from fewstep.dmd.reward.config import RewardSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSamplesConfig:
+    """The clean samples that are scored once, decoded, before the training."""
+
+    source: str
+    """Run directory of a student, whose averaged weights draw them, or a folder of latents (encode_latents.py)."""
+    prompts: str | None = None
+    """Text file, one prompt a line, for a student; latents have their own."""
+    count: int = 4096
+    """How many samples; of latents those groups of one prompt that are complete, up to this number."""
+    held_out: float = 0.2
+    """Share of the groups that is kept from the training, to judge it by."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 < self.held_out < 1:
+            raise ValueError(f"{self}: count must be at least 1, and held_out above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentNetworkConfig:
+    """Sizes of the network."""
+
+    width: int = 64
+    """Channels, a multiple of 8."""
+    blocks: int = 3
+    """Residual blocks; the latents are halved between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRewardConfig:
+    """A model that scores noisy latents as a scorer would score their clean pictures (docs/methods/reward.md)."""
+
+    teacher: TeacherConfig
+    """The model whose latents are scored; its decoder and prompt encoder are used."""
+    samples: LatentSamplesConfig
+    """What it learns from."""
+    reward: RewardSettings
+    """The reward of a clean sample; `group_size` samples of each prompt are compared, held-out scorers are not read."""
+    run: RunConfig
+    """Where and how long the run goes; it draws no grids, so sample_every is not read."""
+    optimizer: OptimizerConfig
+    """Optimizer of the model."""
+    network: LatentNetworkConfig = field(default_factory=LatentNetworkConfig)
+    """Sizes of the model."""
+    objective: Literal["regression", "bradley_terry"] = "bradley_terry"
+    """'regression' on the reward, whose optimum is its mean over the clean samples of a state, or 'bradley_terry' on
+    the pairs of a prompt, which ranks them."""
+    temperature: float = 0.1
+    """Of the pairs' labels, in standard deviations of the reward over the samples (bradley_terry)."""
+    t_min: float = 0.02
+    """Smallest time to which samples are noised."""
+    t_max: float = 0.98
+    """Largest such time."""
+    report_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Times at which the agreement on held-out samples is told."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min < self.t_max <= 1 or not self.temperature > 0:
+            raise ValueError(
+                f"t_min {self.t_min}, t_max {self.t_max}, temperature {self.temperature}: allowed are "
+                "0 <= t_min < t_max <= 1 and temperature > 0"
+            )
+        if not self.report_times or not all(0 <= t <= 1 for t in self.report_times):
+            raise ValueError(f"report_times is {self.report_times}; give at least one time in [0, 1]")
+        slices = self.run.gradient_accumulation
+        if self.run.batch_size % (self.reward.group_size * slices):
+            raise ValueError(
+                f"reward.group_size {self.reward.group_size} does not divide run.batch_size {self.run.batch_size} cut "
+                f"into {slices} slices; every slice holds whole groups"
+            )

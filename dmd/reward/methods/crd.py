@@ -1,0 +1,169 @@
+"""Centred reward distillation (CRD, arXiv:2603.14128), after a released implementation and the abstract.
+
+A policy tilted by e^{r / beta} has r = beta log(policy / old) + beta log Z(prompt). Centring inside a prompt cancels
+Z, and the log ratio is read off denoising errors. Legend: B samples; velocities [B, ...] at the same (x_t, t);
+implicit and external rewards, group [B].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewstep.core.paths import at_least_fp32
+from fewstep.core.shapes import require_same_shape
+from fewstep.dmd.loss import direction_normaliser
+from fewstep.dmd.reward.inputs import Reduction, finite_values, group_sum, over_elements, reference_penalty
+
+
+def implicit_reward(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    target_velocity: Tensor,
+    *,
+    weight: Tensor | None = None,
+    adaptive: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """weight (|v_old - v|^2 - |v_policy - v|^2), [B]: how much better the policy denoises the sample than the old one.
+
+    Zero for policy = old. One draw of (t, eps) is a noisy estimate, and its noise pulls the policy back to the old
+    one; sharing the draw inside a group removes most of it by the centring. Without weight the temperature depends on
+    t (a Gaussian shifts by k D^2 / (2 beta t^2) for a reward of slope k, D the variance at t); summed over elements,
+    weighted by `gndm.likelihood_weight` and averaged over uniform t, the implicit reward is log(policy / old) and the
+    tilt is exact.
+
+    Args:
+        velocity: [B, ...] of the policy, with graph.
+        old_velocity: [B, ...] of the snapshot in the loss, without.
+        target_velocity: [B, ...] eps - x0.
+        weight: [B], None is one.
+        adaptive: divide each error by its mean absolute value first.
+        reduction: over the elements.
+
+    Raises:
+        ValueError: the shapes differ, or weight is not [B].
+    """
+    require_same_shape(velocity=velocity, old_velocity=old_velocity, target_velocity=target_velocity)
+    target = at_least_fp32(target_velocity.detach())
+    errors = []
+    for prediction in (at_least_fp32(velocity), at_least_fp32(old_velocity.detach())):
+        error = over_elements((prediction - target).square(), reduction)
+        errors.append(error / direction_normaliser(prediction, target) if adaptive else error)
+    difference = errors[1] - errors[0]
+    if weight is None:
+        return difference
+    if weight.shape != difference.shape:
+        raise ValueError(f"a weight per sample must be [{len(difference)}], got shape {tuple(weight.shape)}")
+    return weight * difference
+
+
+def centring_weights(external: Tensor, group: Tensor, *, temperature: float = math.inf) -> Tensor:
+    """Weights [B] that sum to one in each group: uniform, or half softmax(r / T) and half softmax(-r / T).
+
+    Raises:
+        ValueError: temperature is not positive, a reward is not finite, or group is not integer and [B].
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; infinity is the uniform mean")
+    external = finite_values(external.detach(), "external rewards")
+    count = group_sum(torch.ones_like(external), group)
+    if math.isinf(temperature):
+        return 1 / count
+    outside = group[:, None] != group[None, :]
+    parts = []
+    for sign in (1, -1):
+        logits = (sign * external / temperature).expand(len(external), -1).masked_fill(outside, -math.inf)
+        parts.append(logits.softmax(dim=1).diagonal())
+    return (parts[0] + parts[1]) / 2
+
+
+def crd_loss(
+    implicit: Tensor,
+    external: Tensor,
+    group: Tensor,
+    *,
+    crd_beta: float = 1.0,
+    max_advantage: float = 5.0,
+    temperature: float = math.inf,
+    form: Literal["mse", "bce"] = "mse",
+) -> Tensor:
+    """max_advantage / beta mean(beta R_c - r_c)^2, both centred in their group; its zero is the tilt e^{r / beta}.
+
+    "bce" takes binary cross-entropy between beta R_c and sigmoid(r_c) instead of the square. The centre of R carries
+    no gradient; with uniform weights that changes nothing. The released code centres over whatever a micro-step
+    gathered, which mixes prompts; this centres by group, as the derivation needs. Keep the reference of the loss and
+    the policy that samples as two snapshots: if both equal the policy, R is zero in value and the target cannot be
+    reached.
+
+    Args:
+        implicit: [B] R with graph, averaged over draws if there are several.
+        external: [B] r, `forward_rl.optimality_probability` of the advantages.
+        group: [B] integers, complete groups.
+        crd_beta: temperature.
+        max_advantage: scale of the loss.
+        temperature: of the centring weights.
+        form: see above.
+
+    Raises:
+        ValueError: a reward is not finite, crd_beta is not positive, the form is unknown, or shapes do not fit.
+    """
+    if crd_beta <= 0:
+        raise ValueError(f"crd_beta must be positive, got {crd_beta}")
+    external, implicit = (
+        finite_values(external.detach(), "external rewards"),
+        finite_values(implicit, "implicit rewards"),
+    )
+    if implicit.shape != external.shape:
+        raise ValueError(f"need one implicit for each external reward, got {len(implicit)} and {len(external)}")
+    weights = centring_weights(external, group, temperature=temperature)
+    target = external - group_sum(weights * external, group)
+    centred = crd_beta * (implicit - group_sum(weights * implicit.detach(), group))
+    if form == "mse":
+        return max_advantage / crd_beta * (centred - target).square().mean()
+    if form == "bce":
+        entropy = functional.binary_cross_entropy_with_logits(centred, torch.sigmoid(target))
+        return max_advantage / crd_beta * entropy
+    raise ValueError(f"form {form!r} is unknown; choose mse or bce")
+
+
+def guided_anchor_penalty(velocity: Tensor, conditional: Tensor, unconditional: Tensor, *, guidance: float) -> Tensor:
+    """mean |v - (u + guidance (c - u))|^2, [B], u and c of the frozen reference: an anchor at its guided sampler.
+
+    The policy is sampled without guidance, so this also bakes guidance in (4.5 in the released preset). Zero at the
+    reference itself only for guidance 1.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_same_shape(velocity=velocity, conditional=conditional, unconditional=unconditional)
+    null = at_least_fp32(unconditional)
+    return reference_penalty(velocity, null + guidance * (at_least_fp32(conditional) - null))
+
+
+def reward_adaptive_penalty(
+    penalty: Tensor, external: Tensor, *, kl_weight: float = 0.1, lowest_weight: float = 1e-4
+) -> Tensor:
+    """mean of (lowest + r (kl_weight - lowest)) penalty, 0-dim: bad samples are hardly anchored, good ones fully.
+
+    Args:
+        penalty: [B], with graph.
+        external: [B] r in [0, 1].
+        kl_weight: weight at r = 1.
+        lowest_weight: weight at r = 0.
+
+    Raises:
+        ValueError: an external reward is outside [0, 1], or not 0 <= lowest_weight <= kl_weight.
+    """
+    if not 0 <= lowest_weight <= kl_weight:
+        raise ValueError(f"need 0 <= lowest_weight <= kl_weight, got {lowest_weight} and {kl_weight}")
+    r = finite_values(external.detach(), "external rewards")
+    if not bool(((r >= 0) & (r <= 1)).all()):
+        raise ValueError(f"external rewards must lie in [0, 1], got {float(r.min())} to {float(r.max())}")
+    if penalty.shape != r.shape:
+        raise ValueError(f"need one penalty for each reward, got {tuple(penalty.shape)} and {tuple(r.shape)}")
+    return ((lowest_weight + r * (kl_weight - lowest_weight)) * penalty).mean()

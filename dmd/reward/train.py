@@ -1,0 +1,236 @@
+"""The training loop of the reward methods: roll out, score, compare within prompts, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.core.randomness import Draw
+from fewstep.core.training.metrics import mean_records
+from fewstep.core.training.roles import inject_student
+from fewstep.core.training.run import Run, open_run
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.reward.chain import Plan, Rollout
+from fewstep.dmd.reward.config import DecayConfig, RewardRunConfig
+from fewstep.dmd.reward.groups import group_samples, require_whole_groups
+from fewstep.dmd.reward.methods.flash import discriminator_turn
+from fewstep.dmd.reward.methods.nft import ramped_decay
+from fewstep.dmd.reward.monitor import RewardWatch, describe_run
+from fewstep.dmd.reward.rollout import draw_rollout, make_plan
+from fewstep.dmd.reward.scores import Pending, RewardError, StepRewards, agree, collect, compare, rewards_of_slice
+from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
+from fewstep.dmd.reward.student_step import Prepared, fake_turn, prepare, student_turn
+from fewstep.evaluation.scorers.scorer import Scorer
+
+Metrics = dict[str, float | Tensor]
+
+
+def train_reward(config: RewardRunConfig, *, scorers: Sequence[Scorer] | None = None) -> int:
+    """Make a few-step student better by a reward; returns the exit code (0, or 128 + signal with a checkpoint written).
+
+    Each step draws whole groups of samples from the policy, scores them in the background, trains the fake score on
+    them meanwhile, and then updates the student by the loss of `config.method`. `scorers` takes the place of those that
+    `reward.scorers` names.
+
+    Raises:
+        ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
+        RewardError: a scorer failed; where no weight had changed yet, the step's start is saved first.
+    """
+    data = RewardData.read(config)
+    with open_run(config) as run:
+        config, trainer = run.config, run.trainer
+        require_whole_groups(config.reward.group_size, config.run, trainer)
+        setup = build_setup(config, data, trainer, scorers=scorers)
+        run.on_close(setup.reward.close)
+        for _ in run.steps(RewardWatch(config, setup, trainer), partial(describe_run, config, setup, trainer)):
+            with keeping_failures(run):
+                run.finish_step(train_step(config, setup, trainer))
+    return run.exit_code
+
+
+@contextmanager
+def keeping_failures(run: Run[Any]) -> Iterator[None]:
+    """Where a scorer fails before a weight has changed, save the start of the step; the error says how to go on."""
+    try:
+        yield
+    except RewardError as error:
+        path = run.save_unfinished() if error.clean else run.trainer.last_checkpoint
+        told = f"{error}; no checkpoint was written yet: mend the scorer and start again"
+        if path is not None:
+            told = f"{error}; nothing of this step was kept: mend the scorer and continue with --resume {path}"
+        raise RewardError(told, clean=error.clean) from error
+
+
+def train_step(config: RewardRunConfig, setup: RewardSetup, trainer: Trainer) -> Metrics:
+    """One step: rollout, rewards beside the fake score's turn, then discriminator and student. Returns its metrics."""
+    plan = make_plan(config, trainer.step, times=setup.student.times)
+    rollouts, pending = sample(config, setup, trainer, plan)
+    updates = config.objective.updates_per_rollout
+    first = [prepare(config, setup, rollout, plan, draw=inner_draw(rollout, 0, updates)) for rollout in rollouts]
+    metrics: Metrics = {}
+    if setup.fake_role is not None:
+        metrics |= fake_backward(config, setup, trainer, rollouts, plan=plan, number=0)
+    rewards = judge(config, setup, trainer, rollouts, pending=pending) if plan.judged else None
+    # Nothing has changed up to here: a reward that fails leaves the state at the start of the step.
+    if rewards is not None:
+        metrics |= rewards.log([scorer.card.name for scorer in setup.reward.scorers])
+    if setup.fake_role is not None:
+        metrics["fake_grad_norm"] = trainer.update(setup.fake_role)
+        for number in range(1, config.fake_score.updates_per_student_update):
+            metrics |= fake_backward(config, setup, trainer, rollouts, plan=plan, number=number)
+            metrics["fake_grad_norm"] = trainer.update(setup.fake_role)
+    if setup.pixel_role is not None and plan.gan_step is not None:
+        metrics |= discriminator_backward(setup, trainer, rollouts, call=plan.gan_step)
+        metrics["discriminator_grad_norm"] = trainer.update(setup.pixel_role)
+    for number in range(updates):
+        prepared = first
+        if number:
+            prepared = [prepare(config, setup, r, plan, draw=inner_draw(r, number, updates)) for r in rollouts]
+        metrics |= student_backward(
+            config, setup, trainer, rollouts, plan=plan, rewards=rewards, prepared=prepared, number=number
+        )
+        metrics["student_grad_norm"] = trainer.update(setup.student_role)
+    move_snapshots(config, setup, plan)
+    return metrics
+
+
+def sample(
+    config: RewardRunConfig, setup: RewardSetup, trainer: Trainer, plan: Plan
+) -> tuple[list[Rollout], list[Pending]]:
+    """The rollouts of this process's slices, each handed to the scorers as soon as it is there."""
+    rollouts: list[Rollout] = []
+    pending: list[Pending] = []
+    failure: RewardError | None = None
+    slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
+    try:
+        for indices in slices:
+            rollouts.append(draw_rollout(config, setup, indices, plan, policy=setup.behaviour))
+            trainer.check_finite("samples", rollouts[-1].x0)
+            if plan.judged:
+                with torch.no_grad():
+                    pixels = setup.teacher.decode(rollouts[-1].x0)
+                pending.append(setup.reward.submit(pixels, rollouts[-1].prompts))
+    except RewardError as error:
+        # Euphonium asks the scorers on the way, and latent judges are asked there, when nothing has changed yet.
+        failure = error
+    agree(failure, setup.processes, step=trainer.step)
+    return rollouts, pending
+
+
+def judge(
+    config: RewardRunConfig,
+    setup: RewardSetup,
+    trainer: Trainer,
+    rollouts: Sequence[Rollout],
+    *,
+    pending: Sequence[Pending],
+) -> StepRewards:
+    """Wait for the rewards of all slices and compare them within their groups, over all processes."""
+    parts = collect(pending, setup.processes, step=trainer.step)
+    values = torch.cat([setup.reward.normalised(part) for part in parts], dim=1)
+    count = len(rollouts[0].process_rewards)
+    process = torch.cat([torch.stack(r.process_rewards) for r in rollouts], dim=1) if count else values[:0]
+    size, batch = config.reward.group_size, config.run.batch_size
+    numbers = range(trainer.step * batch, (trainer.step + 1) * batch)
+    groups = group_samples(numbers, size, prompts=len(setup.prompts), seed=config.run.seed).groups
+    return compare(setup.reward, values, process, groups, processes=setup.processes)
+
+
+def fake_backward(
+    config: RewardRunConfig,
+    setup: RewardSetup,
+    trainer: Trainer,
+    rollouts: Sequence[Rollout],
+    *,
+    plan: Plan,
+    number: int,
+) -> dict[str, Tensor]:
+    """Add the fake score's gradients of its update `number` on these samples; returns what to log."""
+    assert setup.fake_role is not None
+    records = []
+    for place, rollout in enumerate(rollouts):
+        draw = inner_draw(rollout, number, config.fake_score.updates_per_student_update)
+        with trainer.sync(setup.fake_role, place == len(rollouts) - 1):
+            loss, record = fake_turn(config, setup, rollout, plan, draw=draw)
+            trainer.check_finite("fake score loss", loss)
+            trainer.backward(loss)
+        records.append(record)
+    return mean_records(records)
+
+
+def discriminator_backward(
+    setup: RewardSetup, trainer: Trainer, rollouts: Sequence[Rollout], *, call: int
+) -> dict[str, Tensor]:
+    """Add the pixel discriminator's gradients on the outputs of one call; returns what to log."""
+    assert setup.pixel_role is not None
+    records = []
+    for place, rollout in enumerate(rollouts):
+        with trainer.sync(setup.pixel_role, place == len(rollouts) - 1):
+            loss, record = discriminator_turn(setup, rollout, call)
+            trainer.check_finite("discriminator loss", loss)
+            trainer.backward(loss)
+        records.append(record)
+    return mean_records(records)
+
+
+def student_backward(
+    config: RewardRunConfig,
+    setup: RewardSetup,
+    trainer: Trainer,
+    rollouts: Sequence[Rollout],
+    *,
+    plan: Plan,
+    rewards: StepRewards | None,
+    prepared: Sequence[Prepared],
+    number: int,
+) -> dict[str, Tensor]:
+    """Add the student's gradients of its update `number` on these samples; returns what to log."""
+    records, size = [], len(rollouts[0].prompts)
+    for place, rollout in enumerate(rollouts):
+        draw = inner_draw(rollout, number, config.objective.updates_per_rollout)
+        own = None
+        if rewards is not None:
+            first = (trainer.rank * len(rollouts) + place) * size
+            own = rewards_of_slice(rewards, first, size, device=trainer.device)
+        with trainer.sync(setup.student_role, place == len(rollouts) - 1):
+            try:
+                loss, record = student_turn(
+                    config, setup, rollout, plan, rewards=own, prepared=prepared[place], draw=draw
+                )
+            except RewardError as error:
+                # The direct term calls the scorers again, after the fake score has moved.
+                raise RewardError(f"step {trainer.step}: {error}", clean=False) from error
+            trainer.check_finite("student loss", loss)
+            trainer.backward(loss)
+        records.append(record)
+    return mean_records(records)
+
+
+def inner_draw(rollout: Rollout, number: int, count: int) -> Draw:
+    """Random numbers of update `number` of `count` on one rollout; those of the samples themselves for one update."""
+    draw = rollout.draw
+    return draw if count == 1 else Draw(draw.seed, [index * count + number for index in draw.indices], draw.device)
+
+
+@torch.no_grad()
+def move_snapshots(config: RewardRunConfig, setup: RewardSetup, plan: Plan) -> None:
+    """After the student's update: the older policies follow it, and Flash-DMD mixes it into the fake score."""
+    student = [parameter for _, parameter in setup.student_role.parameters]
+    for role, decay in ((setup.old_role, config.forward.old), (setup.sampling_role, config.forward.sampling)):
+        if role is not None:
+            kept = decay_now(decay, setup.student_role.updates)
+            inject_student([parameter for _, parameter in role.parameters], student, decay=kept)
+    keep_fake = config.preference.inject_decay
+    if config.method == "flash" and plan.matching_step is not None and keep_fake < 1:
+        assert setup.fake_role is not None
+        inject_student([parameter for _, parameter in setup.fake_role.parameters], student, decay=keep_fake)
+
+
+def decay_now(decay: DecayConfig, updates: int) -> float:
+    """The share of a snapshot that stays."""
+    return ramped_decay(updates, start=decay.start, delay=decay.delay, slope=decay.slope, ceiling=decay.ceiling)

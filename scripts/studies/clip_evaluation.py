@@ -1,0 +1,102 @@
+"""How well a teacher of moving digits does what it is told, as a JSON record and a sheet of frames.
+
+Run `python -m studies.clip_evaluation --teacher assets/digits_video --output DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.core.randomness import sample_noise, shared_integer
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.sample_grid import save_grid
+from fewstep.embedded.digits.clip_judges import held_out_clips, load_judges
+from fewstep.embedded.digits.clip_measures import VideoResult, measure_clips, video_reference
+from fewstep.embedded.digits.clips import CANVAS, CLIP_FRAMES, all_clip_captions
+
+REFERENCE_CLIPS = 1000
+SHEET_CLIPS, SHEET_EVERY = 16, 3
+
+
+@dataclass(frozen=True)
+class VideoEvaluation:
+    """A result with what it takes to repeat it; `floor` are the measures of as many other real, held-out clips."""
+
+    teacher: str
+    steps: int
+    guidance: float
+    seed: int
+    torch_version: str
+    command: str
+    result: VideoResult
+    floor: VideoResult
+
+
+def evaluation_prompts(count: int, *, seed: int) -> list[str]:
+    """`count` captions: every one of the 320 once, in an order of the seed, before one comes again."""
+    captions = all_clip_captions()
+    key = shared_integer(seed, 0, "video_evaluation", 2**31)
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(key)).tolist()
+    return [captions[order[index % len(order)]] for index in range(count)]
+
+
+@torch.no_grad()
+def generate_clips(
+    teacher: Teacher, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 32
+) -> Tensor:
+    """Clip i of prompt i, pixels [N, 3, 25, 32, 32]; each depends on (teacher, prompt, steps, guidance, seed, i)."""
+    shape = teacher.latent_shape(CANVAS, CANVAS, frames=CLIP_FRAMES)
+    device = teacher.null_condition.tokens.device
+    parts = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=f"{steps} steps", unit="batch"):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        noise = sample_noise(seed, rows, shape, stream="video_evaluation", device=device)
+        latents = teacher.sample(noise, teacher.encode([prompts[i] for i in rows]), steps=steps, guidance=guidance)
+        parts.append(teacher.decode(latents).cpu())
+    return torch.cat(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge a teacher of moving digits.")
+    parser.add_argument("--teacher", required=True, help="folder of the pipeline, with its judges")
+    parser.add_argument("--output", type=Path, required=True, help="folder for evaluation.json and samples.png")
+    parser.add_argument("--samples", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    judges = load_judges(Path(arguments.teacher) / "judges")
+    real = held_out_clips(REFERENCE_CLIPS + arguments.samples)
+    reference = video_reference(judges, real.pixels[:REFERENCE_CLIPS])
+    rest = slice(REFERENCE_CLIPS, None)
+    floor = measure_clips(judges, real.pixels[rest], prompts=real.captions[rest], reference=reference)
+    teacher = Teacher.load(arguments.teacher)
+    prompts = evaluation_prompts(arguments.samples, seed=arguments.seed)
+    settings = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
+    pixels = generate_clips(teacher, prompts, **settings)
+    evaluation = VideoEvaluation(
+        teacher=arguments.teacher,
+        **settings,
+        torch_version=torch.__version__,
+        command=shlex.join(["python", "-m", "fewstep.evaluation.video_evaluation", *sys.argv[1:]]),
+        result=measure_clips(judges, pixels, prompts=prompts, reference=reference),
+        floor=floor,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=1) + "\n", encoding="ascii")
+    sheet = [clip[:, ::SHEET_EVERY].transpose(0, 1) for clip in pixels[:SHEET_CLIPS]]
+    save_grid(sheet, arguments.output / "samples.png", labels=prompts[:SHEET_CLIPS])
+    print(evaluation.result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The loop of the stages: what moves when, exact resume, replay, initial weights, and mistakes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.causal_video.policy import CachePolicy
+from fewstep.causal_video.settings import CausalSettings
+from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.setup import CausalData, CausalSetup, check_tangent
+from fewstep.causal_video.stages.train import train_causal_video, train_step
+from fewstep.core.config import load_config, save_resolved
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.training.roles import Role
+from fewstep.core.training.run_directory import read_metrics
+from fewstep.core.training.trainer import Trainer
+from tests.causal_video.tiny_causal_run import CASES, FAKE_SCORE, VideoInputs, start_causal, tiny_causal
+from tests.dmd.tiny_run import assert_same_checkpoint
+
+
+def weights_of(role: Role | None) -> Tensor:
+    assert role is not None
+    return torch.cat([value.detach().flatten() for _, value in role.parameters])
+
+
+def gradients_of_first_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> list[Tensor]:
+    """The student's gradients of a step whose update is not made."""
+    found: list[Tensor] = []
+
+    def keep(role: Role) -> float:
+        found.extend(p.grad.clone() for _, p in role.parameters if p.grad is not None)
+        return 0.0
+
+    trainer.update = keep  # pyright: ignore[reportAttributeAccessIssue]
+    train_step(config, setup, trainer)
+    return found
+
+
+def test_turns_of_self_forcing_with_a_discriminator(inputs: VideoInputs, tmp_path: Path) -> None:
+    config = tiny_causal(inputs, tmp_path, "self_forcing_asd")
+    setup, trainer = start_causal(config)
+    moved, calls = [], []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in (
+            ("student", setup.student.transformer.patch_embedding),
+            ("teacher", setup.teacher.denoiser),
+            ("fake", setup.fake_score),
+        )
+        if module is not None
+    ]
+    counts = []
+    for _ in range(5):
+        calls.clear()
+        before = [weights_of(r) for r in (setup.student_role, setup.fake_role, setup.discriminator_role)]
+        train_step(config, setup, trainer)
+        trainer.advance()
+        after = [weights_of(r) for r in (setup.student_role, setup.fake_role, setup.discriminator_role)]
+        moved.append(tuple(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+        counts.append(tuple(calls.count(name) for name in ("student", "teacher", "fake")))
+    for handle in handles:
+        handle.remove()
+    trainer.close()
+    # Exits of the student are 0 and 1, of the fake score 0, 1 and 2. After the last exit nothing is compared.
+    student, critic = (True, False, False), (False, True, True)
+    assert moved == [student, critic, critic, student, (False, True, False)]
+    # Two chunks: exit 0 is 2 calls and 2 contexts, exit 1 is 4 and 2, exit 2 of schedule [3, 2] is 5 and 2.
+    zero, one, two = 4, 6, 7
+    assert [c[0] for c in counts] == [zero + one, zero + one, one + two, one + two, two]
+    assert [c[1] for c in counts] == [1, 0, 0, 1, 0]
+    assert [c[2] for c in counts] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["self_forcing", "self_forcing_long", "self_forcing_sid", "self_forcing_asd"])
+def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
+    changes = {"run.seed": 7, "student.steps": (2,), **({"student.steps": (1, 1)} if name.endswith("long") else {})}
+    found = []
+    for replay in (False, True):
+        folder = tmp_path / str(replay)
+        config = tiny_causal(inputs, folder, name, {**changes, "loss.replay": replay})
+        setup, trainer = start_causal(config)
+        trainer.step = 3
+        found.append(gradients_of_first_step(config, setup, trainer))
+        trainer.close()
+    assert len(found[0]) == len(found[1]) > 40
+    scale = max(float(g.abs().max()) for g in found[0])
+    assert scale > 1e-6
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 2e-5 * scale
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher_forcing_context", "tf_scm", "ode", "self_forcing", "self_forcing_long", "self_forcing_asd"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
+    straight = tiny_causal(inputs, tmp_path / "straight", name)
+    assert train_causal_video(straight) == 0
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "resumed", name, {"run.steps": 2})) == 0
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "resumed", name, {"run.resume": "latest"})) == 0
+    left, right = (load_checkpoint(list_checkpoints(tmp_path / folder)[-1]) for folder in ("straight", "resumed"))
+    assert left.step == 4
+    assert_same_checkpoint(left, right)
+
+
+def test_a_slice_at_a_time_gives_the_gradient_of_the_batch(inputs: VideoInputs, tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 2):
+        changes = {"run.gradient_accumulation": parts}
+        config = tiny_causal(inputs, tmp_path / str(parts), "diffusion_forcing", changes)
+        setup, trainer = start_causal(config)
+        found.append(gradients_of_first_step(config, setup, trainer))
+        trainer.close()
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5
+
+
+def test_stages_follow_each_other(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Teacher forcing, then consistency from its run, then self-forcing from a checkpoint and from a file."""
+    first = tiny_causal(inputs, tmp_path / "tf", "teacher_forcing", {"run.sample_every": 2})
+    assert train_causal_video(first) == 0
+    sheets = sorted(path.name for path in (tmp_path / "tf" / "samples").iterdir())
+    assert sheets == ["step-0000000.png", "step-0000002.png", "step-0000004.png"]
+    assert CausalSettings.load(tmp_path / "tf").layout.lengths == (1, 2)
+    last = list_checkpoints(tmp_path / "tf")[-1]
+    average = load_file(last / "student_ema.safetensors")
+    second = tiny_causal(inputs, tmp_path / "scm", "tf_scm", {"student.init": str(tmp_path / "tf")})
+    setup, trainer = start_causal(dataclasses.replace(second))
+    teacher = setup.networks.teacher
+    assert teacher is not None
+    for network in (setup.student, teacher.network):
+        state = network.state_dict()
+        assert all(torch.equal(state[name], average[name]) for name in state)
+    assert teacher.guidance == 2.0
+    train_step(second, setup, trainer)
+    trainer.close()
+    assert all(torch.equal(tensor, average[name]) for name, tensor in teacher.network.state_dict().items())
+    for init in (str(last), str(inputs.init)):
+        third = tiny_causal(inputs, tmp_path / Path(init).name, "self_forcing", {"student.init": init})
+        setup, trainer = start_causal(third)
+        trained: Any = setup.student.transformer
+        stock: Any = setup.teacher.denoiser.network
+        assert not torch.equal(trained.proj_out.weight, stock.proj_out.weight)
+        trainer.close()
+    notes = [record["note"] for record in read_metrics(tmp_path / "tf" / "metrics.jsonl") if "note" in record]
+    assert "chunks of [1, 2] latent frames at t = 1, " in notes[0]
+
+
+def test_pairs_are_made_once_and_kept(inputs: VideoInputs, tmp_path: Path) -> None:
+    for name in ("ode", "ode_causal"):
+        config = tiny_causal(inputs, tmp_path / name, name)
+        assert train_causal_video(config) == 0
+        tensors = load_file(tmp_path / name / "ode_pairs" / "ode_pairs.safetensors")
+        assert tensors["states"].shape == (5, 4, 4, 3, 8, 8)
+        assert ("context" in tensors) == (name == "ode_causal")
+        # Steps [3, 2] at shift 5: thirds and a half.
+        assert tensors["times"].tolist() == pytest.approx([1.0, 10 / 11, 5 / 6, 5 / 7])
+    again = tiny_causal(inputs, tmp_path / "again", "ode", {"data.pairs": str(tmp_path / "ode" / "ode_pairs")})
+    assert CausalData.read(again).pairs is not None
+    mixed = tiny_causal(inputs, tmp_path / "again", "ode", {"data.pairs": str(tmp_path / "ode_causal" / "ode_pairs")})
+    with pytest.raises(ValueError, match="were not made by the bidirectional teacher"):
+        CausalData.read(mixed)
+
+
+def test_the_check_of_the_tangent_passes_and_is_reported(inputs: VideoInputs, tmp_path: Path) -> None:
+    config = tiny_causal(inputs, tmp_path, "tf_scm", {"loss.check_tangent": True})
+    setup, trainer = start_causal(config)
+    said = check_tangent(config, setup, trainer)
+    assert said is not None
+    assert said.startswith("tangent of the packed network against differences: off by ")
+    assert check_tangent(tiny_causal(inputs, tmp_path, "tf_scm"), setup, trainer) is None
+    trainer.close()
+
+
+def test_a_dry_run_makes_one_step_and_keeps_nothing(inputs: VideoInputs, tmp_path: Path) -> None:
+    config = tiny_causal(inputs, tmp_path / "dry", "self_forcing", {"run.dry_run": True})
+    assert train_causal_video(config) == 0
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("name", ["tf_dcm", "self_forcing_mixture", "self_forcing_long"])
+def test_settings_are_read_as_they_were_written(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
+    config = tiny_causal(inputs, tmp_path, name)
+    save_resolved(tmp_path / "config.yaml", config)
+    again, _ = load_config(CausalConfig, ["--config", str(tmp_path / "config.yaml")], prog="x", description="x")
+    assert again == config
+    assert again.student.layout == config.student.layout
+
+
+def refused(inputs: VideoInputs, name: str, match: str, **changes: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        tiny_causal(inputs, Path("nowhere"), name, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_settings_that_do_not_fit_are_named(inputs: VideoInputs) -> None:
+    refused(inputs, "teacher_forcing", r"student\.layout: lengths are \[\]", student__layout=())
+    refused(inputs, "teacher_forcing", r"student\.policy: window_frames=1", student__policy=CachePolicy(1))
+    refused(inputs, "teacher_forcing", r"student\.steps is \[4, 0\]", student__steps=(4, 0))
+    refused(inputs, "teacher_forcing", r"data\.latents is empty", data__latents=None)
+    refused(inputs, "tf_scm", r"student\.init is empty", student__init=None)
+    refused(inputs, "ode_causal", r"student\.init is empty", student__init=None)
+    refused(inputs, "teacher_forcing", "belong to method 'self_forcing'", loss__asd_weight=0.1)
+    refused(inputs, "self_forcing", "no chunk has two", loss__asd_weight=0.1, student__steps=(1,))
+    refused(inputs, "self_forcing", r"loss\.longest_frames is 4", loss__longest_frames=4)
+    refused(inputs, "self_forcing", r"loss\.new_frames without", loss__new_frames=1)
+    refused(inputs, "self_forcing_long", r"loss\.new_frames is 3", loss__new_frames=3)
+    refused(inputs, "self_forcing", r"data\.image_share is 1\.5", data__image_share=1.5)
+    refused(inputs, "self_forcing", "without GAN in self_forcing", matching__objective="f_distill")
+    refused(inputs, "self_forcing", "list of counts from 1 on", loss__rollout_schedules=((2, 0),))
+    config = tiny_causal(inputs, Path("nowhere"), "self_forcing")
+    with pytest.raises(ValueError, match="self_forcing needs that section"):
+        dataclasses.replace(config, fake_score=None)
+    with pytest.raises(ValueError, match="below 2 the fake score would never learn"):
+        dataclasses.replace(config, fake_score=dataclasses.replace(FAKE_SCORE, updates_per_student_update=1))
+
+
+def test_files_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"student.layout": (2, 2)}, r"3 latent frames, and student\.layout \[2, 2\] cuts 4"),
+        ({"student.init": str(tmp_path / "none")}, "is no file, no checkpoint and no run directory"),
+        ({"data.prompts": str(tmp_path / "none.txt")}, "does not exist"),
+        ({"student.times": ((1.0, 1.5),)}, r"student\.times: times must lie in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_causal_video(tiny_causal(inputs, tmp_path / "run", "self_forcing", changes))
+    policy = {"student.layout": (1, 1, 1), "student.policy": CachePolicy(1, 1, "static")}
+    with pytest.raises(ValueError, match="positions='shifted' move the sink"):
+        train_causal_video(tiny_causal(inputs, tmp_path / "masked", "teacher_forcing", policy))
+    assert not any(tmp_path.glob("*/config.yaml"))
+    assert len(CASES) == 17

@@ -1,0 +1,239 @@
+"""Turns of flow maps with exact networks: the loss has nothing left to teach, and guidance is where it should be."""
+
+# The exact networks stand where a Denoiser and a Teacher are annotated.
+# pyright: reportArgumentType=false
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.consistency.batch import Networks, Noised
+from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.methods.flow_map import draw_pair, flow_batch, own_guided_velocity
+from fewstep.consistency.times import TimePair
+from fewstep.consistency.train import flow_map_turn
+from fewstep.core.condition import Condition
+from fewstep.core.randomness import Draw
+from tests.consistency.analytic import Gaussian
+
+SHAPE = (1, 4, 4)
+COUNT = 12
+MEANS = {"prompt": 0.7, "null": -0.4}
+Objective = Literal["meanflow", "imf", "alphaflow", "dmf", "anyflow"]
+
+
+class ExactFlowMap(nn.Module):
+    """u*(x, t, r) for N(mean, 1.6^2), the mean being the condition's one number; plus `off`, which is trained.
+
+    With `guidance` the conditional output is that of the guided mean.
+    """
+
+    def __init__(self, off: float = 0.0, guidance: float = 1.0) -> None:
+        super().__init__()
+        self.off = nn.Parameter(torch.tensor(off, dtype=torch.float64))
+        self.guidance = guidance
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None) -> Tensor:
+        self.sizes.append(len(x))
+        mean = condition.tokens[:, 0, 0].view(-1, 1, 1, 1)
+        mean = MEANS["null"] + self.guidance * (mean - MEANS["null"])
+        t = t.view(-1, 1, 1, 1)
+        r = t if r is None else r.view(-1, 1, 1, 1)
+        return Gaussian(mean=mean).average_velocity(x, t, r) + self.off
+
+
+@dataclass(frozen=True)
+class ExactTeacher:
+    """The guided velocity of these Gaussians."""
+
+    null_condition: Condition
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+        return ExactFlowMap(guidance=guidance)(x_t, t, condition).detach()
+
+
+def condition_of(name: str, count: int) -> Condition:
+    return Condition(torch.full((count, 1, 1), MEANS[name], dtype=torch.float64))
+
+
+def exact_networks(*, off: float = 0.0, guidance: float = 1.0, own: float | None = None) -> Networks:
+    """An exact student of a teacher with that guidance; `own` is another guidance of the student."""
+    student = ExactFlowMap(off, guidance if own is None else own)
+    return Networks(student, student, ExactTeacher(condition_of("null", 1)), guidance)
+
+
+def noised(progress: float = 0.5) -> tuple[Noised, Draw]:
+    draw = Draw(3, list(range(COUNT)), torch.device("cpu"))
+    eps = draw.noise(SHAPE, "eps").double()
+    x0 = MEANS["prompt"] + 1.6 * draw.noise(SHAPE, "x0").double()
+    t = 0.05 + 0.9 * draw.uniform("t").double()
+    return Noised(x0, eps, t, condition_of("prompt", COUNT), step=4, progress=progress), draw
+
+
+def settings_of(objective: Objective, **changes: Any) -> ConsistencyLossConfig:
+    return ConsistencyLossConfig(**{"objective": objective, "equal_share": 0.4, **changes})
+
+
+def double_pair(data: Noised, draw: Draw, loss: ConsistencyLossConfig) -> TimePair:
+    """The pair that is drawn, in fp64."""
+    pair = draw_pair(data, draw, loss)
+    return TimePair(pair.t.double(), pair.r.double())
+
+
+@pytest.mark.parametrize("pairs", ["ordered", "partition"])
+@pytest.mark.parametrize("objective", ["meanflow", "imf", "dmf", "anyflow"])
+def test_an_exact_flow_map_has_nothing_to_learn(objective: Objective, pairs: Literal["ordered", "partition"]) -> None:
+    data, draw = noised()
+    loss = settings_of(objective, pairs=pairs)
+    pair = double_pair(data, draw, loss)
+    found = flow_map_turn(data, pair, exact_networks(guidance=2.0), draw=draw, loss=loss)
+    assert found.record["flow_error_equal"] < 1e-24
+    assert found.record["flow_error_apart"] < 1e-24
+    assert found.record["isolated_samples"] == 0
+    assert found.record["tangent_drift"] > 1e-2
+    worse = flow_map_turn(data, pair, exact_networks(off=0.1, guidance=2.0), draw=draw, loss=loss)
+    # An offset has no derivative: each of 16 elements is off by 0.1, and the errors of AnyFlow and DMF are means.
+    expected = 0.01 * (16 if objective in ("meanflow", "imf") else 1)
+    assert worse.record["flow_error_equal"].item() == pytest.approx(0.01 if objective == "anyflow" else expected)
+    if objective != "imf":
+        assert worse.record["flow_error_apart"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_central_differences_miss_by_the_square_of_their_step() -> None:
+    data, draw = noised()
+    errors = []
+    for step in (4e-3, 2e-3):
+        loss = settings_of("meanflow", tangent="central", central_step=step)
+        pair = double_pair(data, draw, loss)
+        found = flow_map_turn(data, pair, exact_networks(), draw=draw, loss=loss)
+        errors.append(found.record["flow_error_apart"].sqrt().item())
+    assert errors[1] < 1e-4
+    assert errors[0] / errors[1] == pytest.approx(4.0, abs=0.1)
+
+
+def test_the_derivative_is_taken_where_it_counts() -> None:
+    data, draw = noised()
+    loss = settings_of("meanflow")
+    networks = exact_networks()
+    student: Any = networks.student
+    pair = TimePair(data.t, torch.where(torch.arange(COUNT) < 5, data.t, data.t / 3))
+    flow_map_turn(data, pair, networks, draw=draw, loss=loss)
+    assert student.sizes == [COUNT - 5, COUNT]
+    student.sizes.clear()
+    flow_map_turn(data, TimePair(data.t, data.t), networks, draw=draw, loss=loss)
+    assert student.sizes == [COUNT]
+
+
+def test_alphaflow_goes_from_its_velocity_to_meanflow() -> None:
+    errors = {}
+    for progress in (0.0, 0.45, 0.6, 1.0):
+        data, draw = noised(progress)
+        loss = settings_of("alphaflow")
+        pair = double_pair(data, draw, loss)
+        found = flow_map_turn(data, pair, exact_networks(), draw=draw, loss=loss)
+        errors[progress] = found.record["flow_error_apart"].item()
+        assert ("alpha" in found.record) == (progress < 1)
+    data, draw = noised()
+    pair = double_pair(data, draw, settings_of("meanflow"))
+    velocity = exact_networks().teacher.velocity(flow_batch_state(data, pair), pair.t, data.condition, 1.0)
+    average = ExactFlowMap()(flow_batch_state(data, pair), pair.t, data.condition, pair.r)
+    apart = ~pair.equal
+    expected = (average - velocity)[apart].square().flatten(1).sum(dim=1).mean().item()
+    assert errors[0.0] == pytest.approx(expected)
+    assert errors[0.0] > errors[0.45] > errors[0.6] > 1e-8
+    assert errors[1.0] < 1e-24
+
+
+def flow_batch_state(data: Noised, pair: TimePair) -> Tensor:
+    return replace(data, t=pair.t).x_t
+
+
+@pytest.mark.parametrize(("objective", "kappa"), [("meanflow", 0.0), ("meanflow", 0.5), ("imf", 0.0)])
+def test_the_guided_velocity_is_the_fixed_point(objective: Objective, kappa: float) -> None:
+    """Given the marginal velocity in place of a sample's, a student of the guided mean is told to stay."""
+    data, _ = noised()
+    networks = exact_networks(guidance=2.5)
+    velocity = ExactFlowMap()(data.x_t, data.t, data.condition).detach()
+    loss = settings_of(objective, velocity="data", kappa=kappa)
+    found = own_guided_velocity(data.x_t, data.t, velocity, data.condition, networks, loss)
+    expected = networks.student(data.x_t, data.t, data.condition)
+    assert (found - expected).abs().max() < 1e-13
+    assert (found - velocity).abs().max() > 0.1
+    assert not found.requires_grad
+
+
+def test_guidance_from_data_drops_conditions_and_stays_in_its_interval() -> None:
+    data, draw = noised()
+    loss = settings_of("meanflow", velocity="data", condition_drop=0.5, guidance_interval=(0.0, 0.5), equal_share=0.0)
+    pair = TimePair(data.t, torch.zeros_like(data.t))
+    batch = flow_batch(data, pair, exact_networks(guidance=2.0), draw=draw, loss=loss)
+    dropped = draw.uniform("flow_condition_drop") < 0.5
+    assert 2 < int(dropped.sum()) < COUNT - 2
+    assert torch.equal(batch.condition.tokens[:, 0, 0] == MEANS["null"], dropped)
+    plain = data.eps - data.x0
+    same = (batch.velocity == plain).flatten(1).all(dim=1)
+    assert torch.equal(same, dropped | (data.t > 0.5))
+    # Without guidance nothing is dropped.
+    batch = flow_batch(data, pair, exact_networks(), draw=draw, loss=loss)
+    assert torch.equal(batch.velocity, plain)
+    assert torch.equal(batch.condition.tokens, data.condition.tokens)
+
+
+def test_anyflow_brings_all_samples_to_one_size() -> None:
+    data, draw = noised()
+    loss = settings_of("anyflow", pairs="partition")
+    pair = double_pair(data, draw, loss)
+    assert [int(part) for part in (pair.equal.sum(), (pair.r == 0).sum())] == [6, 3]
+    networks = exact_networks(off=0.3, guidance=2.0)
+    found = flow_map_turn(data, pair, networks, draw=draw, loss=loss)
+    x_t = flow_batch_state(data, pair)
+    prediction = networks.student(x_t, pair.t, data.condition, pair.r)
+    weight = pair.t * (1 - pair.t).sqrt() / (4 / 15)
+    distance = weight * (prediction - (data.eps - data.x0)).square().flatten(1).mean(dim=1)
+    scale = distance[pair.equal].mean()
+    assert found.record["flow_scale"].item() == pytest.approx(scale.item())
+    # Half of the samples have the error 0.09 with their weight, the others the common size.
+    size = scale * (weight * 0.09 / (weight * 0.09 + 1e-5))
+    expected = torch.where(pair.equal, weight * 0.09, size).mean()
+    assert found.loss.item() == pytest.approx(expected.item())
+
+
+def test_anyflow_from_data_is_guided_by_its_own_outputs() -> None:
+    """With the marginal velocity for the sample's, (u_c + (w - 1) u_0) / w of the guided student is the target."""
+    data, draw = noised()
+    t = data.t
+    loss = settings_of("anyflow", velocity="data", condition_drop=0.0)
+    networks = exact_networks(guidance=2.0)
+    velocity = ExactFlowMap()(data.x_t, t, data.condition).detach()
+    # Data on the marginal velocity: eps - x0 = v at the same x_t.
+    straight = replace(
+        data, x0=data.x_t - t.view(-1, 1, 1, 1) * velocity, eps=data.x_t + (1 - t.view(-1, 1, 1, 1)) * velocity
+    )
+    found = flow_map_turn(straight, TimePair(t, t), networks, draw=draw, loss=loss)
+    assert found.record["flow_error_equal"] < 1e-24
+    assert networks.student.sizes == [COUNT, COUNT]
+
+
+def test_what_cannot_be_trained_is_an_error() -> None:
+    data, draw = noised()
+    loss = settings_of("anyflow")
+    with pytest.raises(ValueError, match="pairs with r <= t"):
+        flow_map_turn(data, TimePair(data.t, data.t + 0.01), exact_networks(), draw=draw, loss=loss)
+    with pytest.raises(ValueError, match="no sample of this batch has r = t"):
+        flow_map_turn(data, TimePair(data.t, data.t / 2), exact_networks(), draw=draw, loss=loss)
+
+
+def test_gradients_reach_the_student_alone() -> None:
+    data, draw = noised(progress=0.45)
+    for objective in ("meanflow", "imf", "alphaflow", "dmf", "anyflow"):
+        loss = settings_of(objective)
+        networks = exact_networks(off=0.2)
+        found = flow_map_turn(data, double_pair(data, draw, loss), networks, draw=draw, loss=loss)
+        found.loss.backward()
+        student: Any = networks.student
+        assert student.off.grad > 1e-3
+        assert not any(value.requires_grad for value in found.record.values())

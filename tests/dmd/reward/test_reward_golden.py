@@ -1,0 +1,101 @@
+"""Two steps of every reward method against committed numbers.
+
+After an intended change of the numerics, write them anew and look at the difference:
+
+    UPDATE_GOLDEN=1 python -m pytest tests/dmd/test_reward_golden.py
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.dmd.reward.config import DecayConfig, ForwardConfig, RewardMethod, ScorerConfig
+from fewstep.dmd.reward.train import train_step
+from tests.dmd.reward.reward_run import (
+    METHODS,
+    reward_config,
+    started,
+    wake_heads,
+    with_pixel_gan,
+    write_latent_reward,
+    write_pixel_backbone,
+    write_student,
+)
+from tests.dmd.test_golden import checksum
+from tests.dmd.tiny_run import TinyInputs
+
+GOLDEN = Path(__file__).parent / "golden.json"
+WATCHED = ("student_loss", "policy_loss", "direct_loss", "fake_score_loss", "reward", "margin", "effective_share", "kl")
+WATCHED += ("student_gan_loss", "discriminator_loss", "distill_loss", "latent_reward")
+# Where the settings of the other tests make the second step blind: policies that differ, and no cold start.
+CHANGES: dict[str, dict[str, Any]] = {
+    "rtdmd": {"objective.cold_start_steps": 0},
+    "crd": {"forward": ForwardConfig(kl_weight=0.1, lowest_kl_weight=1e-4, old=DecayConfig(start=0.5))},
+    "redmd_saliency": {
+        "objective.saliency": True,
+        "reward.scorers": (ScorerConfig(name="stroke_weight", mean=0.5, std=0.01), ScorerConfig(name="slant")),
+        "reward.held_out": (),
+    },
+    "nft_anchored": {"objective.matching_weight": 0.5, "forward.adaptive": True},
+    "euphonium_distilled": {"process.distill_weight": 0.5},
+}
+VARIANTS: dict[str, RewardMethod] = {
+    "redmd_saliency": "redmd",
+    "nft_anchored": "nft",
+    "flash_gan": "flash",
+    "flash_latent": "flash",
+    "euphonium_distilled": "euphonium",
+}
+CASES: dict[str, RewardMethod] = {**{method: method for method in METHODS}, **VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def student(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return write_student(inputs, tmp_path_factory.mktemp("student") / "run")
+
+
+def two_steps(inputs: TinyInputs, student: Path, folder: Path, name: str) -> dict[str, Any]:
+    """What two steps report, and checksums of the student after them."""
+    changes = CHANGES.get(name, {})
+    if name == "flash_gan":
+        changes = with_pixel_gan(inputs, write_pixel_backbone(folder / "backbone"))
+    if name == "flash_latent":
+        model = write_latent_reward(inputs, folder / "latent_reward")
+        changes = {"preference.judge": "latent", "preference.latent_reward": str(model)}
+    config = reward_config(inputs, student, folder / "run", CASES[name], changes)
+    steps = []
+    with started(config) as (setup, trainer):
+        wake_heads(setup)
+        before = {key: weight.detach().clone() for key, weight in setup.student_role.parameters}
+        for _ in range(2):
+            metrics = train_step(config, setup, trainer)
+            steps.append({key: float(metrics[key]) for key in WATCHED if key in metrics})
+            trainer.advance()
+        return {"steps": steps, "student": checksum(setup.student_role, before)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, student: Path, tmp_path: Path, name: str) -> None:
+    found = two_steps(inputs, student, tmp_path, name)
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        known = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.is_file() else {}
+        GOLDEN.write_text(json.dumps({**known, name: found}, indent=1) + "\n", encoding="utf-8")
+    expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
+    assert len(found["steps"]) == 2
+    for step, golden in zip(found["steps"], expected["steps"], strict=True):
+        # A policy loss is a mean of advantages, which sum to zero: its rounding is absolute.
+        assert step == pytest.approx(golden, rel=1e-4, abs=1e-5)
+    assert found["student"]["weights"] == pytest.approx(expected["student"]["weights"], rel=1e-5)
+    assert found["student"]["moved"] == pytest.approx(expected["student"]["moved"], rel=5e-3)
+    assert 1e-4 < found["student"]["moved"] < 4e-3
+
+
+def test_committed_numbers_tell_the_methods_apart() -> None:
+    record = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    seen = {f"{record[name]['student']['moved']:.6g}" for name in CASES}
+    assert len(seen) == len(CASES) == 13
