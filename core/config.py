@@ -25,6 +25,24 @@ _SHORTCUTS = ("dry_run", "resume")
 _HELP_FLAGS = ("-h", "--help")
 
 
+def require_one_method(config: Any) -> str:
+    """The name of the one section of `config.METHODS` that is there: the section that is present is the method.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    there = [name for name in config.METHODS if getattr(config, name) is not None]
+    if len(there) != 1:
+        raise ValueError(_method_problem(config.METHODS, there))
+    return there[0]
+
+
+def _method_problem(methods: Sequence[str], there: Sequence[str]) -> str:
+    if there:
+        return f"the sections {' and '.join(there)} are given, and a run has one method: keep one of them"
+    return f"no method is given: add one of the sections {', '.join(methods)} ({methods[0]}: {{}} for its defaults)"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, what was given and what is allowed."""
 
@@ -140,22 +158,32 @@ def load_config(
     """
     keys = {key.name: key for key in _walk(config_class)}
     arguments = _expand_shortcuts(list(argv), keys)
-    if not any(argument in _HELP_FLAGS for argument in arguments):
-        given = _check_arguments(arguments, keys)
-        _check_missing(given, keys)
-    parser = _build_parser(config_class, prog=prog, description=description)
+    methods: tuple[str, ...] = getattr(config_class, "METHODS", ())
+    for_help = any(argument in _HELP_FLAGS for argument in arguments)
+    given = _check_arguments(arguments, keys)
+    chosen = _check_methods(given, methods, lenient=for_help)
+    if not for_help:
+        _check_missing(set(given), keys)
+    hidden = set(methods) - {chosen}
+    told = description
+    if methods and chosen is None:
+        told += f" One of the sections {', '.join(methods)} is the method; --config FILE --help shows its settings."
+    parser = _build_parser(config_class, prog=prog, description=told, hidden=hidden)
     try:
         values = parser.parse_args(arguments).as_dict()
     except jsonargparse.ArgumentError as error:
         _raise_readable(str(error), keys)
     values.pop("config", None)
+    values |= dict.fromkeys(hidden)
     config = _build(config_class, values, prefix="")
     return config, plain_values(config)
 
 
 def plain_values(config: Any) -> dict[str, Any]:
-    """A configuration as nested dicts and lists of JSON types; tuples become lists."""
-    return _plain(dataclasses.asdict(config))
+    """A configuration as nested dicts and lists of JSON types; tuples become lists, sections that are not there go."""
+    optional = {name for name, hint in typing.get_type_hints(type(config)).items() if _dataclass_of(hint)[1]}
+    values = dataclasses.asdict(config)
+    return _plain({name: value for name, value in values.items() if value is not None or name not in optional})
 
 
 def save_resolved(path: str | Path, config: Any) -> None:
@@ -230,25 +258,51 @@ def _expand_shortcuts(arguments: list[str], keys: Mapping[str, _Key]) -> list[st
     return expanded
 
 
-def _check_arguments(arguments: Sequence[str], keys: Mapping[str, _Key]) -> set[str]:
-    """Check the names of all options and of the configuration file; returns the keys that are given."""
-    given: set[str] = set()
+def _check_arguments(arguments: Sequence[str], keys: Mapping[str, _Key]) -> dict[str, str]:
+    """Check the names of all options and of the configuration file; returns the keys that are given, and where."""
+    given: dict[str, str] = {}
     files: list[str] = []
     for position, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
         name, equals, value = argument[2:].partition("=")
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument in _HELP_FLAGS:
+            continue
         if name == "config":
             files.append(value if equals else following)
         elif name != "print_config" and not (name.endswith(".help") and name[: -len(".help")] in keys):
-            _check_key(name, value if equals else following, keys, where="on the command line")
-            given.add(name)
+            where = "on the command line"
+            told = value if equals else following
+            _check_key(name, told, keys, where=where)
+            if not (told == "null" and keys[name].optional_group):
+                given[name] = where
     if len(files) > 1:
         raise ConfigError(f"--config: given {len(files)} files {files}, allowed is one; an experiment is one file")
     if files:
-        given |= _check_file(Path(files[0]), keys)
+        given = {**given, **dict.fromkeys(_check_file(Path(files[0]), keys), f"in {files[0]}")}
     return given
+
+
+def _check_methods(given: Mapping[str, str], methods: Sequence[str], *, lenient: bool) -> str | None:
+    """The method whose section is given; None where there are no methods, or for a lenient look none or too many."""
+    if not methods:
+        return None
+    places = {name.partition(".")[0]: (name, where) for name, where in reversed(list(given.items()))}
+    there = [name for name in methods if name in places]
+    if len(there) == 1:
+        return there[0]
+    if lenient:
+        return None
+    if not there:
+        raise ConfigError(_method_problem(methods, there))
+    # The one of the file is meant: what the command line brings beside it belongs elsewhere.
+    meant = next((name for name in there if places[name][1] != "on the command line"), there[0])
+    name, where = next(places[name] for name in there if name != meant)
+    raise ConfigError(
+        f"{name} {where} belongs to the section {name.partition('.')[0]}, and the method of this run is {meant}: a run "
+        "has one method, and what another reads would do nothing here"
+    )
 
 
 def _check_key(name: str, value: Any, keys: Mapping[str, _Key], *, where: str) -> None:
@@ -281,6 +335,8 @@ def _check_file(path: Path, keys: Mapping[str, _Key]) -> set[str]:
     while pending:
         name, value = pending.pop(0)
         _check_key(name, value, keys, where=f"in {path}")
+        if value is None and keys[name].optional_group:
+            continue
         given.add(name)
         if keys[name].group is not None and isinstance(value, Mapping):
             pending.extend((f"{name}.{inner}", item) for inner, item in value.items())
@@ -302,7 +358,7 @@ def _check_missing(given: set[str], keys: Mapping[str, _Key]) -> None:
     missing = []
     for key in keys.values():
         parent = key.parent_optional
-        inside_given_group = parent is None or any(name.startswith(f"{parent}.") for name in given)
+        inside_given_group = parent is None or any(name == parent or name.startswith(f"{parent}.") for name in given)
         if key.required and (key.group is None or key.optional_group) and inside_given_group:
             is_given = key.name in given or any(name.startswith(f"{key.name}.") for name in given)
             if not is_given:
@@ -312,7 +368,7 @@ def _check_missing(given: set[str], keys: Mapping[str, _Key]) -> None:
         raise ConfigError(f"missing keys: {listed}; give them in the --config file or as --{missing[0].name} VALUE")
 
 
-def _build_parser(config_class: type, *, prog: str, description: str) -> jsonargparse.ArgumentParser:
+def _build_parser(config_class: type, *, prog: str, description: str, hidden: set[str]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
@@ -320,7 +376,7 @@ def _build_parser(config_class: type, *, prog: str, description: str) -> jsonarg
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with the whole configuration.")
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, skip={*hidden})
     return parser
 
 

@@ -124,6 +124,20 @@ class LatentDataset:
                 f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree"
             )
 
+    def require_shape(self, shape: tuple[int, ...], key: str) -> None:
+        """Raises ValueError that names the setting `key` unless each latent has this shape."""
+        found = tuple(self.latents.shape[1:])
+        if found != tuple(shape):
+            raise ValueError(
+                f"{key} holds latents of shape {found}, this run makes {tuple(shape)}; set data.height/width, and "
+                "data.frames for videos"
+            )
+
+    def require_noise(self, key: str) -> None:
+        """Raises ValueError that names the setting `key` unless these are teacher pairs."""
+        if self.noise is None:
+            raise ValueError(f"{key} holds latents without noise; make pairs with scripts/make_teacher_pairs.py")
+
     def save(self, folder: str | Path) -> None:
         """Write `latents.safetensors` and `prompts.txt` into a folder."""
         folder = Path(folder)

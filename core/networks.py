@@ -1,7 +1,6 @@
-from __future__ import annotations
+"""Trained networks that are made of a teacher: the student, and the fake score with its heads."""
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from __future__ import annotations
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
@@ -9,6 +8,7 @@ from fewstep.core.fake_score import FakeScore
 from fewstep.core.lora import add_lora
 from fewstep.core.settings import FakeScoreConfig, StudentConfig
 from fewstep.core.teacher import Teacher
+from fewstep.core.weights import StoredWeights, load_weights
 
 HEAD_WIDTH = 128
 
@@ -23,19 +23,21 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def build_student_denoiser(settings: StudentConfig, teacher: Teacher, *, seed: int) -> Denoiser:
-    """A trainable fp32 copy of the teacher's network, from `student.init` if given, or with adapters if asked.
+def build_student_denoiser(
+    settings: StudentConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int
+) -> Denoiser:
+    """A trainable fp32 copy of the teacher's network, from `init` if given, or with adapters if asked.
 
     Raises ValueError for both: adapters are stored alone, and an export would put them on the teacher's weights.
     """
-    if settings.init is not None and settings.lora_rank > 0:
+    if init is not None and settings.lora_rank > 0:
         raise ValueError(
-            f"student.init {settings.init} with student.lora_rank {settings.lora_rank}: adapters are saved without the "
+            f"student.init {init.source} with student.lora_rank {settings.lora_rank}: adapters are saved without the "
             "weights under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
         )
     denoiser = teacher.denoiser.copy().float()
-    if settings.init is not None:
-        load_weights(denoiser, settings.init)
+    if init is not None:
+        load_weights(denoiser.network, init)
     if settings.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
     if settings.lora_rank > 0:
@@ -58,21 +60,3 @@ def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int, 
         rank, alpha = settings.lora_rank, settings.lora_alpha
         add_lora(trunk.network, rank=rank, alpha=alpha, targets=targets, seed=seed + 1)
     return FakeScore(trunk, heads=heads)
-
-
-def load_weights(denoiser: Denoiser, path: str) -> None:
-    """Load student weights from a safetensors file of an export (`transformer/`, `unet/`) or of a checkpoint.
-
-    Raises ValueError when the file is unreadable, or does not hold exactly this network's weights.
-    """
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"student.init {path} cannot be read ({error}); give a .safetensors file") from error
-    plain = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-    missing, unexpected = denoiser.network.load_state_dict(plain, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"student.init {path} does not fit the teacher's network: {len(missing)} weights missing "
-            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}"
-        )

@@ -1,3 +1,5 @@
+"""Sections that the settings of several methods share. No torch here, so that `--help` is quick."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,9 +30,6 @@ class StudentConfig:
     """Network calls per sample."""
     shift: float = 1.0
     """Time shift of the step grid."""
-    sampler: Literal["sde", "ode", "flow_map"] = "sde"
-    """'sde' re-noises the prediction with fresh noise at each step, 'ode' takes Euler steps, 'flow_map' the jumps of a
-    network of two times (consistency methods that have one)."""
     lora_rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
     lora_alpha: float = 64.0
@@ -42,7 +41,16 @@ class StudentConfig:
     ema_start: int = 0
     """Student updates before averaging begins."""
     init: str | None = None
-    """Safetensors file of student weights to start from (an export's transformer or unet); empty is the teacher."""
+    """Weights to start from: a run directory or checkpoint (its average), an export, or a .safetensors file of its
+    network; empty is the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppingStudentConfig(StudentConfig):
+    """A student of the times of one grid, whose step between two of them can be chosen."""
+
+    sampler: Literal["sde", "ode"] = "sde"
+    """'sde' re-noises the prediction with fresh noise at each step, 'ode' takes Euler steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +77,9 @@ class DataConfig:
     """Text file, one prompt a line."""
     cache_prompts: bool = True
     """Encode every prompt once before training; turn off when the embeddings do not fit into memory."""
-    latents: str | None = None
-    """Folder of real latents (scripts/encode_latents.py), for the GAN."""
-    pairs: str | None = None
-    """Folder of teacher pairs (scripts/make_teacher_pairs.py), for the regression loss."""
     height: int | None = None
     """Pixel height of the samples; empty is the teacher's own."""
     width: int | None = None
     """Pixel width of the samples; empty is the teacher's own."""
-    frames: int | None = None
-    """Pixel frames of videos; empty is the teacher's own, and for pictures."""
     sample_count: int = 10
     """Columns of the sample grid: the first prompts of the file, with fixed seeds."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.grids import validate_grid
 from fewstep.core.paths import add_noise, x0_from_velocity
-
-Sampler = Literal["sde", "ode", "flow_map"]
+from fewstep.core.run_settings import Sampler
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, TypeAlias
 
-from fewstep.core.config import RunConfig
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.config import RunConfig, require_one_method
+from fewstep.core.run_settings import RunSettings
+from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What the student minimises."""
+class DmdObjective:
+    """Reverse KL (DMD, arXiv:2311.18828): nothing to set."""
 
-    objective: Literal["dmd", "sid", "f_distill"] = "dmd"
-    """'dmd' (reverse KL), 'sid' (score identity) or 'f_distill' (reweighted by a density ratio; needs the GAN)."""
+
+@dataclass(frozen=True, kw_only=True)
+class SidObjective:
+    """Score identity distillation (arXiv:2404.04057)."""
+
+    alpha: float = 1.0
+    """Weight of the second part of its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FDistillObjective:
+    """DMD reweighted to another f-divergence (arXiv:2502.15681) by density ratios, which it reads off the GAN."""
+
     divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"] = "js"
-    """Divergence of f_distill."""
-    sid_alpha: float = 1.0
-    """Alpha of SiD."""
+    """The divergence."""
+
+
+MatchingObjective: TypeAlias = DmdObjective | SidObjective | FDistillObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """Where the scores of student and teacher are compared, and where the fake score is trained."""
+
     score_shift: float = 1.0
     """Time shift of the times at which the scores are compared."""
     fake_shift: float = 1.0
@@ -27,12 +46,12 @@ class LossConfig:
     """Smallest time at which the scores are compared and the fake score is trained."""
     t_max: float = 0.98
     """Largest such time."""
-    gan_weight: float = 0.0
-    """Weight of the student's adversarial loss; 0 turns the discriminator off. Needs data.latents."""
-    discriminator_weight: float = 0.01
-    """Weight of the discriminator loss beside the fake-score loss."""
-    regression_weight: float = 0.0
-    """Weight of the regression on teacher pairs (DMD1); needs data.pairs and a one-step student."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.t_min < self.t_max < 1.0:
+            raise ValueError(f"t_min {self.t_min} and t_max {self.t_max} must satisfy 0 < t_min < t_max < 1")
+        if not self.score_shift > 0 or not self.fake_shift > 0:
+            raise ValueError(f"score_shift {self.score_shift} and fake_shift {self.fake_shift} must be positive")
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -41,8 +60,46 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """A discriminator on features of the fake score (DMD2)."""
+
+    latents: str
+    """Folder of real latents (scripts/encode_latents.py)."""
+    weight: float
+    """Weight of the student's adversarial loss."""
+    discriminator_weight: float = 0.01
+    """Weight of the discriminator loss beside the fake-score loss."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0 or not self.discriminator_weight > 0:
+            raise ValueError(
+                f"weight {self.weight} and discriminator_weight {self.discriminator_weight} must be positive; "
+                "leave the section out for no discriminator"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """Regression on teacher pairs (DMD1), for a one-step student."""
+
+    pairs: str
+    """Folder of teacher pairs (scripts/make_teacher_pairs.py)."""
+    weight: float
+    """Weight of the regression."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight is {self.weight}; it must be positive, leave the section out for no regression")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DmdConfig:
-    """Distribution matching distillation (DMD2, arXiv:2405.14867) of a teacher into a few-step student."""
+    """Distribution matching distillation (DMD2, arXiv:2405.14867) of a teacher into a few-step student.
+
+    One of the sections dmd, sid and f_distill is there, and is the method.
+    """
+
+    METHODS: ClassVar[tuple[str, ...]] = ("dmd", "sid", "f_distill")
 
     teacher: TeacherConfig
     """The model to distil."""
@@ -50,33 +107,60 @@ class DmdConfig:
     """What the run reads."""
     run: RunConfig
     """Where and how long the run goes."""
-    student: StudentConfig
+    student: SteppingStudentConfig
     """The few-step generator."""
     fake_score: FakeScoreConfig
     """The network that follows the student's distribution."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """What the student minimises."""
-    method: Literal["dmd"] = "dmd"
-    """Name of the method, kept with the export."""
+    dmd: DmdObjective | None = None
+    """Minimise the reverse KL."""
+    sid: SidObjective | None = None
+    """Minimise SiD's score identity."""
+    f_distill: FDistillObjective | None = None
+    """Minimise another divergence; needs the section gan."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """Times of the scores."""
+    gan: GanConfig | None = None
+    """An adversarial loss beside it; leave it out for none."""
+    regression: RegressionConfig | None = None
+    """A regression beside it; leave it out for none."""
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        require_one_method(self)
+        if self.student.steps < 1:
+            raise ValueError(f"student.steps is {self.student.steps}; it must be at least 1")
+        if self.fake_score.updates_per_student_update < 1:
+            raise ValueError("fake_score.updates_per_student_update must be at least 1 (DMD2 uses 5)")
+        if self.f_distill is not None and self.gan is None:
+            raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
+        if self.regression is not None and self.student.steps != 1:
+            raise ValueError(
+                f"regression with student.steps {self.student.steps}: DMD1 is a one-step method; set it to 1"
+            )
 
+    @property
+    def objective(self) -> MatchingObjective:
+        """The section that is there."""
+        objective = self.dmd or self.sid or self.f_distill
+        assert objective is not None
+        return objective
 
-def check_settings(config: DmdConfig) -> None:
-    """Raise ValueError for settings that cannot work together, with what to change."""
-    student, loss, data = config.student, config.loss, config.data
-    if student.sampler == "flow_map":
-        raise ValueError("student.sampler 'flow_map' needs a network of two times; use scripts/train_consistency.py")
-    if student.steps < 1:
-        raise ValueError(f"student.steps is {student.steps}; it must be at least 1")
-    if config.fake_score.updates_per_student_update < 1:
-        raise ValueError("fake_score.updates_per_student_update must be at least 1 (DMD2 uses 5)")
-    if not 0.0 < loss.t_min < loss.t_max < 1.0:
-        raise ValueError(f"loss.t_min {loss.t_min} and loss.t_max {loss.t_max} must satisfy 0 < t_min < t_max < 1")
-    if loss.gan_weight > 0 and data.latents is None:
-        raise ValueError("loss.gan_weight needs real data; set data.latents to a folder from scripts/encode_latents.py")
-    if loss.objective == "f_distill" and loss.gan_weight == 0:
-        raise ValueError("loss.objective f_distill reads density ratios off the discriminator; set loss.gan_weight > 0")
-    if loss.regression_weight > 0 and (data.pairs is None or student.steps != 1):
-        raise ValueError("loss.regression_weight needs data.pairs and student.steps 1 (DMD1 is a one-step method)")
+    @property
+    def method(self) -> str:
+        """Name of the method, kept with the export."""
+        return require_one_method(self)
+
+    @property
+    def student_settings(self) -> RunSettings:
+        """What an export must know of the student."""
+        return RunSettings(
+            method=self.method,
+            teacher_path=self.teacher.path,
+            guidance=self.teacher.guidance,
+            steps=self.student.steps,
+            shift=self.student.shift,
+            sampler=self.student.sampler,
+            lora_rank=self.student.lora_rank,
+            lora_alpha=self.student.lora_alpha,
+            height=self.data.height,
+            width=self.data.width,
+        )

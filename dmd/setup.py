@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
+from fewstep.core.weights import StoredWeights, find_weights
 from fewstep.dmd.config import DmdConfig
 
 
@@ -40,6 +40,7 @@ class DmdData:
     """What is read from disk, before any network is loaded: a mistake here costs seconds."""
 
     prompts: tuple[str, ...]
+    init: StoredWeights | None
     real: LatentDataset | None
     pairs: LatentDataset | None
 
@@ -47,15 +48,12 @@ class DmdData:
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
-        init = config.student.init
-        if init is not None and not Path(init).is_file():
-            raise ValueError(f"student.init {init} does not exist; give a .safetensors file of student weights")
-        data, loss = config.data, config.loss
-        real = LatentDataset.load(data.latents) if data.latents is not None and loss.gan_weight > 0 else None
-        pairs = LatentDataset.load(data.pairs) if data.pairs is not None and loss.regression_weight > 0 else None
-        if pairs is not None and pairs.noise is None:
-            raise ValueError(f"{data.pairs} holds latents without noise; make pairs with scripts/make_teacher_pairs.py")
-        return cls(read_prompts(data.prompts), real, pairs)
+        init = None if config.student.init is None else find_weights(config.student.init)
+        real = None if config.gan is None else LatentDataset.load(config.gan.latents)
+        pairs = None if config.regression is None else LatentDataset.load(config.regression.pairs)
+        if pairs is not None:
+            pairs.require_noise("regression.pairs")
+        return cls(read_prompts(config.data.prompts), init, real, pairs)
 
 
 def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
@@ -65,20 +63,15 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
     size = (config.data.height, config.data.width)
-    shape = image_shape(teacher.latent_shape(*size, frames=config.data.frames))
-    for name, dataset in (("latents", data.real), ("pairs", data.pairs)):
-        if dataset is not None and tuple(dataset.latents.shape[1:]) != shape:
-            found = tuple(dataset.latents.shape[1:])
-            raise ValueError(
-                f"data.{name} holds latents of shape {found}, this run makes {shape}; set data.height/width"
-            )
+    shape = image_shape(teacher.latent_shape(*size))
+    for key, dataset in (("gan.latents", data.real), ("regression.pairs", data.pairs)):
+        if dataset is not None:
+            dataset.require_shape(shape, key)
 
-    denoiser = build_student_denoiser(config.student, teacher, seed=config.run.seed)
+    denoiser = build_student_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))
     student = Student(denoiser, times, config.student.sampler)
-    fake_score = build_fake_score(
-        config.fake_score, teacher, seed=config.run.seed, with_heads=config.loss.gan_weight > 0
-    )
+    fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=config.gan is not None)
     student_role = trainer.add_role(
         "student",
         denoiser,

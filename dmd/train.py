@@ -17,7 +17,7 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.loss import regression_loss
-from fewstep.dmd.matching import fake_score_turn, student_turn
+from fewstep.dmd.matching import Scores, fake_score_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 
 
@@ -45,7 +45,7 @@ def train_dmd(config: DmdConfig) -> int:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
-        for _ in run.steps(watch, partial(describe_run, config, setup, trainer)):
+        for _ in run.steps(watch, partial(describe_run, config, setup, trainer), beside=config.student_settings.save):
             run.finish_step(train_step(config, setup, trainer))
     return run.exit_code
 
@@ -59,7 +59,7 @@ def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
 
 
 def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
-    """One step: the student's turn when it is due, then the fake score's, on the same samples. Returns its metrics."""
+    """One step: the student's when it is due, then the fake score's, on the same samples. Returns its metrics."""
     student_due = trainer.step % config.fake_score.updates_per_student_update == 0
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     batches: list[Batch] = []
@@ -105,26 +105,27 @@ def student_backward(
 ) -> dict[str, Tensor]:
     """Add the student's gradients for one slice; returns what to log."""
     with frozen(setup.fake_score):
-        turn = student_turn(
+        step = student_step(
             x0,
             condition,
-            teacher=setup.teacher,
-            fake_score=setup.fake_score,
-            guidance=config.teacher.guidance,
-            loss=config.loss,
+            scores=Scores(setup.teacher, setup.fake_score, config.teacher.guidance),
             draw=draw,
+            times=config.matching,
+            objective=config.objective,
+            gan=config.gan,
             mean_over_processes=trainer.mean_over_ranks,
         )
-        trainer.check_finite("student loss", turn.loss)
-        trainer.backward(turn.loss)
-    record = {"student_loss": turn.loss.detach(), **turn.log()}
+        trainer.check_finite("student loss", step.loss)
+        trainer.backward(step.loss)
+    record = {"student_loss": step.loss.detach(), **step.log()}
     if setup.pairs is not None:
+        assert config.regression is not None
         rows, target, pair_condition = setup.pairs.rows(draw.indices, trainer.device)
         noise = setup.pairs.noise(rows, trainer.device)
         paired = setup.student.rollout(noise, pair_condition, (), 0, setup.student_role.wrapped).x0
         regression = regression_loss(paired, target)
         trainer.check_finite("regression loss", regression)
-        trainer.backward(config.loss.regression_weight * regression)
+        trainer.backward(config.regression.weight * regression)
         record["regression_loss"] = regression.detach()
     return record
 
@@ -132,11 +133,18 @@ def student_backward(
 def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, batch: Batch) -> dict[str, Tensor]:
     """Add the fake score's gradients for one slice; returns what to log."""
     real = None if setup.real is None else setup.real.rows(batch.draw.indices, trainer.device)[1:]
-    wrapped = setup.fake_role.wrapped
-    turn = fake_score_turn(batch.x0, batch.condition, fake_score=wrapped, loss=config.loss, draw=batch.draw, real=real)
-    trainer.check_finite("fake score loss", turn.loss)
-    trainer.backward(turn.loss)
-    record = {"fake_score_loss": turn.flow_loss.detach()}
-    if turn.discriminator_loss is not None:
-        record["discriminator_loss"] = turn.discriminator_loss.detach()
+    step = fake_score_step(
+        batch.x0,
+        batch.condition,
+        fake_score=setup.fake_role.wrapped,
+        draw=batch.draw,
+        times=config.matching,
+        gan=config.gan,
+        real=real,
+    )
+    trainer.check_finite("fake score loss", step.loss)
+    trainer.backward(step.loss)
+    record = {"fake_score_loss": step.flow_loss.detach()}
+    if step.discriminator_loss is not None:
+        record["discriminator_loss"] = step.discriminator_loss.detach()
     return record

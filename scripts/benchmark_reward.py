@@ -1,7 +1,7 @@
 """Reward against quality on the digits for every method: assets/benchmarks/reward_digits; --overlap times slow scorers.
 
 Runs that are complete and checkpoints that are judged are kept, so an interrupted study goes on where it stopped. The
-distilled students are runs of configs/dmd/digits_2step.yaml in --base, named digits_2step_seedN.
+distilled students are runs of configs/digits/dmd_2step.yaml in --base, named digits_2step_seedN.
 """
 
 import argparse

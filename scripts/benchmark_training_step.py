@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-CONFIGS = {"dmd": "configs/dmd/digits_1step.yaml", "scm": "configs/consistency/scm_digits.yaml"}
+CONFIGS = {"dmd": "configs/digits/dmd_1step.yaml", "scm": "configs/digits/scm.yaml"}
 OUTPUTS = {"dmd": "assets/benchmarks/training_step.json", "scm": "assets/benchmarks/training_step_scm.json"}
 
 

@@ -1,5 +1,5 @@
 """Write latents of digits that follow actions, with captions and actions, for steered students: python
-scripts/make_digits_steered.py, then scripts/train_causal_video.py --config configs/causal_video/digits_steered.yaml"""
+scripts/make_digits_steered.py, then scripts/train_causal_video.py --config configs/digits_video/steered.yaml"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Make a causal video student better by a reward: accelerate launch scripts/train_causal_reward.py --config
-configs/causal_video/digits_astrolabe.yaml"""
+configs/digits_video/astrolabe.yaml"""
 
 from __future__ import annotations
 

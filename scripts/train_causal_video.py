@@ -1,5 +1,5 @@
 """Train a stage of a causal video student: accelerate launch scripts/train_causal_video.py --config
-configs/causal_video/digits_teacher_forcing.yaml"""
+configs/digits_video/teacher_forcing.yaml"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Distil a teacher by consistency: accelerate launch scripts/train_consistency.py --config
-configs/consistency/scm_digits.yaml"""
+configs/digits/scm.yaml"""
 
 from __future__ import annotations
 

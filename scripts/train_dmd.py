@@ -1,4 +1,4 @@
-"""Distil a teacher by DMD: accelerate launch scripts/train_dmd.py --config configs/dmd/digits_1step.yaml"""
+"""Distil a teacher by DMD: accelerate launch scripts/train_dmd.py --config configs/digits/dmd_1step.yaml"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that scores noisy latents: train_latent_reward.py --config configs/dmd/digits_latent_reward.yaml"""
+"""A model that scores noisy latents: train_latent_reward.py --config configs/digits/latent_reward.yaml"""
 
 from __future__ import annotations
 

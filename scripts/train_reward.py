@@ -1,4 +1,4 @@
-"""Better samples by a reward: accelerate launch scripts/train_reward.py --config configs/dmd/digits_rtdmd.yaml"""
+"""Better samples by a reward: accelerate launch scripts/train_reward.py --config configs/digits/rtdmd.yaml"""
 
 from __future__ import annotations
 

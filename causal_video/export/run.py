@@ -21,10 +21,10 @@ from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
 from fewstep.causal_video.stages.student import build_student, find_weights
 from fewstep.core.config import load_config
 from fewstep.core.data import LatentDataset
-from fewstep.core.export.run import EMA_FILE, LIVE_FILE
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE
+from fewstep.core.weights import EMA_FILE, LIVE_FILE
 
 STUDENT_PREFIX = "transformer."
 

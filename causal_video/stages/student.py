@@ -18,11 +18,11 @@ from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import FILE_NAME, load_defaults
 from fewstep.causal_video.stages.config import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.run import EMA_FILE
 from fewstep.core.families.wan import WanFamily
 from fewstep.core.lora import add_lora
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
+from fewstep.core.weights import EMA_FILE
 
 PATCHES = "patch_embedding.weight"
 

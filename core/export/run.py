@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
@@ -19,22 +18,15 @@ from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
-from fewstep.core.student import Sampler, Student
+from fewstep.core.run_settings import RunSettings, read_settings
+from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
-from fewstep.core.training.run_directory import CONFIG_FILE
-from fewstep.core.two_time import SecondTime, add_second_time
+from fewstep.core.two_time import add_second_time
+from fewstep.core.weights import EMA_FILE, LIVE_FILE
 
-LIVE_FILE, EMA_FILE = "student", "student_ema"
 # A Denoiser's parameters carry the name of its one child.
 NETWORK_PREFIX = "network."
-MISSING = object()
-# Its students have a guidance embedding, which their teachers have not, and step where SanaSprintPipeline can.
-SPRINT_METHOD = "sana_sprint"
-
-
-# Methods whose students are trained at all times, not at the times of one grid.
-ANY_GRID_METHODS = ("scm", "dcm", "ect", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm")
 
 
 @dataclass(frozen=True)
@@ -44,56 +36,6 @@ class ExportFiles:
     dtype: str = "float32"
     overwrite: bool = False
     lora_only: bool = False
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What an export needs to know of the resolved configuration of a run; the fields are named as in config.yaml."""
-
-    method: str
-    teacher_path: str
-    guidance: float
-    steps: int
-    shift: float
-    sampler: Sampler
-    lora_rank: int
-    lora_alpha: float
-    height: int | None
-    width: int | None
-    second_time: SecondTime | Literal["none"] = "none"
-    frames: int | None = None
-
-
-def read_settings(run: str | Path) -> RunSettings:
-    """The settings in `run`/config.yaml. Raises ValueError naming the file or key that is missing."""
-    file = Path(run) / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; give the directory of a training run")
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-
-    def read(*keys: str, default: Any = MISSING) -> Any:
-        value = config
-        for key in keys:
-            value = value.get(key, MISSING) if isinstance(value, Mapping) else MISSING
-        if value is MISSING and default is MISSING:
-            raise ValueError(f"{file} has no {'.'.join(keys)}; it is not the resolved configuration of a distillation")
-        return default if value is MISSING else value
-
-    # Methods without adapters, a size of their own, frames or a second time have no such keys.
-    return RunSettings(
-        method=read("method"),
-        teacher_path=read("teacher", "path"),
-        guidance=float(read("teacher", "guidance")),
-        steps=read("student", "steps"),
-        shift=float(read("student", "shift")),
-        sampler=read("student", "sampler"),
-        lora_rank=read("student", "lora_rank", default=0),
-        lora_alpha=float(read("student", "lora_alpha", default=1.0)),
-        height=read("data", "height", default=None),
-        width=read("data", "width", default=None),
-        second_time=read("second_time", default="none"),
-        frames=read("data", "frames", default=None),
-    )
 
 
 DEFAULT_FILES = ExportFiles()
@@ -112,7 +54,7 @@ def export_run(
     """Export the student of a run; returns the directory that was written and its record.
 
     Args:
-        run: run directory with config.yaml and checkpoints.
+        run: run directory with student.json and checkpoints.
         checkpoint: "latest", the name of a checkpoint of this run, or a path.
         weights: the moving average or the live weights.
         output: directory to create; by default "export" in the run directory.
@@ -183,7 +125,7 @@ def load_run_student(
     teacher = Teacher.load(settings.teacher_path, device=device)
     network = _student_network(teacher, settings, loaded.tensors[name])
     grid = step_grid(settings.steps, shift=settings.shift)
-    if settings.method == SPRINT_METHOD:
+    if settings.told_guidance:
         grid = sprint_times(settings.steps)
     times = nearest_exportable_times(teacher.pipeline, grid)
     return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
@@ -192,10 +134,10 @@ def load_run_student(
 def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:
     """The settings, with another number of steps if one is given. Raises ValueError for a student of one grid."""
     steps = settings.steps if steps is None else steps
-    if steps != settings.steps and settings.method not in ANY_GRID_METHODS:
+    if steps != settings.steps and not settings.any_steps:
         raise ValueError(
             f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at those "
-            f"times alone; train one of {steps} steps (methods for any number: {', '.join(ANY_GRID_METHODS)})"
+            f"times alone; train one of {steps} steps, or one by consistency or a flow map, which takes any number"
         )
     return replace(settings, steps=steps)
 
@@ -217,7 +159,7 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The teacher's network with the student's adapters, if any, and its weights."""
     network = teacher.denoiser.network
-    if settings.method == SPRINT_METHOD and not isinstance(network, ControlledSana):
+    if settings.told_guidance and not isinstance(network, ControlledSana):
         assert isinstance(network, SanaTransformer2DModel)
         network = with_guidance_embedding(network)
     network.requires_grad_(True)

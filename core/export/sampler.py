@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from fewstep.core.grids import validate_grid
-from fewstep.core.student import Sampler
+from fewstep.core.run_settings import Sampler
 
 
 @dataclass(frozen=True)

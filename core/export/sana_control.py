@@ -20,9 +20,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fewstep.core.export.check import ExportMismatchError
-from fewstep.core.export.run import load_run_student, read_settings, with_steps
+from fewstep.core.export.run import load_run_student, with_steps
 from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import save_grid

@@ -11,12 +11,12 @@ from torch import nn
 
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.run import EMA_FILE, read_settings
 from fewstep.core.export.schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.grids import step_grid
 from fewstep.core.networks import build_fake_score, build_student_denoiser, image_shape
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -24,6 +24,7 @@ from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run_directory import CONFIG_FILE
 from fewstep.core.training.trainer import Trainer
+from fewstep.core.weights import EMA_FILE
 from fewstep.dmd.reward.config import FORWARD_METHODS, RewardRunConfig
 from fewstep.dmd.reward.groups import route_steps
 from fewstep.dmd.reward.latent.network import LatentScorer, load_latent_reward

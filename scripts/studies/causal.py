@@ -111,7 +111,7 @@ def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] =
             resume = ("--resume", "latest") if latest_checkpoint(run) is not None else ()
             start = () if before is None else ("--student.init", str(before))
             where = ("--run.directory", str(run), "--run.seed", str(seed))
-            config = ("--config", f"configs/causal_video/digits_{stage}.yaml")
+            config = ("--config", f"configs/digits_video/{stage}.yaml")
             script = f"scripts/train_causal_{'reward' if stage in REWARD_METHODS else 'video'}.py"
             show_and_run(*LAUNCH, script, *config, *where, *start, *changes, *resume)
         before = run

@@ -54,7 +54,7 @@ def train_and_export(folder: Path, method: str, *, seed: int, changes: Sequence[
     run = run_directory(folder, method, seed)
     resume = ("--resume", "latest") if any(run.glob("checkpoint-*")) else ()
     if not any(run.glob("export_*step/model_index.json")):
-        config = f"configs/consistency/{SPRINT if method in ABLATIONS else method}_digits.yaml"
+        config = f"configs/digits/{SPRINT if method in ABLATIONS else method}.yaml"
         where = ("--config", config, "--run.directory", str(run), "--run.seed", str(seed))
         show_and_run(*LAUNCH, "scripts/train_consistency.py", *where, *ABLATIONS.get(method, ()), *changes, *resume)
     for steps in () if method in NOT_EXPORTED else steps_of(method):

@@ -24,9 +24,10 @@ from studies.consistency import run_directory
 from studies.dmd import LAUNCH, record_training, show_and_run
 from torch import Tensor
 
-from fewstep.core.export.run import RunStudent, load_run_student, read_settings
+from fewstep.core.export.run import RunStudent, load_run_student
 from fewstep.core.grids import step_grid
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import frame_row, save_grid
@@ -78,14 +79,14 @@ def load_jury(samples: int) -> VideoJury:
 
 
 def train_run(folder: Path, method: str, *, seed: int, changes: Sequence[str] = ()) -> Path:
-    """Train one student of configs/consistency/METHOD_video_digits.yaml and export it; returns its run.
+    """Train one student of configs/digits_video/METHOD.yaml and export it; returns its run.
 
     One that has an export is kept, and an interrupted one goes on. `changes` are settings for the command line.
     """
     run = run_directory(folder, f"{method}_video", seed)
     if not (run / "export" / "model_index.json").is_file():
         resume = ("--resume", "latest") if any(run.glob("checkpoint-*")) else ()
-        config = ("--config", f"configs/consistency/{method}_video_digits.yaml")
+        config = ("--config", f"configs/digits_video/{method}.yaml")
         where = ("--run.directory", str(run), "--run.seed", str(seed))
         show_and_run(*LAUNCH, "scripts/train_consistency.py", *config, *where, *changes, *resume)
         show_and_run("scripts/export_pipeline.py", "--run", str(run))

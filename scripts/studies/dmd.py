@@ -33,7 +33,7 @@ def train_and_export(folder: Path, steps: int, *, seed: int, changes: Sequence[s
         print(f"{run} is exported already")
         return
     resume = ("--resume", "latest") if any(run.glob("checkpoint-*")) else ()
-    config = f"configs/dmd/digits_{steps}step.yaml"
+    config = f"configs/digits/dmd_{steps}step.yaml"
     where = ("--config", config, "--run.directory", str(run), "--run.seed", str(seed))
     show_and_run(*LAUNCH, "scripts/train_dmd.py", *where, *changes, *resume)
     show_and_run("scripts/export_pipeline.py", "--run", str(run))

@@ -18,8 +18,9 @@ from studies.dmd import LAUNCH, run_directory, show_and_run
 from torch import Tensor
 
 from fewstep.core.config import load_config, save_resolved
-from fewstep.core.export.run import load_run_student, read_settings
+from fewstep.core.export.run import load_run_student
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints
 from fewstep.dmd.reward.config import RewardRunConfig, ScorerConfig
 from fewstep.dmd.reward.scorers import ScorerChoice, make_scorer
@@ -60,9 +61,9 @@ def reward_run(folder: Path, method: str, seed: int) -> Path:
 
 
 def study_config(method: str, *, base: Path, run: Path, seed: int) -> RewardRunConfig:
-    """The configuration in configs/dmd with its start, folder and seed; the hacking run is rtdmd for ink."""
+    """The configuration in configs/digits with its start, folder and seed; the hacking run is rtdmd for ink."""
     name = "rtdmd" if method == HACKING else method
-    path = f"configs/dmd/digits_{name}.yaml"
+    path = f"configs/digits/{name}.yaml"
     config, _ = load_config(RewardRunConfig, ["--config", path], prog="benchmark_reward.py", description="")
     config = replace(
         config,
@@ -90,7 +91,7 @@ def train(folder: Path, base_folder: Path, method: str, *, seed: int) -> None:
     if not (base / "config.yaml").is_file():
         raise ValueError(
             f"{base} is no run of a distilled student; train it with scripts/train_dmd.py --config "
-            f"configs/dmd/digits_{BASE_STEPS}step.yaml --run.seed {seed} --run.directory {base}"
+            f"configs/digits/dmd_{BASE_STEPS}step.yaml --run.seed {seed} --run.directory {base}"
         )
     config = study_config(method, base=base, run=run, seed=seed)
     if (run / f"checkpoint-{config.run.steps}").is_dir():

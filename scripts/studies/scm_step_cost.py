@@ -47,7 +47,7 @@ def measure_scm_step(config: ConsistencyConfig, *, rounds: int) -> StepCost:
     if config.method != "scm" or config.loss.tangent != "jvp":
         raise ValueError(
             f"method {config.method!r} with loss.tangent {config.loss.tangent!r}; the step cost is that of 'scm' with "
-            "'jvp': give configs/consistency/scm_digits.yaml"
+            "'jvp': give configs/digits/scm.yaml"
         )
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, run=replace(config.run, directory=folder, resume=None))

@@ -40,7 +40,7 @@ from fewstep.evaluation.provenance import collect_provenance
 
 # Of the captions and actions that are asked for. Settings were chosen on those of seed 0.
 ASKED_SEED = 1
-# The folder that configs/causal_video/digits_steered.yaml reads, and how many clips it gets.
+# The folder that configs/digits_video/steered.yaml reads, and how many clips it gets.
 DATA, CLIPS = Path("runs/digits_steered_data"), 1200
 SCHEDULES = ((4,), (2,), (1,), (4, 2))
 SHOWN = ("obeyed", "stayed", "speed", "digit_accuracy", "counted")

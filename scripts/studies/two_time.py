@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.core.export.run import load_run_student, read_settings
+from fewstep.core.export.run import load_run_student
 from fewstep.core.grids import step_grid
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.embedded.digits.reference import digits_judge, evaluation_prompts
 from fewstep.evaluation.evaluate import Judge, judge_pixels

@@ -13,9 +13,10 @@ from PIL import Image
 
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.data import LatentDataset
-from fewstep.core.export.run import export_run, load_run_student, read_settings
+from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.grids import step_grid
 from fewstep.core.networks import image_shape
+from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from tests.causal_video.tiny_causal_run import VideoInputs, write_inputs

@@ -12,8 +12,9 @@ from torch import nn
 from fewstep.consistency.config import ConsistencyLossConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import flow_map_samples, train_consistency, train_step
-from fewstep.core.export.run import export_run, load_run_student, read_settings
+from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.randomness import Draw, sample_noise, shared_integer
+from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.two_time import second_time_of

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fewstep.core.config import OptimizerConfig
 from fewstep.core.training.roles import Role
+from fewstep.dmd.config import FDistillObjective, SidObjective
 from fewstep.dmd.train import train_step
-from tests.dmd.tiny_run import WITH_GAN, TinyInputs, start, tiny_config
+from tests.dmd.tiny_run import WITH_GAN, WITH_REGRESSION, TinyInputs, start, tiny_config
 
 # The two steps with the gradient are 0, 1 of a two-step and 2, 3 of a four-step student.
 SEED = 9
@@ -26,9 +27,9 @@ QUICK_GAN = {**WITH_GAN, "fake_score.optimizer": OptimizerConfig(learning_rate=0
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dmd": {},
     "dmd_gan": QUICK_GAN,
-    "dmd_regression": {"loss.regression_weight": 0.25},
-    "sid": {"loss.objective": "sid"},
-    "f_distill": {"loss.objective": "f_distill", "loss.divergence": "js", **QUICK_GAN},
+    "dmd_regression": WITH_REGRESSION,
+    "sid": {"dmd": None, "sid": SidObjective()},
+    "f_distill": {"dmd": None, "f_distill": FDistillObjective(), **QUICK_GAN},
 }
 CASES = [(name, steps) for name in OBJECTIVES for steps in (1, 2, 4) if name != "dmd_regression" or steps == 1]
 LOSSES = ("student_loss", "student_gan_loss", "regression_loss", "fake_score_loss", "discriminator_loss")

@@ -19,13 +19,13 @@ from fewstep.core.condition import Condition
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import PromptConditions
 from fewstep.core.fake_score import FakeScoreOutput
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.student import Student
 from fewstep.core.training.run import Run
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch
-from fewstep.dmd.config import DmdConfig, LossConfig
+from fewstep.dmd.config import DmdConfig, DmdObjective, SidObjective
 from fewstep.dmd.setup import DmdSetup
 from fewstep.dmd.train import train_step
 from tests.dmd.gaussian_bench import GaussianDenoiser, LinearGaussianDenoiser
@@ -92,9 +92,10 @@ def settings(case: Case, directory: Path, *, updates: int) -> DmdConfig:
             sample_every=10**6,
             log_every=50,
         ),
-        student=StudentConfig(optimizer=student, steps=case.steps, ema_decay=0.95),
+        student=SteppingStudentConfig(optimizer=student, steps=case.steps, ema_decay=0.95),
         fake_score=FakeScoreConfig(optimizer=fake),
-        loss=LossConfig(objective=case.objective),
+        dmd=DmdObjective() if case.objective == "dmd" else None,
+        sid=SidObjective() if case.objective == "sid" else None,
     )
 
 

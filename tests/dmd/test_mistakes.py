@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fewstep.core.config import save_resolved
-from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.config import DmdConfig, FDistillObjective, GanConfig, RegressionConfig, SidObjective
 from fewstep.dmd.train import train_dmd
 from tests.dmd.run_server import SCRIPT, RunServer
-from tests.dmd.tiny_run import TinyInputs, changed, tiny_config
+from tests.dmd.tiny_run import TinyInputs, changed, tiny_config, with_gan
 
 
 @pytest.fixture
@@ -33,7 +33,17 @@ def run_script(config: DmdConfig, folder: Path, *arguments: str) -> subprocess.C
     [
         (["--student.stepz", "2"], "unknown key student.stepz on the command line; did you mean student.steps?"),
         (["--student.steps", "two"], "student.steps: given two, allowed is int"),
-        (["--loss.objective", "gan"], "loss.objective: given gan, allowed is one of 'dmd', 'sid', 'f_distill'"),
+        (
+            ["--sid.alpha", "1.5"],
+            "sid.alpha on the command line belongs to the section sid, and the method of this run is dmd",
+        ),
+        (["--student.sampler", "flow_map"], "student.sampler: given flow_map, allowed is one of 'sde', 'ode'"),
+        (["--dmd.alpha", "1.5"], "unknown key dmd.alpha on the command line; did you mean sid.alpha?"),
+        (
+            ["--dmd", "null"],
+            "no method is given: add one of the sections dmd, sid, f_distill (dmd: {}",
+        ),
+        (["--gan.weight", "0.1"], "missing keys: gan.latents (str)"),
     ],
 )
 def test_unusable_settings_exit_with_two(config: DmdConfig, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -58,11 +68,14 @@ def test_unknown_key_in_the_file_names_the_nearest(config: DmdConfig, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss.gan_weight": 0.1, "data.latents": None}, "loss.gan_weight needs real data; set data.latents"),
-        ({"loss.objective": "f_distill"}, "f_distill reads density ratios off the discriminator"),
-        ({"loss.regression_weight": 1.0, "data.pairs": None}, "regression_weight needs data.pairs and student.steps 1"),
-        ({"loss.regression_weight": 1.0, "student.steps": 2}, "regression_weight needs data.pairs and student.steps 1"),
-        ({"loss.t_min": 0.5, "loss.t_max": 0.5}, "must satisfy 0 < t_min < t_max < 1"),
+        ({"dmd": None, "f_distill": FDistillObjective()}, "f_distill reads density ratios off the discriminator"),
+        ({"sid": SidObjective()}, "the sections dmd and sid are given, and a run has one method"),
+        ({"dmd": None}, "no method is given: add one of the sections dmd, sid, f_distill"),
+        (
+            {"regression": RegressionConfig(pairs="pairs", weight=1.0), "student.steps": 2},
+            "regression with student.steps 2: DMD1 is a one-step method",
+        ),
+        ({"matching.t_min": 0.5, "matching.t_max": 0.5}, "must satisfy 0 < t_min < t_max < 1"),
         ({"student.steps": 0}, "student.steps is 0; it must be at least 1"),
         ({"fake_score.updates_per_student_update": 0}, "updates_per_student_update must be at least 1"),
     ],
@@ -72,13 +85,6 @@ def test_settings_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         changed(config, changes)
-
-
-def test_gan_without_latents_exits_with_two(config: DmdConfig, tmp_path: Path) -> None:
-    done = run_script(config, tmp_path, "--loss.gan_weight", "0.1", "--data.latents", "null")
-    assert done.returncode == 2
-    assert "error: loss.gan_weight needs real data; set data.latents to a folder from" in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_empty_prompt_file_ends_the_script(config: DmdConfig, server: RunServer, tmp_path: Path) -> None:
@@ -115,8 +121,11 @@ def test_incomplete_teacher_is_named_and_nothing_is_written(
     [
         ({"teacher.path": "no such folder"}, "no such folder is neither a folder nor the name of a model on the hub"),
         ({"data.prompts": "lost.txt"}, "prompt file lost.txt does not exist"),
-        ({"data.latents": "lost", "loss.gan_weight": 0.1}, r"latents.safetensors does not exist"),
-        ({"student.init": "lost.safetensors"}, "student.init lost.safetensors does not exist"),
+        ({"gan": GanConfig(latents="lost", weight=0.1)}, r"latents.safetensors does not exist"),
+        (
+            {"student.init": "lost.safetensors"},
+            "student.init lost.safetensors is no .safetensors file, no run",
+        ),
     ],
 )
 def test_missing_files_are_named(config: DmdConfig, changes: dict[str, Any], message: str) -> None:
@@ -126,13 +135,13 @@ def test_missing_files_are_named(config: DmdConfig, changes: dict[str, Any], mes
 
 def test_latents_as_pairs_are_refused(config: DmdConfig, inputs: TinyInputs) -> None:
     with pytest.raises(ValueError, match=r"holds latents without noise; make pairs with scripts/make_teacher_pairs.py"):
-        train_dmd(changed(config, {"loss.regression_weight": 0.1, "data.pairs": str(inputs.latents)}))
+        train_dmd(changed(config, {"regression": RegressionConfig(pairs=str(inputs.latents), weight=0.1)}))
 
 
-def test_latents_of_another_size_are_refused(config: DmdConfig) -> None:
-    message = r"data.latents holds latents of shape \(4, 8, 8\), this run makes \(4, 16, 16\); set data.height/width"
+def test_latents_of_another_size_are_refused(config: DmdConfig, inputs: TinyInputs) -> None:
+    message = r"gan.latents holds latents of shape \(4, 8, 8\), this run makes \(4, 16, 16\); set data.height/width"
     with pytest.raises(ValueError, match=message):
-        train_dmd(changed(config, {"loss.gan_weight": 0.1, "data.height": 32, "data.width": 32}))
+        train_dmd(changed(config, {"gan": with_gan(inputs), "data.height": 32, "data.width": 32}))
 
 
 def test_weights_of_another_network_are_refused(config: DmdConfig, inputs: TinyInputs, tmp_path: Path) -> None:

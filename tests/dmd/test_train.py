@@ -15,7 +15,7 @@ from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import NonFiniteError
 from fewstep.dmd.train import student_samples, train_dmd, train_step
-from tests.dmd.tiny_run import WITH_GAN, TinyInputs, measured, start, tiny_config
+from tests.dmd.tiny_run import WITH_GAN, WITH_REGRESSION, TinyInputs, measured, start, tiny_config
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def test_each_turn_moves_its_own_network(inputs: TinyInputs, tmp_path: Path, cha
     setup, trainer = start(config)
     student, fake, teacher = setup.student_role, setup.fake_role, setup.teacher.denoiser
     has_heads = any(name.startswith("heads.") for name, _ in fake.parameters)
-    assert has_heads == (config.loss.gan_weight > 0)
+    assert has_heads == (config.gan is not None)
     trained = {role.name: {name for name, _ in role.parameters} for role in (student, fake)}
     if config.student.lora_rank:
         assert all("lora_" in name for name in trained["student"])
@@ -72,7 +72,7 @@ def run_steps(config, count: int) -> tuple[list[dict[str, float]], dict[str, dic
     return losses, {role.name: weights_of(role.module) for role in (setup.student_role, setup.fake_role)}
 
 
-@pytest.mark.parametrize("changes", [{"loss.regression_weight": 0.25}, {"student.steps": 2, **WITH_GAN}])
+@pytest.mark.parametrize("changes", [WITH_REGRESSION, {"student.steps": 2, **WITH_GAN}])
 def test_accumulating_two_slices_equals_one(inputs: TinyInputs, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole, expected = run_steps(tiny_config(inputs, tmp_path / "whole", changes), 4)
     config = tiny_config(inputs, tmp_path / "parts", {"run.gradient_accumulation": 2, **changes})
@@ -179,7 +179,7 @@ def test_every_step_and_grid_is_kept(inputs: TinyInputs, tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000000.png", "step-0000003.png"]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "metrics.jsonl", "samples", "tensorboard"),
+        *("config.yaml", "environment.json", "metrics.jsonl", "samples", "student.json", "tensorboard"),
         *("checkpoint-3", "checkpoint-5"),
     }
 

@@ -15,17 +15,16 @@ from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.latent_sources import teacher_pairs
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import Checkpoint
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.config import DmdConfig, DmdObjective, GanConfig, RegressionConfig
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, save_pipeline
 
 PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42", "green tree")
-WITH_GAN = {"loss.gan_weight": 0.1, "loss.discriminator_weight": 0.5}
 
 Config = TypeVar("Config")
 
@@ -40,6 +39,21 @@ class TinyInputs:
     pairs: Path
 
 
+def with_gan(inputs: TinyInputs) -> GanConfig:
+    """A discriminator that sees the tiny latents."""
+    return GanConfig(latents=str(inputs.latents), weight=0.1, discriminator_weight=0.5)
+
+
+def with_regression(inputs: TinyInputs) -> RegressionConfig:
+    """A regression on the tiny pairs."""
+    return RegressionConfig(pairs=str(inputs.pairs), weight=0.25)
+
+
+# Changes whose files are those of the inputs.
+WITH_GAN: dict[str, Any] = {"gan": with_gan}
+WITH_REGRESSION: dict[str, Any] = {"regression": with_regression}
+
+
 def write_inputs(folder: Path) -> TinyInputs:
     """A random teacher, five prompts, seven latents with captions, and six teacher pairs."""
     teacher = save_pipeline(build_sd3(), folder / "teacher")
@@ -52,13 +66,12 @@ def write_inputs(folder: Path) -> TinyInputs:
 
 
 def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] | None = None) -> DmdConfig:
-    """Settings of a run on these inputs; `changes` maps dotted keys to other values."""
+    """Settings of a run on these inputs; `changes` maps dotted keys to other values, or to functions of
+    the inputs."""
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
     config = DmdConfig(
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
-        data=DataConfig(
-            prompts=str(inputs.prompts), latents=str(inputs.latents), pairs=str(inputs.pairs), sample_count=2
-        ),
+        data=DataConfig(prompts=str(inputs.prompts), sample_count=2),
         run=RunConfig(
             directory=str(directory),
             seed=5,
@@ -69,20 +82,32 @@ def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] 
             sample_every=1000,
             log_every=1,
         ),
-        student=StudentConfig(optimizer=optimizer, ema_decay=0.8),
+        student=SteppingStudentConfig(optimizer=optimizer, ema_decay=0.8),
         fake_score=FakeScoreConfig(optimizer=optimizer, updates_per_student_update=2),
+        dmd=DmdObjective(),
     )
-    return changed(config, changes or {})
+    told = {key: value(inputs) if callable(value) else value for key, value in (changes or {}).items()}
+    return changed(config, told)
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The settings with other values at dotted keys such as `run.steps`; each dataclass is checked once, at the end."""
+    """The settings with other values at dotted keys such as `run.steps`, or other sections at bare names.
+
+    Each dataclass is checked once, at the end.
+    """
     sections: dict[str, dict[str, Any]] = {}
+    replaced: dict[str, Any] = {}
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        if name:
+            sections.setdefault(section, {})[name] = value
+        else:
+            replaced[section] = value
     whole: Any = config
-    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    replaced |= {
+        name: dataclasses.replace(replaced.get(name, getattr(config, name)), **values)
+        for name, values in sections.items()
+    }
     return dataclasses.replace(whole, **replaced)
 
 

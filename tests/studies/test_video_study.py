@@ -14,9 +14,10 @@ from fewstep.consistency.config import ConsistencyConfig
 from fewstep.consistency.setup import ConsistencyData, build_setup
 from fewstep.consistency.train import train_step
 from fewstep.core.config import parse_config, save_resolved
-from fewstep.core.export.run import export_run, load_run_student, read_settings
+from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.grids import step_grid
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import save_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE, RunDirectory
 from fewstep.core.training.trainer import Trainer
@@ -26,7 +27,7 @@ from fewstep.embedded.digits.clip_measures import VideoResult
 def digits_config(repository: Path, method: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> ConsistencyConfig:
     """A committed configuration of the study as on the command line."""
     monkeypatch.chdir(repository)
-    file = f"configs/consistency/{method}_video_digits.yaml"
+    file = f"configs/digits_video/{method}.yaml"
     changes = ("--run.directory", str(run), "--run.batch_size", "4")
     return parse_config(ConsistencyConfig, ["--config", file, *changes], prog="test", description="")[0]
 

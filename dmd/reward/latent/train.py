@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts, rows_of_samples
-from fewstep.core.export.run import load_run_student, read_settings
+from fewstep.core.export.run import load_run_student
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import sample_noise, sample_uniform
+from fewstep.core.run_settings import read_settings
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role

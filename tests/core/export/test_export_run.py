@@ -1,5 +1,6 @@
 """Exports from run directories, and the script around them."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -7,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.model_card import read_record
-from fewstep.core.export.run import ExportFiles, RunSettings, export_run, read_settings
+from fewstep.core.export.run import ExportFiles, export_run
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
+from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.training.checkpoint import save_checkpoint
 from tests.tiny_pipelines import build_sd3, save_pipeline
 
@@ -49,25 +50,36 @@ def make_run(directory: Path, teacher: Path, *, lora_rank: int = 0, ema: bool = 
         if ema:
             tensors["student_ema"] = trained_tensors(lora_rank, step + 1)
         save_checkpoint(run, step, tensors=tensors, state={}, keep=2)
-    config = {
-        "method": "dmd",
-        "teacher": {"path": str(teacher), "guidance": 2.5},
-        "student": {"steps": 2, "shift": 3.0, "sampler": "sde", "lora_rank": lora_rank, "lora_alpha": 8.0},
-        "data": {"height": None, "width": None},
-    }
-    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    RunSettings(
+        method="dmd",
+        teacher_path=str(teacher),
+        guidance=2.5,
+        steps=2,
+        shift=3.0,
+        sampler="sde",
+        lora_rank=lora_rank,
+        lora_alpha=8.0,
+    ).save(run)
     return run
 
 
 def test_settings_are_read_and_missing_keys_are_named(tmp_path, teacher):
     run = make_run(tmp_path, teacher)
-    assert read_settings(run) == RunSettings("dmd", str(teacher), 2.5, 2, 3.0, "sde", 0, 8.0, None, None)
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    del config["student"]["shift"]
-    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.yaml has no student\.shift"):
+    found = read_settings(run)
+    assert (found.method, found.teacher_path, found.guidance, found.steps, found.shift) == (
+        "dmd",
+        str(teacher),
+        2.5,
+        2,
+        3,
+    )
+    assert (found.sampler, found.lora_alpha, found.any_steps, found.second_time) == ("sde", 8.0, False, "none")
+    content = json.loads((run / "student.json").read_text(encoding="utf-8"))
+    del content["shift"]
+    (run / "student.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"student\.json does not describe a student: its keys differ by \['shift'\]"):
         read_settings(run)
-    with pytest.raises(ValueError, match=r"config\.yaml does not exist"):
+    with pytest.raises(ValueError, match=r"student\.json does not exist"):
         read_settings(tmp_path)
 
 

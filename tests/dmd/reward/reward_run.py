@@ -46,7 +46,7 @@ from tests.tiny_pipelines import LATENT_SHAPE
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
 # A discriminator that tells samples apart after one update.
 QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0)
-# What each method adds to the settings below, in the form of its configuration in configs/dmd.
+# What each method adds to the settings below, in the form of its configuration in configs/digits.
 METHODS: dict[RewardMethod, dict[str, Any]] = {
     "redmd": {},
     "gndm": {"objective": ObjectiveConfig(matching_reward_draws=2)},

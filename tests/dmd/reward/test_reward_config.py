@@ -1,4 +1,4 @@
-"""Settings of reward runs: the files in configs/dmd, and combinations that cannot work."""
+"""Settings of reward runs: the files in configs/digits, and combinations that cannot work."""
 
 import dataclasses
 from pathlib import Path

@@ -1,0 +1,75 @@
+"""What it takes to build and sample the student of a run again, whichever the method; a file in the run directory.
+
+Methods say these things of themselves when a run begins (`RunSettings.save`), so that exports, later stages and studies
+read them without knowing any method.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+SETTINGS_FILE = "student.json"
+Sampler: TypeAlias = Literal["sde", "ode", "flow_map"]
+SecondTime: TypeAlias = Literal["none", "gate", "sum", "decoupled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The student of a run.
+
+    Attributes:
+        method: name of the method, for people.
+        teacher_path: of the pipeline that was distilled.
+        guidance: that is in the student's weights, or that it is told.
+        steps: network calls of a sample.
+        shift: of the grid of steps.
+        sampler: as of `Student`.
+        lora_rank: rank of the adapters, 0 for none.
+        lora_alpha: their scale.
+        height: in pixels; None is the teacher's own size.
+        width: the same.
+        frames: pixel frames of videos; None is the teacher's own number, and for pictures.
+        second_time: how the network is told a second time.
+        any_steps: whether the student is trained at all times, so that it samples in any number of steps.
+        told_guidance: whether it has an embedding of the guidance and steps where SanaSprintPipeline can (TrigFlow's
+            angles).
+    """
+
+    method: str
+    teacher_path: str
+    guidance: float
+    steps: int
+    shift: float
+    sampler: Sampler
+    lora_rank: int = 0
+    lora_alpha: float = 64.0
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    second_time: SecondTime = "none"
+    any_steps: bool = False
+    told_guidance: bool = False
+
+    def save(self, run: str | Path) -> Path:
+        """Write `student.json` into the run directory; gives its path."""
+        path = Path(run) / SETTINGS_FILE
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        return path
+
+
+def read_settings(run: str | Path) -> RunSettings:
+    """The settings of a run directory. Raises ValueError naming the file or key that is missing."""
+    file = Path(run) / SETTINGS_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give the directory of a training run of a student")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names = {field.name for field in fields(RunSettings)}
+        if set(content) != names:
+            raise ValueError(f"its keys differ by {sorted(set(content) ^ names)}")
+        return RunSettings(**content)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a student: {error}") from error

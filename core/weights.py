@@ -1,0 +1,144 @@
+"""Weights that a run starts from: one meaning of `student.init` for every script.
+
+It may be a run directory (the averaged weights of its latest checkpoint), one of its checkpoints, a diffusers export or
+pipeline (its transformer or unet, also in shards), the folder of such a network, or a .safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
+
+LIVE_FILE, EMA_FILE = "student", "student_ema"
+# Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
+NETWORK_FOLDERS = ("transformer", "unet")
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# A Denoiser's, a causal student's and a fake score's parameters carry the name of their one child.
+PREFIXES = ("network.", "transformer.")
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Files that together hold the weights of one network.
+
+    `run` and `checkpoint` are the run directory and the checkpoint that they are of, where they are of one; `key` is
+    the setting that named them.
+    """
+
+    key: str
+    source: str
+    files: tuple[Path, ...]
+    run: Path | None = None
+    checkpoint: Path | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, as in the network. Raises ValueError for a file that cannot be read."""
+        found: list[str] = []
+        for path in self.files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found += file.keys()
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
+        return tuple(_bare(name) for name in found)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names in the network. Raises ValueError for a file that cannot be read."""
+        found: dict[str, Tensor] = {}
+        for path in self.files:
+            try:
+                found |= {_bare(name): tensor for name, tensor in load_file(path).items()}
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
+        return found
+
+    def beside(self, name: str) -> Path | None:
+        """Another file of the checkpoint, such as the fake score beside the student; None where there is none."""
+        if self.checkpoint is None:
+            return None
+        file = self.checkpoint / f"{name}.safetensors"
+        return file if file.is_file() else None
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def find_weights(source: str, key: str = "student.init") -> StoredWeights:
+    """The weights that a setting names; nothing is loaded yet.
+
+    Raises:
+        ValueError: there are none, a checkpoint is damaged, or it holds adapters alone; names the setting `key`.
+    """
+    path = Path(source)
+    if path.is_file():
+        return StoredWeights(key, source, (path,))
+    checkpoint = path if (path / STATE_FILE).is_file() else latest_checkpoint(path) if path.is_dir() else None
+    if checkpoint is not None:
+        return _of_checkpoint(source, checkpoint, key)
+    for folder in (path, *(path / name for name in NETWORK_FOLDERS)):
+        files = _of_network(folder, key)
+        if files:
+            return StoredWeights(key, source, files)
+    raise ValueError(
+        f"{key} {source} is no .safetensors file, no run directory or checkpoint, and no export with a transformer or "
+        "unet: give one of them"
+    )
+
+
+def _of_checkpoint(source: str, checkpoint: Path, key: str) -> StoredWeights:
+    verify_checkpoint(checkpoint)
+    file = checkpoint / f"{EMA_FILE}.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{key} {checkpoint} holds no {file.name}: it is no checkpoint of a student")
+    found = StoredWeights(key, source, (file,), run=checkpoint.resolve().parent, checkpoint=checkpoint)
+    if any(".lora_" in name for name in found.names()):
+        raise ValueError(
+            f"{key} {source} holds adapters alone, without the weights under them: export that run, and give its export"
+        )
+    return found
+
+
+def _of_network(folder: Path, key: str) -> tuple[Path, ...]:
+    """The files of a network that diffusers saved in this folder, none where there is none."""
+    file, index = folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}.index.json"
+    if file.is_file():
+        return (file,)
+    if not index.is_file():
+        return ()
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    files = tuple(folder / name for name in sorted(set(shards)))
+    lost = [path.name for path in files if not path.is_file()]
+    if lost:
+        raise ValueError(f"{key} {folder} lacks {len(lost)} of its {len(files)} files: {', '.join(lost[:3])}")
+    return files
+
+
+def load_weights(network: nn.Module, weights: StoredWeights) -> None:
+    """Load into a network in place.
+
+    Raises:
+        ValueError: a file cannot be read, or does not hold exactly this network's weights.
+    """
+    tensors = weights.tensors()
+    own = network.state_dict()
+    # An average holds all floating buffers, also computed tables that no state_dict has.
+    computed = {name for name, _ in network.named_buffers()} - own.keys()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in computed}
+    wrong = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{weights.key} {weights.source} does not fit the teacher's network: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(unexpected)} unknown {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+        )
+    network.load_state_dict(tensors)
