@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
-from fewstep.core.families.family import VideoFamily
 from fewstep.core.families.table import build_family
 from fewstep.core.paths import x0_from_velocity
 
@@ -123,11 +122,7 @@ class Teacher:
 
         `frames` counts pixel frames. Raises ValueError when it is given and the teacher makes pictures.
         """
-        if frames is None:
-            return self.family.latent_shape(self.pipeline, height, width)
-        if not isinstance(self.family, VideoFamily):
-            raise ValueError(f"frames is {frames}, and a teacher of the family {self.family.name} makes pictures")
-        return self.family.video_shape(self.pipeline, frames=frames, height=height, width=width)
+        return self.family.latent_shape(self.pipeline, height, width, frames)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, *, steps: int, guidance: float) -> Tensor:

@@ -138,7 +138,7 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{weights.key} {weights.source} does not fit the teacher's network: {len(missing)} weights missing {missing[:3]}, "
-            f"{len(unexpected)} unknown {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+            f"{weights.key} {weights.source} does not fit the teacher's network: {len(missing)} weights missing "
+            f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}"
         )
     network.load_state_dict(tensors)

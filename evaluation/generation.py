@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SanaSprintPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family
-from fewstep.core.families.sana import call_arguments
 from fewstep.core.families.table import build_family
 from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher import check_pipeline_folder
@@ -45,7 +44,7 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
 
 def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
     """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`; pixels [B, 3, H, W]."""
-    arguments = grid.arguments() | call_arguments(pipeline, grid.height, grid.width)
+    arguments = grid.arguments() | build_family(pipeline).call_arguments(pipeline, height=grid.height, width=grid.width)
     return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments).images
 
 
@@ -98,14 +97,12 @@ def _noise_per_image(pipeline: DiffusionPipeline) -> Iterator[list[torch.Generat
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Prompts of an SD3 or SANA pipeline encoded once: the empty prompt in row 0 and the row of each other one.
+    """Prompts encoded once: the empty prompt in row 0 and the row of each other one."""
 
-    has_negative: whether the pipeline guides by a second prompt; SANA-Sprint does not.
-    """
-
+    pipeline: DiffusionPipeline
+    family: Family
     rows: dict[str, int]
     conditions: Condition
-    has_negative: bool
 
     @classmethod
     def encode(cls, pipeline: DiffusionPipeline, prompts: Sequence[str], *, family: Family) -> _Prompts:
@@ -113,38 +110,23 @@ class _Prompts:
         rows = {prompt: row for row, prompt in enumerate(unique, start=1)}
         starts = range(0, len(unique), ENCODE_BATCH)
         parts = [family.encode_prompts(pipeline, unique[start : start + ENCODE_BATCH]) for start in starts]
-        has_negative = not isinstance(pipeline, SanaSprintPipeline)
-        return cls(rows, Condition.cat([family.encode_null(pipeline), *parts]), has_negative)
+        return cls(pipeline, family, rows, Condition.cat([family.encode_null(pipeline), *parts]))
 
     def arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
         """Arguments of the stock call in place of the prompts."""
         condition = self.conditions.index(torch.tensor([self.rows[prompt] for prompt in prompts]))
-        arguments = _embeddings(condition)
-        # The text of a real T5 has no repeated tokens to count.
-        if condition.token_counts is not None:
-            arguments["joint_attention_kwargs"] = {"key_bias": condition.token_counts.log()}
-        if guidance > 1.0 and self.has_negative:
-            null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64))
-            arguments |= {f"negative_{name}": value for name, value in _embeddings(null).items()}
-            # SANA's own default is an empty text, which it takes for a second one beside the embeddings.
-            arguments["negative_prompt"] = None
-        return arguments
-
-
-def _embeddings(condition: Condition) -> dict[str, Any]:
-    """Tokens with the pooled text of SD3 or the mask of SANA, as the stock calls name them."""
-    if condition.token_mask is not None:
-        return {"prompt_embeds": condition.tokens, "prompt_attention_mask": condition.token_mask}
-    return {"prompt_embeds": condition.tokens, "pooled_prompt_embeds": condition.pooled}
+        null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64)) if guidance > 1.0 else None
+        found = self.family.prompt_arguments(self.pipeline, condition, null)
+        assert found is not None
+        return found
 
 
 @contextmanager
-def _encoded_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Iterator[_Prompts | None]:
-    """Encoded prompts for SD3, whose network understands token counts inside, and for SANA without its padding; None
-    for other families.
-    """
-    family = build_family(pipeline)
-    if family.name not in ("sd3", "sana"):
+def _encoded_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], *, family: Family
+) -> Iterator[_Prompts | None]:
+    """Encoded prompts, with the network as its family wants it inside; None where the pipeline wants texts."""
+    if family.prompt_arguments(pipeline, family.encode_null(pipeline), None) is None:
         yield None
         return
     network: Any = family.network(pipeline)
@@ -187,11 +169,13 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts for {len(indices)} indices; give one per image, at least one")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
-    shape = build_family(pipeline).latent_shape(pipeline, grid.height, grid.width)
+    family = build_family(pipeline)
+    shape = family.latent_shape(pipeline, grid.height, grid.width)
+    size = family.call_arguments(pipeline, height=grid.height, width=grid.width)
     name = type(pipeline.scheduler).__name__
     parts = []
     starts = range(0, len(prompts), batch_size)
-    with _encoded_prompts(pipeline, prompts) as encoded, _noise_per_image(pipeline) as generators:
+    with _encoded_prompts(pipeline, prompts, family=family) as encoded, _noise_per_image(pipeline) as generators:
         for start in tqdm(starts, desc=f"{steps} steps, seed {seed}", unit="batch", leave=False, disable=None):
             texts, rows = list(prompts[start : start + batch_size]), indices[start : start + batch_size]
             keys = [shared_integer(seed, index, "scheduler", 2**63) for index in rows]
@@ -204,11 +188,11 @@ def generate(
                 before = _global_random_state(pipeline.device)
                 images = pipeline(
                     **arguments,
-                    latents=latents,
+                    latents=family.stock_latents(pipeline, latents),
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="pt",
-                    **(grid.arguments() | call_arguments(pipeline, grid.height, grid.width)),
+                    **(grid.arguments() | size),
                 ).images
                 drawn = not torch.equal(before, _global_random_state(pipeline.device))
             if drawn and len(texts) > 1:

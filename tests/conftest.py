@@ -18,6 +18,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SKIPPED_FOLDERS = {".venv", ".git", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+CLASSIFIER_EPOCHS = 6
 LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 
 torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "1")))))
@@ -80,3 +81,21 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(scope="session")
+def trained() -> Any:
+    """A classifier of the digits after a few seconds of training, and its record."""
+    from fewstep.embedded.digits.classifier import train_classifier
+
+    return train_classifier(0, CLASSIFIER_EPOCHS, command="pytest")
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That classifier as files."""
+    from fewstep.embedded.digits.classifier import save_classifier
+
+    folder = tmp_path_factory.mktemp("classifier")
+    save_classifier(trained[0], trained[1], path=folder)
+    return folder

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import SchedulerPlan
-from fewstep.core.families.family import Family, VideoFamily
-from fewstep.core.families.sana import call_arguments
-from fewstep.core.families.wan import video_arguments
+from fewstep.core.families.family import Family
 from fewstep.core.student import Student
 from fewstep.core.two_time import second_time_of
 
@@ -63,13 +61,7 @@ def make_probe(
 
     Raises ValueError where frames are given for pictures.
     """
-    if isinstance(family, VideoFamily):
-        sizes: tuple[int, ...] = family.video_shape(pipeline, frames=frames, height=height, width=width)
-    elif frames is None:
-        sizes = family.latent_shape(pipeline, height, width)
-    else:
-        raise ValueError(f"frames is {frames}, and a pipeline of the family {family.name} makes pictures")
-    shape = (len(PROBE_PROMPTS), *sizes)
+    shape = (len(PROBE_PROMPTS), *family.latent_shape(pipeline, height, width, frames))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(device)
     with _seeded(PROBE_SEED, device):
         renoise = tuple(torch.randn(shape, device=device) for _ in range(spec.steps - 1))
@@ -93,13 +85,11 @@ def training_latents(
 
 
 def pipeline_latents(
-    pipeline: Any, plan: SchedulerPlan, probe: Probe, *, guidance_scale: float, network_name: str
+    pipeline: Any, family: Family, plan: SchedulerPlan, probe: Probe, *, guidance_scale: float, network_name: str
 ) -> tuple[Tensor, list[float]]:
     """What a diffusers pipeline makes of a probe, and the timesteps that its network was called with."""
     seen: list[float] = []
-    height, width = probe.height, probe.width
-    size = {"height": height, "width": width} | call_arguments(pipeline, height, width)
-    size |= video_arguments(pipeline, frames=probe.frames, height=height, width=width)
+    size = family.call_arguments(pipeline, height=probe.height, width=probe.width, frames=probe.frames)
 
     def record(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         timestep = named["timestep"] if "timestep" in named else positional[1]
@@ -112,7 +102,7 @@ def pipeline_latents(
             latents = pipeline(
                 prompt=list(probe.prompts),
                 **size,
-                latents=probe.latents.clone(),
+                latents=family.stock_latents(pipeline, probe.latents).clone(),
                 num_inference_steps=plan.num_inference_steps,
                 guidance_scale=guidance_scale,
                 output_type="latent",
@@ -121,7 +111,7 @@ def pipeline_latents(
             )[0]
     finally:
         handle.remove()
-    return latents, seen
+    return family.canonical_latents(pipeline, latents, tuple(probe.latents.shape[1:])), seen
 
 
 def check_timesteps(seen: list[float], plan: SchedulerPlan) -> None:

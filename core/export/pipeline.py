@@ -20,7 +20,7 @@ from fewstep.core.export.check import (
     relative_difference,
     training_latents,
 )
-from fewstep.core.export.components import absent_components, stand_ins
+from fewstep.core.export.components import absent_components
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
 from fewstep.core.export.model_card import (
     ExportRecord,
@@ -35,8 +35,6 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
-from fewstep.core.families.sana import call_arguments
-from fewstep.core.families.wan import video_arguments
 from fewstep.core.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.teacher import Teacher
 from fewstep.core.two_time import second_time_of
@@ -181,7 +179,7 @@ def _prepare(
     plan = plan_anyflow(cast(Any, teacher.pipeline), spec) if any_step else plan_scheduler(teacher.pipeline, spec)
     size = {"frames": report.frames, "height": report.height, "width": report.width}
     probe = make_probe(teacher.pipeline, teacher.family, spec=spec, device=device, **size)
-    if is_sprint:
+    if teacher.family.has_guidance_embedding(network):
         probe = replace(probe, guidance=report.guidance)
     pipeline_name = "AnyFlowPipeline" if any_step else type(teacher.pipeline).__name__
     return _Job(teacher, teacher_path, network_name, spec, plan, report, dtype, probe, lora_only, pipeline_name)
@@ -229,7 +227,7 @@ def _rounded_adapters(trained: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
     """Save the teacher's pipeline with the student in it. All its modules end in fp32, rounded to the files' dtype."""
     pipeline: Any = job.teacher.pipeline
-    absent = stand_ins(pipeline)
+    absent = job.teacher.family.stand_ins(pipeline, absent_components(pipeline))
     if is_anyflow_student(stored):
         pipeline = anyflow_pipeline(pipeline, stored, job.plan.scheduler)
     else:
@@ -263,7 +261,12 @@ def _training_latents(job: _Job, network: nn.Module) -> Tensor:
 def _verify(job: _Job, draft: Path, *, stored_latents: Tensor, trained_latents: Tensor) -> Verification:
     pipeline = _load(job, draft).to(job.probe.latents.device)
     latents, seen = pipeline_latents(
-        pipeline, job.plan, job.probe, guidance_scale=job.guidance_scale, network_name=job.network_name
+        pipeline,
+        job.teacher.family,
+        job.plan,
+        job.probe,
+        guidance_scale=job.guidance_scale,
+        network_name=job.network_name,
     )
     check_timesteps(seen, job.plan)
     verification = Verification(
@@ -300,8 +303,7 @@ def _load(job: _Job, draft: Path) -> Any:
 def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord:
     report, plan = job.report, job.plan
     source = job.teacher.pipeline
-    size = call_arguments(source, report.height, report.width)
-    size |= video_arguments(source, frames=report.frames, height=report.height, width=report.width)
+    size = job.teacher.family.call_arguments(source, height=report.height, width=report.width, frames=report.frames)
     return ExportRecord(
         name=name,
         method=report.method,

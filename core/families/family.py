@@ -7,7 +7,7 @@ canonical.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -25,6 +25,11 @@ class Family(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w]."""
+        ...
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -77,24 +82,72 @@ class Family(Protocol):
         """Latents at the scale of the network: a draw with `generator`, the mode of the posterior without."""
         ...
 
-    def latent_shape(self, pipeline: Any, height: int | None, width: int | None) -> tuple[int, ...]:
-        """(C, h, w) of a picture of that size in pixels, (C, F, h, w) of a video; None is the pipeline's own size."""
+    def latent_shape(
+        self, pipeline: Any, height: int | None, width: int | None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """(C, h, w) of a picture of that size in pixels, (C, F, h, w) of a video; None is the pipeline's own size.
+
+        Raises ValueError for a size that the pipeline cannot make, and for frames of pictures.
+        """
         ...
 
     def teacher_grid(self, pipeline: Any, steps: int) -> tuple[float, ...]:
         """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out."""
         ...
 
-
-@runtime_checkable
-class VideoFamily(Protocol):
-    """What a family of video models has beside `Family`, whose latents are [B, C, F, h, w] here and t [B] or [B, F]."""
-
-    def video_shape(
-        self, pipeline: Any, *, frames: int | None = None, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int, int]:
-        """(C, F, h, w) of a video of that many pixel frames and that size; None is the stock pipeline's own."""
+    def has_guidance_embedding(self, network: Any) -> bool:
+        """Whether the network is called with a guidance scale (`condition.guidance`), which is then in every call."""
         ...
+
+    def call_arguments(
+        self, pipeline: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> dict[str, Any]:
+        """What a stock call needs, beside prompts and steps, to make samples of that size as the network was trained.
+
+        `pipeline` may also be of another class that students of this family are exported to.
+        """
+        ...
+
+    def prompt_arguments(self, pipeline: Any, condition: Condition, null: Condition | None) -> dict[str, Any] | None:
+        """Arguments of a stock call in place of the prompts that `condition` was encoded from; `null` [B] is given
+        where the call guides. None: this pipeline is called with its texts."""
+        ...
+
+    def stock_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """What a stock call takes as `latents` for these canonical ones, such as packed patches."""
+        ...
+
+    def canonical_latents(self, pipeline: Any, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Canonical latents [B, *shape] of what a stock call gives with output_type "latent"."""
+        ...
+
+    def stand_ins(self, pipeline: Any, absent: tuple[str, ...]) -> dict[str, Any]:
+        """A component for each of these that are None, with which the pipeline does exactly what it does without.
+
+        Raises ValueError where there is no such component.
+        """
+        ...
+
+
+def require_pictures(name: str, frames: int | None) -> None:
+    """Raises ValueError for frames of a family that makes pictures."""
+    if frames is not None:
+        raise ValueError(f"frames is {frames}, and a teacher of the family {name} makes pictures")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def no_stand_ins(pipeline: Any, absent: tuple[str, ...]) -> dict[str, Any]:
+    """For families that know none: nothing for nothing. Raises ValueError that names what is absent."""
+    if absent:
+        raise ValueError(
+            f"the teacher ({type(pipeline).__name__}) has no {', '.join(absent)}, and its class cannot be loaded "
+            "without. Give the teacher these components, or export with lora_only."
+        )
+    return {}
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:

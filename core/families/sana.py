@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, pixel_size
+from fewstep.core.families.family import network_dtype, no_stand_ins, pixel_size, require_pictures
 from fewstep.core.grids import validate_grid
 
 AnySanaPipeline = SanaPipeline | SanaSprintPipeline
@@ -47,6 +47,7 @@ class SanaFamily:
     time_scale: float
     sprint: bool = False
     name: str = "sana"
+    makes_videos: bool = False
     lora_targets: tuple[str, ...] = (
         "to_q",
         "to_k",
@@ -174,8 +175,11 @@ class SanaFamily:
         raw = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
         return raw.to(torch.promote_types(raw.dtype, torch.float32)) * vae.config["scaling_factor"]
 
-    def latent_shape(self, pipeline: AnySanaPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape(
+        self, pipeline: AnySanaPipeline, height: int | None, width: int | None, frames: int | None = None
+    ) -> tuple[int, int, int]:
         """(C, h, w). Raises ValueError when a side is no multiple of 32 pixels, which the stock pipelines ask for."""
+        require_pictures(self.name, frames)
         config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
         side = config["sample_size"] * factor
         height, width = pixel_size((side, side), height, width, multiple=max(32, factor * config["patch_size"]))
@@ -204,6 +208,53 @@ class SanaFamily:
         times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
         validate_grid(times)
         return times
+
+    def has_guidance_embedding(self, network: Any) -> bool:
+        """Whether it is a network of SANA-Sprint."""
+        return isinstance(network, SanaTransformer2DModel) and bool(network.config["guidance_embeds"])
+
+    def call_arguments(
+        self,
+        pipeline: AnySanaPipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> dict[str, Any]:
+        """The size in pixels, without binning.
+
+        SANA's own default is 1024 pixels whatever its network was made for, and binning moves the size to one of a
+        table that knows four sizes of networks.
+
+        Raises:
+            ValueError: see `latent_shape`.
+        """
+        _, rows, columns = self.latent_shape(pipeline, height, width, frames)
+        factor = pipeline.vae_scale_factor
+        return {"height": rows * factor, "width": columns * factor, "use_resolution_binning": False}
+
+    def prompt_arguments(
+        self, pipeline: AnySanaPipeline, condition: Condition, null: Condition | None
+    ) -> dict[str, Any] | None:
+        """Tokens with their mask; SANA-Sprint does not guide by a second prompt."""
+        found: dict[str, Any] = {"prompt_embeds": condition.tokens, "prompt_attention_mask": condition.token_mask}
+        if null is None or self.sprint:
+            return found
+        found |= {"negative_prompt_embeds": null.tokens, "negative_prompt_attention_mask": null.token_mask}
+        # SANA's own default is an empty text, which it takes for a second one beside the embeddings.
+        return {**found, "negative_prompt": None}
+
+    def stock_latents(self, pipeline: AnySanaPipeline, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def canonical_latents(self, pipeline: AnySanaPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same."""
+        return latents
+
+    def stand_ins(self, pipeline: AnySanaPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
+        """None are known."""
+        return no_stand_ins(pipeline, absent)
 
 
 def _call_default(pipeline: AnySanaPipeline, name: str) -> Any:
@@ -243,19 +294,3 @@ def _require_flow_scheduler(pipeline: AnySanaPipeline) -> FlowMatchEulerDiscrete
         f"prediction_type flow_prediction; this pipeline has {type(scheduler).__name__} without: replace "
         "scheduler/scheduler_config.json by the original model's"
     )
-
-
-def call_arguments(pipeline: Any, height: int | None = None, width: int | None = None) -> dict[str, Any]:
-    """What a call of a SANA pipeline needs for pictures of that size in pixels; nothing for pipelines of other kinds.
-
-    SANA's own default is 1024 pixels whatever its network was made for, and binning moves the size to one of a table
-    that knows four sizes of networks.
-
-    Raises:
-        ValueError: see `SanaFamily.latent_shape`.
-    """
-    if not isinstance(pipeline, AnySanaPipeline):
-        return {}
-    _, rows, columns = SanaFamily.from_pipeline(pipeline).latent_shape(pipeline, height, width)
-    factor = pipeline.vae_scale_factor
-    return {"height": rows * factor, "width": columns * factor, "use_resolution_binning": False}

@@ -126,6 +126,10 @@ class SanaControlFamily(SanaFamily):
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return [width] * len(self.feature_modules(network, blocks))
 
+    def prompt_arguments(self, pipeline: Any, condition: Condition, null: Condition | None) -> dict[str, Any] | None:
+        """None: the pipeline also needs its control picture."""
+        return None
+
     def teacher_grid(self, pipeline: SanaControlNetPipeline, steps: int) -> tuple[float, ...]:  # pyright: ignore
         """The sigmas of the scheduler; of one with a single training step, the uniform times after its shift."""
         config: Any = pipeline.scheduler.config

@@ -17,13 +17,23 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, pixel_size, vae_decode, vae_encode
+from fewstep.core.families.family import (
+    given,
+    network_dtype,
+    no_stand_ins,
+    pixel_size,
+    require_pictures,
+    vae_decode,
+    vae_encode,
+)
 from fewstep.core.grids import validate_grid
 
 # Length of the T5 part in the stock pipeline; without T5 it appends as many zero tokens.
 T5_TOKENS = 256
+T5_COMPONENTS = ("text_encoder_3", "tokenizer_3")
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Sd3Family:
 
     time_scale: int
     name: str = "sd3"
+    makes_videos: bool = False
     lora_targets: tuple[str, ...] = (
         "to_q",
         "to_k",
@@ -151,9 +162,10 @@ class Sd3Family:
         return vae_encode(pipeline.vae, pixels, generator)
 
     def latent_shape(
-        self, pipeline: StableDiffusion3Pipeline, height: int | None, width: int | None
+        self, pipeline: StableDiffusion3Pipeline, height: int | None, width: int | None, frames: int | None = None
     ) -> tuple[int, int, int]:
         """(C, h, w). Raises ValueError when a side is no multiple of the pixels that a patch covers."""
+        require_pictures(self.name, frames)
         config, factor = pipeline.transformer.config, pipeline.vae_scale_factor
         side = config.sample_size * factor
         height, width = pixel_size((side, side), height, width, multiple=factor * config.patch_size)
@@ -177,6 +189,52 @@ class Sd3Family:
         times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
         validate_grid(times)
         return times
+
+    def has_guidance_embedding(self, network: SD3Transformer2DModel) -> bool:
+        """No."""
+        return False
+
+    def call_arguments(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> dict[str, Any]:
+        """The size where one is given: the stock default is the network's own."""
+        require_pictures(self.name, frames)
+        return given(height=height, width=width)
+
+    def prompt_arguments(
+        self, pipeline: StableDiffusion3Pipeline, condition: Condition, null: Condition | None
+    ) -> dict[str, Any] | None:
+        """Tokens and pooled text; the network is to be prepared (`prepare_network`) for counted tokens."""
+        found: dict[str, Any] = {"prompt_embeds": condition.tokens, "pooled_prompt_embeds": condition.pooled}
+        # The text of a real T5 has no repeated tokens to count.
+        if condition.token_counts is not None:
+            found["joint_attention_kwargs"] = {"key_bias": condition.token_counts.log()}
+        if null is not None:
+            found |= {"negative_prompt_embeds": null.tokens, "negative_pooled_prompt_embeds": null.pooled}
+        return found
+
+    def stock_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def canonical_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same."""
+        return latents
+
+    def stand_ins(self, pipeline: StableDiffusion3Pipeline, absent: tuple[str, ...]) -> dict[str, Any]:
+        """A T5 of zero weights for none.
+
+        SD3 without T5 uses zeros in the place of the T5 tokens. It is saved as such, but diffusers 0.42 only loads it
+        again if the caller passes `text_encoder_3=None, tokenizer_3=None`; a T5 of zero weights gives the same zeros.
+        """
+        if set(absent) != set(T5_COMPONENTS):
+            return no_stand_ins(pipeline, absent)
+        return dict(zip(T5_COMPONENTS, zero_t5(pipeline.transformer.config.joint_attention_dim), strict=True))
 
 
 def _require_flow_scheduler(pipeline: StableDiffusion3Pipeline) -> FlowMatchEulerDiscreteScheduler:
@@ -237,3 +295,16 @@ def split_heads(attn: Any, tokens: Tensor, projection: torch.nn.Module, norm: to
     """One projection of tokens [B, N, D] as [B, heads, N, width of a head]."""
     projected = projection(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     return projected if norm is None else norm(projected)
+
+
+def zero_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 encoder of a few thousand zero weights whose output is zeros [B, N, width], and a tokenizer for it."""
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=1, d_ff=1, num_layers=1, num_heads=1)
+    # Its random weights are thrown away: the caller's random numbers stay as they were.
+    with torch.random.fork_rng(devices=[]):
+        encoder = T5EncoderModel(config)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    return encoder.eval(), tokenizer

@@ -15,7 +15,15 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, pixel_size, vae_decode, vae_encode
+from fewstep.core.families.family import (
+    given,
+    network_dtype,
+    no_stand_ins,
+    pixel_size,
+    require_pictures,
+    vae_decode,
+    vae_encode,
+)
 from fewstep.core.grids import validate_grid
 from fewstep.core.paths import VariancePreserving, expand_time, from_flow_state
 
@@ -47,6 +55,7 @@ class UnetFamily:
     prediction: Literal["epsilon", "v_prediction"]
     has_size_condition: bool
     name: str = "unet"
+    makes_videos: bool = False
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     @staticmethod
@@ -163,8 +172,11 @@ class UnetFamily:
     def encode_pixels(self, pipeline: UnetPipeline, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return vae_encode(pipeline.vae, pixels, generator)
 
-    def latent_shape(self, pipeline: UnetPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def latent_shape(
+        self, pipeline: UnetPipeline, height: int | None, width: int | None, frames: int | None = None
+    ) -> tuple[int, int, int]:
         """(C, h, w). Raises ValueError when a side is no multiple of what the autoencoder and the U-Net halve away."""
+        require_pictures(self.name, frames)
         height, width = self._pixel_size(pipeline, height, width)
         factor = pipeline.vae_scale_factor
         return pipeline.unet.config.in_channels, height // factor, width // factor
@@ -179,6 +191,35 @@ class UnetFamily:
         times = tuple(self.path.to_flow_time(scheduler.timesteps.double()).tolist())
         validate_grid(times)
         return times
+
+    def has_guidance_embedding(self, network: UNet2DConditionModel) -> bool:
+        """No."""
+        return False
+
+    def call_arguments(
+        self, pipeline: UnetPipeline, *, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> dict[str, Any]:
+        """The size where one is given: the stock default is the network's own."""
+        require_pictures(self.name, frames)
+        return given(height=height, width=width)
+
+    def prompt_arguments(
+        self, pipeline: UnetPipeline, condition: Condition, null: Condition | None
+    ) -> dict[str, Any] | None:
+        """None: SDXL's pooled text and sizes are the pipeline's own matter."""
+        return None
+
+    def stock_latents(self, pipeline: UnetPipeline, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def canonical_latents(self, pipeline: UnetPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same."""
+        return latents
+
+    def stand_ins(self, pipeline: UnetPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
+        """None are known."""
+        return no_stand_ins(pipeline, absent)
 
     def _size_condition(self, condition: Condition, dtype: torch.dtype) -> dict[str, Tensor] | None:
         if not self.has_size_condition:

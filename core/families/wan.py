@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, pixel_size
+from fewstep.core.families.family import network_dtype, no_stand_ins, pixel_size
 from fewstep.core.grids import validate_grid
 
 WanScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
@@ -51,6 +51,7 @@ class WanFamily:
     text_tokens: int = STOCK_TEXT_TOKENS
     time_per_token: bool = False
     name: str = "wan"
+    makes_videos: bool = True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     @staticmethod
@@ -179,9 +180,11 @@ class WanFamily:
         mean, std = _latent_statistics(vae, raw)
         return (raw - mean) / std
 
-    def latent_shape(self, pipeline: WanPipeline, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(C, F, h, w) of a video of the stock length, 81 pixel frames. Raises ValueError as `video_shape`."""
-        return self.video_shape(pipeline, height=height, width=width)
+    def latent_shape(
+        self, pipeline: WanPipeline, height: int | None, width: int | None, frames: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """(C, F, h, w) of a video. Raises ValueError as `video_shape`."""
+        return self.video_shape(pipeline, frames=frames, height=height, width=width)
 
     def video_shape(
         self, pipeline: WanPipeline, *, frames: int | None = None, height: int | None = None, width: int | None = None
@@ -221,25 +224,48 @@ class WanFamily:
         validate_grid(times)
         return times
 
+    def has_guidance_embedding(self, network: WanTransformer3DModel) -> bool:
+        """No."""
+        return False
 
-def video_arguments(
-    pipeline: Any, *, frames: int | None = None, height: int | None = None, width: int | None = None
-) -> dict[str, Any]:
-    """What a call of a Wan or AnyFlow pipeline needs for videos of that many pixel frames and that size in pixels;
-    nothing for pipelines of other kinds.
+    def call_arguments(
+        self,
+        pipeline: WanPipeline | AnyFlowPipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> dict[str, Any]:
+        """What a call of a Wan or AnyFlow pipeline needs for videos of that many pixel frames and that size in pixels.
 
-    Both pad the text to 512 tokens whatever the tokenizer says, and the network attends to the padding.
+        Both pad the text to 512 tokens whatever the tokenizer says, and the network attends to the padding.
 
-    Raises:
-        ValueError: the frames are not 4 k + 1, or a side is not positive.
-    """
-    if not isinstance(pipeline, WanPipeline | AnyFlowPipeline):
-        return {}
-    count = STOCK_FRAMES if frames is None else frames
-    latent_frames(count, factor=pipeline.vae.config["scale_factor_temporal"])
-    rows, columns = pixel_size(STOCK_SIZE, height, width, multiple=16)
-    tokens = min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length)
-    return {"height": rows, "width": columns, "num_frames": count, "max_sequence_length": tokens}
+        Raises:
+            ValueError: the frames are not 4 k + 1, or a side is not positive.
+        """
+        count = STOCK_FRAMES if frames is None else frames
+        latent_frames(count, factor=pipeline.vae.config["scale_factor_temporal"])
+        rows, columns = pixel_size(STOCK_SIZE, height, width, multiple=16)
+        return {"height": rows, "width": columns, "num_frames": count, "max_sequence_length": self.text_tokens}
+
+    def prompt_arguments(
+        self, pipeline: WanPipeline, condition: Condition, null: Condition | None
+    ) -> dict[str, Any] | None:
+        """Tokens, as long as the network's text."""
+        found: dict[str, Any] = {"prompt_embeds": condition.tokens}
+        return found if null is None else {**found, "negative_prompt_embeds": null.tokens}
+
+    def stock_latents(self, pipeline: WanPipeline, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def canonical_latents(self, pipeline: WanPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The same."""
+        return latents
+
+    def stand_ins(self, pipeline: WanPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
+        """None are known."""
+        return no_stand_ins(pipeline, absent)
 
 
 def latent_frames(pixel_frames: int, *, factor: int = 4) -> int:

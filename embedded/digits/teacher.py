@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.core.condition import Condition
 from fewstep.core.data import LatentDataset
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.components import zero_t5
+from fewstep.core.families.sd3 import zero_t5
 from fewstep.core.families.table import build_family
 from fewstep.core.paths import add_noise
 from fewstep.core.training.ema import Ema

@@ -1,4 +1,4 @@
-"""A quickly trained classifier and an untrained pipeline of the embedded teacher's size, shared by these tests."""
+"""An untrained pipeline of the embedded teacher's size, shared by these tests."""
 
 from pathlib import Path
 
@@ -8,23 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fewstep.core.export.model_card import ExportRecord, write_record
 from fewstep.embedded.digits.autoencoder import build_autoencoder
-from fewstep.embedded.digits.classifier import DigitsClassifier, TrainingRecord, save_classifier, train_classifier
 from fewstep.embedded.digits.teacher import build_pipeline
-
-EPOCHS = 6
-
-
-@pytest.fixture(scope="session")
-def trained() -> tuple[DigitsClassifier, TrainingRecord]:
-    """A classifier after a few seconds of training."""
-    return train_classifier(0, EPOCHS, command="pytest")
-
-
-@pytest.fixture(scope="session")
-def classifier_folder(trained, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("classifier")
-    save_classifier(trained[0], trained[1], path=folder)
-    return folder
 
 
 def build_untrained():

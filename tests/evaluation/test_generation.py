@@ -11,7 +11,7 @@ from diffusers import (
     LCMScheduler,
 )
 
-from fewstep.core.export.components import zero_t5
+from fewstep.core.families.sd3 import zero_t5
 from fewstep.core.randomness import sample_noise
 from fewstep.evaluation.generation import StockCall, generate, load_pipeline, plain_call
 from fewstep.evaluation.systems import StepGrid, System

@@ -215,7 +215,7 @@ def test_students_of_one_time_stay_wan_pipelines(
 def test_frames_belong_to_videos(tmp_path: Path) -> None:
     teacher = save_pipeline(build_sd3(), tmp_path / "sd3")
     report = StudentReport("dcm", "tiny", guidance=1.0, step=7, ema=True, frames=9)
-    with pytest.raises(ValueError, match="frames is 9, and a pipeline of the family sd3 makes pictures"):
+    with pytest.raises(ValueError, match="frames is 9, and a teacher of the family sd3 makes pictures"):
         export_pipeline(
             str(teacher),
             build_sd3().transformer,

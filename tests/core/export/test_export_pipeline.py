@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core.export.check import ExportMismatchError, check_timesteps, relative_difference
-from fewstep.core.export.components import stand_ins
+from fewstep.core.export.components import absent_components
 from fewstep.core.export.model_card import Figure, StudentReport, read_record
 from fewstep.core.export.pipeline import ROUNDING_TOLERANCES, export_pipeline
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
+from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
 from tests.tiny_pipelines import build_sd3, build_sd15, save_pipeline
 from tests.tiny_students import (
@@ -314,20 +315,20 @@ def stock_tokens(pipeline: Any) -> Tensor:
 def test_stand_ins_give_the_zeros_that_the_pipeline_uses_without_t5():
     pipeline = build_sd3()
     tokens = stock_tokens(pipeline)
-    pipeline.register_modules(**stand_ins(pipeline))
+    pipeline.register_modules(**build_family(pipeline).stand_ins(pipeline, absent_components(pipeline)))
     parameters = sum(parameter.numel() for parameter in pipeline.text_encoder_3.parameters())
     assert parameters < 1000
     filled = stock_tokens(pipeline)
     assert filled.shape == (2, 77 + 256, 40)
     assert torch.equal(tokens, filled)
-    assert stand_ins(pipeline) == {}
+    assert build_family(pipeline).stand_ins(pipeline, absent_components(pipeline)) == {}
 
 
 def test_other_absent_components_are_refused():
     pipeline = build_sd15()
     pipeline.register_modules(text_encoder=None)
     with pytest.raises(ValueError, match="StableDiffusionPipeline\\) has no text_encoder"):
-        stand_ins(pipeline)
+        build_family(pipeline).stand_ins(pipeline, absent_components(pipeline))
 
 
 def test_directory_tells_its_origin_but_no_path(teachers, tmp_path):

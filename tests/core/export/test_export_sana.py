@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SanaSprintPipeline, SCMScheduler
 from torch import nn
 
@@ -21,6 +20,7 @@ from fewstep.core.export.schedulers import nearest_exportable_times, plan_schedu
 from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.lora import add_lora
 from fewstep.core.randomness import sample_noise
+from fewstep.core.run_settings import RunSettings
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import save_checkpoint
 from fewstep.evaluation.generation import generate, load_pipeline
@@ -203,12 +203,16 @@ def test_a_run_is_exported_at_the_pipelines_own_times(teacher_folder, tmp_path, 
     run = tmp_path / "sprint"
     weights = {f"network.{name}": tensor for name, tensor in build_student().state_dict().items()}
     save_checkpoint(run, 3, tensors={"student": weights}, state={}, keep=1)
-    config = {
-        "method": "sana_sprint",
-        "teacher": {"path": str(teacher_folder), "guidance": 4.5},
-        "student": {"steps": 2, "shift": 1.0, "sampler": "sde"},
-    }
-    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    RunSettings(
+        method="sana_sprint",
+        teacher_path=str(teacher_folder),
+        guidance=4.5,
+        steps=2,
+        shift=1.0,
+        sampler="sde",
+        any_steps=True,
+        told_guidance=True,
+    ).save(run)
     _, record = export_run(run, weights="live", steps=steps)
     assert (record.pipeline, record.method, record.guidance_scale) == ("SanaSprintPipeline", "sana_sprint", 4.5)
     assert record.times == times

@@ -262,7 +262,8 @@ def test_saved_network_is_a_stock_one(tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path)
     assert {type(processor) for processor in loaded.attn_processors.values()} == {WanAttnProcessor}
-    assert distance(loaded(x, timestep, text).sample, expected) == 0.0
+    # Weights read from a file lie elsewhere in memory, which changes the order of sums on some CPUs (1.7e-7 was seen).
+    assert distance(loaded(x, timestep, text).sample, expected) < 1e-6
 
 
 def test_unknown_networks_and_processors_are_refused() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.families.sana import SanaFamily, call_arguments
+from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sana_networks import with_dense_time, with_guidance_embedding, with_qk_norm
 from fewstep.core.families.table import build_family
 from fewstep.core.lora import add_lora, merge_lora
@@ -52,7 +52,7 @@ def stock_images(pipeline: Any, noise: Tensor, *, steps: int, guidance: float, o
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type=output_type,
-        **call_arguments(pipeline),
+        **build_family(pipeline).call_arguments(pipeline),
     ).images
 
 
@@ -191,8 +191,7 @@ def test_sizes(pipeline) -> None:
     assert family.latent_shape(pipeline, 64, 32) == (8, 8, 4)
     with pytest.raises(ValueError, match="height must be a positive multiple of 32"):
         family.latent_shape(pipeline, 40, 32)
-    assert call_arguments(pipeline, height=64) == {"height": 64, "width": 32, "use_resolution_binning": False}
-    assert call_arguments(object()) == {}
+    assert family.call_arguments(pipeline, height=64) == {"height": 64, "width": 32, "use_resolution_binning": False}
 
 
 @pytest.mark.parametrize(

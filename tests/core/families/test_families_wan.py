@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.families.family import VideoFamily
 from fewstep.core.families.table import build_family
-from fewstep.core.families.wan import WanFamily, latent_frames, video_arguments
+from fewstep.core.families.wan import WanFamily, latent_frames
 from fewstep.core.lora import add_lora
 from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import build_sd3
@@ -154,7 +153,8 @@ def test_latent_frames_invert_pixel_frames(k: int, factor: int) -> None:
 def test_shapes_follow_the_stock_defaults() -> None:
     pipeline = build_video_pipeline()
     teacher = Teacher(pipeline, path="tiny")
-    assert isinstance(teacher.family, VideoFamily)
+    assert teacher.family.makes_videos
+    assert not build_family(build_sd3()).makes_videos
     assert teacher.latent_shape(32, 48, frames=9) == (4, 3, 8, 12)
     assert teacher.latent_shape() == (4, 21, 120, 208)
     with pytest.raises(ValueError, match="height must be a positive multiple of 16 pixels for this model, got 24"):
@@ -167,17 +167,21 @@ def test_shapes_follow_the_stock_defaults() -> None:
 
 def test_a_call_is_told_size_frames_and_length_of_the_text() -> None:
     pipeline = build_video_pipeline(text_tokens=16)
-    assert video_arguments(pipeline, frames=9, height=32, width=48) == {
+    assert build_family(pipeline).call_arguments(pipeline, frames=9, height=32, width=48) == {
         "height": 32,
         "width": 48,
         "num_frames": 9,
         "max_sequence_length": 16,
     }
     stock = {"height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512}
-    assert video_arguments(build_video_pipeline()) == stock
-    assert video_arguments(build_sd3(), frames=9) == {}
+    wide = build_video_pipeline()
+    assert build_family(wide).call_arguments(wide) == stock
+    pictures = build_sd3()
+    assert build_family(pictures).call_arguments(pictures, height=8) == {"height": 8}
+    with pytest.raises(ValueError, match="frames is 9, and a teacher of the family sd3 makes pictures"):
+        build_family(pictures).call_arguments(pictures, frames=9)
     with pytest.raises(ValueError, match=r"frames must be 4 k \+ 1 .* got 10"):
-        video_arguments(pipeline, frames=10)
+        build_family(pipeline).call_arguments(pipeline, frames=10)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

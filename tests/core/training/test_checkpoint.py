@@ -134,7 +134,7 @@ def test_killed_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> 
         """
         import os, signal, sys
         import torch
-        from fewstep.core import checkpoint
+        from fewstep.core.training import checkpoint
         directory = sys.argv[1]
         checkpoint.save_checkpoint(directory, 1, tensors={"w": {"a": torch.ones(3)}}, state={"x": 1}, keep=1)
         storable = {"a": torch.ones(3)}
@@ -250,7 +250,7 @@ def test_full_disk_while_writing(tmp_path: Path) -> None:
         """
         import collections, os, shutil, sys
         import torch
-        from fewstep.core.checkpoint import load_checkpoint, save_checkpoint
+        from fewstep.core.training.checkpoint import load_checkpoint, save_checkpoint
         directory = sys.argv[1]
         small = {"student": {"weight": torch.ones(8)}}
         save_checkpoint(directory, 1, tensors=small, state={}, keep=1)
