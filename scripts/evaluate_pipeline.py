@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    weights = {"inception": options.inception, "clip": options.clip, "clip_model": options.clip_model}
+    weights = {name: getattr(options, name) for name in ("classifier", "inception", "clip", "clip_model")}
     sampling = {"samples": options.samples, "seeds": options.seed, "batch_size": options.batch_size}
     try:
         from fewstep.evaluation import curves, systems
@@ -40,16 +40,12 @@ def main() -> None:
         chosen = systems.parse_systems(options.pipeline, steps=options.steps, guidance=options.guidance)
         real = systems.pick_reference(options.reference, chosen, prompts=options.prompts, images=options.images)
         metrics = [curve for run in options.run for curve in curves.read_curves(run)]
-        # Slow imports; mistakes above are answered without them.
-        from fewstep.embedded.digits import reference as digits
+        from fewstep.embedded.digits.reference import judge_of
         from fewstep.evaluation import evaluate, latency, provenance, record, report, table
 
         plan = {"batch_size": options.timing_batch, "threads": options.threads}
         timing = latency.TimingPlan(options.timing_repeats, **plan) if options.timing_repeats else None
-        if isinstance(real, systems.OwnReference):
-            judge = evaluate.build_judge(real, **weights)
-        else:
-            judge = digits.digits_judge(real, classifier=options.classifier, **weights)
+        judge = judge_of(real, **weights)
         found = evaluate.compare(chosen, judge=judge, timing=timing, device=options.device, **sampling)
     except ValueError as error:
         sys.exit(f"error: {error}")

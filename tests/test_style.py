@@ -14,6 +14,8 @@ MAX_FUNCTION_LINES = 60
 MAX_TRAIN_LINES = 150
 MAX_PARAMETERS = 8
 MAX_SCRIPT_LINES = 59
+# Not packaged and not thin: what is behind the scripts that measure.
+STUDIES = "scripts/studies/"
 BANNED_NAMES = {"utils", "util", "misc", "common", "helpers", "helper"}
 ASCII_SUFFIXES = {".py", ".pyi", ".toml", ".yaml", ".yml", ".md", ".txt", ".cfg", ".sh", ""}
 BROAD_EXCEPTIONS = {"Exception", "BaseException"}
@@ -32,7 +34,7 @@ def python_lines(place: str, source: str) -> Findings:
         return
     if count > MAX_FILE_LINES:
         yield 1, f"{count} lines; at most {MAX_FILE_LINES}, split the file"
-    if place.startswith("scripts/") and count > MAX_SCRIPT_LINES:
+    if place.startswith("scripts/") and not place.startswith(STUDIES) and count > MAX_SCRIPT_LINES:
         yield 1, f"{count} lines; a script has at most {MAX_SCRIPT_LINES}, move code into the package"
 
 
@@ -146,6 +148,7 @@ def parameter_source(count: int) -> str:
 PLANTED = [
     ("core/long.py", "x = 1\n" * 401, "401 lines"),
     ("scripts/train_dmd.py", "x = 1\n" * 60, "60 lines; a script"),
+    ("scripts/studies/dmd.py", "x = 1\n" * 401, "401 lines"),
     ("core/long.py", function_source("step", 61), "step has 61 lines"),
     ("core/long.py", function_source("training", 61), "training has 61 lines"),
     ("dmd/train.py", function_source("train_dmd", 151), "train_dmd has 151 lines"),
@@ -169,6 +172,7 @@ PLANTED = [
 ALLOWED = [
     ("core/long.py", "x = 1\n" * 400),
     ("scripts/train_dmd.py", "x = 1\n" * 59),
+    ("scripts/studies/dmd.py", "x = 1\n" * 400),
     ("core/long.py", function_source("step", 60)),
     ("dmd/train.py", function_source("train_dmd", 150)),
     ("kernels/attention_triton.py", function_source("forward", 401)),

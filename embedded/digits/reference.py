@@ -15,15 +15,12 @@ from torch import Tensor
 from fewstep.embedded.digits.classifier import DigitFeatures, DigitsClassifier, load_classifier
 from fewstep.embedded.digits.images import PHRASINGS, balanced_prompt, caption, label_of_prompt, load_digits_split
 from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult, class_accuracy, within_class_diversity
-from fewstep.evaluation.evaluate import Judge, draw_samples, judge_pixels, with_clip
+from fewstep.evaluation.evaluate import Judge, build_judge, with_clip
 from fewstep.evaluation.fid import ReferenceFeatures, extract_features
-from fewstep.evaluation.generation import load_pipeline
 from fewstep.evaluation.inception import InceptionFeatures, load_inception_features
 from fewstep.evaluation.references import Reference
-from fewstep.evaluation.results import EvaluationResult
-from fewstep.evaluation.systems import read_system, require_samples
+from fewstep.evaluation.systems import OwnReference, require_samples
 
-DEFAULT_CLASSIFIER = Path("assets/digits_image/classifier")
 SPLITS = ("test", "train")
 # After so many indices `balanced_prompt` repeats: 10 digits, 4 turns of the stroke weight, all phrasings.
 DIGIT_PROMPTS = 40 * len(PHRASINGS)
@@ -79,7 +76,7 @@ def digits_reference(
 def digits_judge(
     split: str,
     *,
-    classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
+    classifier: str | Path | DigitsClassifier,
     inception: str | Path | None = None,
     clip: str | Path | None = None,
     clip_model: str | None = None,
@@ -104,23 +101,18 @@ def evaluation_prompts(samples: int) -> list[str]:
     return [balanced_prompt(index) for index in range(samples)]
 
 
-def evaluate_pipeline(
-    path: str | Path,
+def judge_of(
+    real: str | OwnReference,
     *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    samples: int = 500,
-    seed: int = 0,
-    reference: str = "test",
-    classifier: str | Path | DigitsClassifier = DEFAULT_CLASSIFIER,
-    batch_size: int = 64,
-) -> EvaluationResult:
-    """Quality of the digits pipeline in the directory `path` over `samples` images; speed is the matter of `compare`.
+    classifier: str | Path,
+    inception: str | Path | None = None,
+    clip: str | Path | None = None,
+    clip_model: str | None = None,
+) -> Judge:
+    """A judge by the user's own pictures where they are given, else by a split of the digits.
 
-    steps and guidance None are read from the export's distillation.json. Raises ValueError for bad input.
+    Raises ValueError as `build_judge` and `digits_judge`.
     """
-    prompts = evaluation_prompts(samples)
-    system = read_system(path, steps=steps, guidance=guidance)
-    judge = digits_judge(reference, classifier=classifier)
-    pixels = draw_samples(load_pipeline(path), system, prompts=prompts, seed=seed, batch_size=batch_size)
-    return judge_pixels(judge, pixels, prompts=prompts, system=system, seed=seed)
+    if isinstance(real, OwnReference):
+        return build_judge(real, inception=inception, clip=clip, clip_model=clip_model)
+    return digits_judge(real, classifier=classifier, inception=inception, clip=clip, clip_model=clip_model)

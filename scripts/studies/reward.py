@@ -151,7 +151,8 @@ def evaluate(
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     points = [StudyPoint(**{**point, "scores": tuple(point["scores"])}) for point in known]
     done = {tuple(getattr(point, name) for name in header) for point in points}
-    judge, scorers = digits_judge(reference), [make_scorer(choice) for choice in SCORERS]
+    judge = digits_judge(reference, classifier=ASSETS / "classifier")
+    scorers = [make_scorer(choice) for choice in SCORERS]
     places = [("start", seed, run_directory(base_folder, BASE_STEPS, seed), "latest", 0) for seed in seeds]
     for method in methods:
         for seed in seeds:

@@ -25,6 +25,7 @@ from fewstep.evaluation.systems import System
 
 RECORD_FILE = "sampled_here.json"
 BATCH = 125
+CLASSIFIER = Path("assets/digits_image/classifier")
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def write_results(
     runs: Sequence[Path], steps: Sequence[int], *, name: str, samples: int, output: Path, reference: str = "test"
 ) -> Path:
     """Judge runs of one recipe and write `sampled_here.json` into the report's folder; returns its path."""
-    judge = digits_judge(reference)
+    judge = digits_judge(reference, classifier=CLASSIFIER)
     found = {
         run.name: [asdict(result) for result in judge_run(run, steps, name=name, samples=samples, seed=0, judge=judge)]
         for run in runs

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.embedded.digits.images import label_of_prompt, load_digits_split
-from fewstep.embedded.digits.reference import digits_judge, evaluate_pipeline, evaluation_prompts
+from fewstep.embedded.digits.reference import digits_judge, evaluation_prompts
 from fewstep.evaluation.evaluate import compare, judge_pixels
 from fewstep.evaluation.latency import TimingPlan
 from fewstep.evaluation.results import Spread
@@ -42,24 +42,15 @@ def test_real_images_score_at_the_floor(judge) -> None:
 
 
 def test_untrained_pipeline_is_far_from_the_floor(pipeline_folder, classifier_folder) -> None:
-    result = evaluate_pipeline(
-        pipeline_folder, steps=2, guidance=1.0, samples=40, seed=3, reference="train", classifier=classifier_folder
-    )
+    judge = digits_judge("train", classifier=classifier_folder)
+    system = read_system(pipeline_folder, steps=2, guidance=1.0)
+    found = [compare([system], judge=judge, samples=40, seeds=[3], batch_size=size) for size in (64, 7)]
+    result, again = (comparison.rows[0].results[0] for comparison in found)
     assert (result.name, result.steps, result.guidance, result.seed, result.samples) == ("teacher", 2, 1.0, 3, 40)
     assert (result.fid.reference_split, result.fid.reference_samples, result.fid.floor_samples) == ("train", 1297, 40)
     assert result.fid.value > 10.0 * result.fid.floor
     assert result.accuracy is not None
     assert result.accuracy.value < 0.5
-    again = evaluate_pipeline(
-        pipeline_folder,
-        steps=2,
-        guidance=1.0,
-        samples=40,
-        seed=3,
-        reference="train",
-        classifier=classifier_folder,
-        batch_size=7,
-    )
     assert again.fid.value == pytest.approx(result.fid.value, rel=1e-4)
 
 
@@ -101,7 +92,7 @@ def test_bad_input_is_an_error(judge, classifier_folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="reference is 'valid'; use one of test, train"):
         digits_judge("valid", classifier=classifier_folder)
     with pytest.raises(ValueError, match="samples is 0; use at least 20"):
-        evaluate_pipeline(tmp_path, samples=0)
+        compare([System("a", str(tmp_path), 1, 1.0)], judge=judge, samples=0)
     with pytest.raises(ValueError, match="0 systems and 1 seeds"):
         compare([], judge=judge)
     with pytest.raises(ValueError, match="no classifier weights"):
