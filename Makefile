@@ -3,16 +3,19 @@
 PYTHON ?= python3
 # Threads of a CPU run. More than the machine has cores makes everything slower.
 THREADS ?= 2
+# Processes that share the tests, each with one thread: one per core.
+WORKERS ?= $(THREADS)
 VENV := .venv
 STAMP := $(VENV)/.stamp
 BIN := $(VENV)/bin
 LIMIT_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo teacher benchmark clean
+.PHONY: help setup test test-quick lint demo teacher benchmark clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install fewstep with the tested versions
 
@@ -22,8 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: $(STAMP) ## run the tests (CPU is enough)
-	$(LIMIT_THREADS) $(BIN)/python -m pytest -q
+test: $(STAMP) ## run all tests (CPU is enough)
+	$(PYTEST)
+
+test-quick: $(STAMP) ## run the tests that are quick, in under three minutes
+	$(PYTEST) -m "not slow and not gpu"
 
 lint: $(STAMP) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .

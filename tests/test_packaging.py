@@ -152,6 +152,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, repository: Path,
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {f"fewstep/{place}" for place in code_files(repository, repository_files)}
     assert {name for name in names if name.endswith(".py")} == code
+    assert not any(re.search(r"study|studies|toy|benchmark", name) for name in names)
     top = {place.split("/")[1] for place in code} | {"kernels"}
     assert {name for name in names if name.endswith("py.typed")} == {f"fewstep/{folder}/py.typed" for folder in top}
     assert {name.split("/")[0] for name in names} == {"fewstep"}
@@ -164,10 +165,27 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, repository: Path,
     assert len(set(templates) - names) == 0
 
 
-def test_wheel_works_from_elsewhere(wheel: Path, tmp_path: Path, project: dict[str, Any]) -> None:
-    target = tmp_path / "site"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel alone is installed."""
+    target = tmp_path_factory.mktemp("site")
     command = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
-    run_python(*command, cwd=tmp_path)
+    run_python(*command, cwd=target)
+    return target
+
+
+def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path) -> None:
+    """Without the repository beside it: nothing packaged needs scripts, configurations or tests."""
+    names = [path.relative_to(installed).with_suffix("").as_posix() for path in installed.glob("fewstep/**/*.py")]
+    modules = sorted(name.replace("/", ".").removesuffix(".__init__") for name in names)
+    assert len(modules) > 200
+    # Triton's kernels are written in its own language, and are imported where there is a GPU.
+    chosen = [name for name in modules if not name.endswith("_triton")]
+    code = f"import importlib\nfor name in {chosen!r}: importlib.import_module(name)\nprint(len({chosen!r}))"
+    assert int(run_python("-c", code, cwd=tmp_path, path=(installed,)).splitlines()[-1]) == len(chosen)
+
+
+def test_wheel_works_from_elsewhere(installed: Path, tmp_path: Path, project: dict[str, Any]) -> None:
     code = """if True:
         import importlib.metadata
         import fewstep.causal_video, fewstep.consistency, fewstep.embedded, fewstep.dmd, fewstep.evaluation
@@ -177,8 +195,8 @@ def test_wheel_works_from_elsewhere(wheel: Path, tmp_path: Path, project: dict[s
         print(grids.step_grid(2))
         print(importlib.metadata.version("fewstep"))
     """
-    file, other, grid, version = run_python("-c", code, cwd=tmp_path, path=(target,)).splitlines()
-    assert Path(file) == target / "fewstep" / "core" / "grids.py"
-    assert Path(other) == target / "fewstep" / "evaluation" / "__init__.py"
+    file, other, grid, version = run_python("-c", code, cwd=tmp_path, path=(installed,)).splitlines()
+    assert Path(file) == installed / "fewstep" / "core" / "grids.py"
+    assert Path(other) == installed / "fewstep" / "evaluation" / "__init__.py"
     assert grid == "(1.0, 0.5)"
     assert version == project["project"]["version"]

@@ -64,9 +64,7 @@ class Recorder:
         self.seen.append("samples")
 
 
-def train(
-    config: Settings, watch: Recorder, *, stop: int | None = None
-) -> tuple[Run[Any], nn.Linear]:
+def train(config: Settings, watch: Recorder, *, stop: int | None = None) -> tuple[Run[Any], nn.Linear]:
     """Steps of gradient descent on one number."""
     layer = nn.Linear(1, 1)
     with open_run(config) as run:
