@@ -29,6 +29,13 @@ class FDistillObjective:
 
     divergence: Literal["rkl", "kl", "js", "softened_rkl", "neyman", "squared_hellinger", "jeffreys"] = "js"
     """The divergence."""
+    time_bins: int = 0
+    """Divide density ratios by their mean in so many equal bins of time, of one batch over all processes; 0 does
+    not."""
+
+    def __post_init__(self) -> None:
+        if self.time_bins < 0:
+            raise ValueError(f"time_bins is {self.time_bins}; it must be 0 or more")
 
 
 MatchingObjective: TypeAlias = DmdObjective | SidObjective | FDistillObjective
@@ -46,6 +53,8 @@ class MatchingConfig:
     """Smallest time at which the scores are compared and the fake score is trained."""
     t_max: float = 0.98
     """Largest such time."""
+    fake_error: Literal["velocity", "x0", "eps"] = "velocity"
+    """What the fake score's squared error is of: DMD2 regresses x0 or eps, which weighs times by t^2 or (1 - t)^2."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.t_min < self.t_max < 1.0:

@@ -7,7 +7,7 @@ divergence_weight, then unit_mean; the result is the `weight` of `distribution_m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -86,62 +86,34 @@ def unit_mean(weight: Tensor, *, mean: Tensor | None = None) -> Tensor:
     return weight / (weight.mean() if mean is None else mean)
 
 
-@dataclass(frozen=True, eq=False)
-class TimeBinMeans:
-    """Running means of the density ratio in equal bins of time: the discriminator's bias depends on t.
-
-    For the true ratio the mean over student samples is 1 at every t, so r divided by its bin's mean removes that bias.
-    A value, not a place: `updated` returns a new one, and the `means` are what a checkpoint keeps.
-
-    Attributes:
-        means: [K], positive.
-        t_min, t_max: range that the bins divide; times outside fall into the outermost bins.
-        decay: of the old mean, in [0, 1); 0 keeps the last batch alone.
-    """
-
-    means: Tensor
-    t_min: float
-    t_max: float
-    decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.means.ndim != 1 or self.means.numel() == 0:
-            raise ValueError(f"means must be [K] with K >= 1, got shape {tuple(self.means.shape)}")
-        if not 0 <= self.t_min < self.t_max <= 1:
-            raise ValueError(f"time bins need 0 <= t_min < t_max <= 1, got {self.t_min} and {self.t_max}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-
-    def bin_index(self, t: Tensor) -> Tensor:
-        """Bin of each time, int64, shape of t."""
-        place = (at_least_fp32(t) - self.t_min) / (self.t_max - self.t_min) * self.means.numel()
-        return place.floor().long().clamp(0, self.means.numel() - 1)
-
-    def updated(self, ratio: Tensor, t: Tensor) -> TimeBinMeans:
-        """The means after a batch: ratio [B] at times t [B]; a bin without samples keeps its mean.
-
-        With several processes, pass what was gathered from all, so that all keep the same means.
-        """
-        ratio, index = at_least_fp32(ratio.detach()).to(self.means.dtype), self.bin_index(t)
-        totals = torch.zeros_like(self.means).index_add(0, index, ratio)
-        counts = torch.zeros_like(self.means).index_add(0, index, torch.ones_like(ratio))
-        fresh = self.decay * self.means + (1 - self.decay) * totals / counts.clamp(min=1)
-        means = torch.where(counts > 0, fresh, self.means)
-        return TimeBinMeans(means, t_min=self.t_min, t_max=self.t_max, decay=self.decay)
-
-    def normalise(self, ratio: Tensor, t: Tensor) -> Tensor:
-        """ratio [B] divided by the mean of its bin."""
-        return at_least_fp32(ratio.detach()) / self.means[self.bin_index(t)]
+def bin_of_time(t: Tensor, *, bins: int, interval: tuple[float, float]) -> Tensor:
+    """Number of the equal bin of the interval in which each time lies, int64; times outside fall into the outermost."""
+    place = (at_least_fp32(t) - interval[0]) / (interval[1] - interval[0]) * bins
+    return place.floor().long().clamp(0, bins - 1)
 
 
-def initial_time_bins(
-    *, bins: int = 10, t_min: float, t_max: float, decay: float = 0.0, device: torch.device | str = "cpu"
-) -> TimeBinMeans:
-    """Means of one in every bin, fp32: the value for equal distributions.
+def normalise_by_time(
+    ratio: Tensor,
+    t: Tensor,
+    *,
+    bins: int,
+    interval: tuple[float, float],
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Tensor:
+    """ratio [B] at times t [B], divided by its mean within equal bins of time: the discriminator's bias depends on t.
+
+    For the true ratio the mean over student samples is 1 at every t, so that the division removes that bias alone.
+    Means are those of one batch over all processes, without memory of earlier ones.
 
     Raises:
-        ValueError: bins < 1, or the range or the decay is invalid.
+        ValueError: bins < 1, or the interval is none within [0, 1].
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    return TimeBinMeans(torch.ones(bins, device=device), t_min=t_min, t_max=t_max, decay=decay)
+    if bins < 1 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"bins {bins} of the interval {interval}: give at least one bin, and 0 <= start < end <= 1")
+    ratio, index = at_least_fp32(ratio.detach()), bin_of_time(t, bins=bins, interval=interval)
+    sums = torch.zeros(2, bins, dtype=ratio.dtype, device=ratio.device)
+    # The mean over processes of sums and of counts has the quotient of their totals.
+    totals, counts = mean_over_processes(
+        sums.index_add(1, index, torch.stack([ratio, torch.ones_like(ratio)]))
+    ).unbind()
+    return ratio / (totals / counts)[index]

@@ -24,9 +24,21 @@ from fewstep.dmd.config import (
     MatchingObjective,
     SidObjective,
 )
-from fewstep.dmd.f_divergence import density_ratio, divergence_weight, saturated_share, unit_mean
+from fewstep.dmd.f_divergence import (
+    density_ratio,
+    divergence_weight,
+    normalise_by_time,
+    saturated_share,
+    unit_mean,
+)
 from fewstep.dmd.gan_loss import discriminator_loss, generator_gan_loss
-from fewstep.dmd.loss import MatchingStatistics, distribution_matching_loss, fake_score_loss, matching_statistics
+from fewstep.dmd.loss import (
+    MatchingStatistics,
+    distribution_matching_loss,
+    fake_score_loss,
+    fake_score_weight,
+    matching_statistics,
+)
 from fewstep.dmd.sid_loss import sid_loss
 
 REVERSE_KL = DmdObjective()
@@ -108,7 +120,11 @@ def student_step(
         total = sid_loss(x0, fake_x0, real_x0, alpha=objective.alpha)
     elif isinstance(objective, FDistillObjective):
         logits = require_logits(output)
-        weight, saturated = divergence_weight(density_ratio(logits), objective.divergence), saturated_share(logits)
+        ratio, saturated = density_ratio(logits), saturated_share(logits)
+        if objective.time_bins > 0:
+            bins = {"bins": objective.time_bins, "mean_over_processes": mean_over_processes}
+            ratio = normalise_by_time(ratio, t, interval=times.interval, **bins)
+        weight = divergence_weight(ratio, objective.divergence)
         weight = unit_mean(weight, mean=mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
     else:
@@ -143,7 +159,7 @@ def fake_score_step(
     eps = draw.noise(shape, "fake_noise")
     x_t = add_noise(x0, eps, t)
     if gan is None:
-        flow = fake_score_loss(fake_score(x_t, t, condition).velocity, x0, eps)
+        flow = fake_score_loss(fake_score(x_t, t, condition).velocity, x0, eps, weight=error_weight(t, times))
         return FakeScoreStep(flow, flow)
 
     assert real is not None
@@ -156,9 +172,14 @@ def fake_score_step(
     joined = Condition.cat([condition, condition, real_condition])
     output = fake_score(torch.cat(states), torch.cat(all_times), joined)
     _, fake_logits, real_logits = require_logits(output).split(size)
-    flow = fake_score_loss(output.velocity[:size], x0, eps)
+    flow = fake_score_loss(output.velocity[:size], x0, eps, weight=error_weight(t, times))
     adversarial = discriminator_loss(fake_logits, real_logits)
     return FakeScoreStep(flow + gan.discriminator_weight * adversarial, flow, adversarial)
+
+
+def error_weight(t: Tensor, times: MatchingConfig) -> Tensor | None:
+    """Weight [B] of the fake score's error in the space that is configured; None is the velocity's own."""
+    return None if times.fake_error == "velocity" else fake_score_weight(t, target=times.fake_error)
 
 
 def require_logits(output: FakeScoreOutput) -> Tensor:

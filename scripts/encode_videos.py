@@ -23,8 +23,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from fewstep.core.latent_sources import encode_video_folder
     from fewstep.core.teacher import Teacher
-    from fewstep.core.video_sources import encode_video_folder
 
     teacher = Teacher.load(arguments.teacher, device=arguments.device)
     dataset = encode_video_folder(

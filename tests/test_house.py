@@ -20,6 +20,8 @@ SHARED_OF_DMD = {"matching", "gan_loss", "config"}
 SHARED_OF_REWARDS = {"config", "groups", "inputs", "methods", "monitor", "scorers", "scores", "train"}
 LABORATORY = re.compile(r"study|toy|benchmark")
 REPOSITORY_PATH = re.compile(r"(scripts|configs|assets)/[\w./-]*")
+# The library: what docs/architecture.md offers to be called from elsewhere, beside the kernels.
+LIBRARY = {"core/paths.py", "core/grids.py", "consistency/trigflow.py", "evaluation/fid.py"}
 # Each method has these of its own.
 SAME_IN_EVERY_METHOD = {"train_step", "build_setup", "describe_run"}
 
@@ -129,6 +131,34 @@ def public_definitions(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
+def names_used(tree: ast.AST) -> Counter[str]:
+    """How often each identifier stands in the code, as a name, an attribute, or a string that is one."""
+    found: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found[node.id] += 1
+        elif isinstance(node, ast.Attribute):
+            found[node.attr] += 1
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            found[node.value] += 1
+    return found
+
+
+def unreached(sources: Sources) -> Findings:
+    """Rule 7: every public definition is used by the package, by a script, or belongs to the documented library."""
+    code = {place: ast.parse(source) for place, source in sources.items() if place.endswith(".py")}
+    code = {place: tree for place, tree in code.items() if place.split("/")[0] in (*LAYERS, "scripts")}
+    used = sum((names_used(tree) for tree in code.values()), Counter[str]())
+    for place, tree in code.items():
+        if place in LIBRARY or place.split("/")[0] in ("kernels", "scripts"):
+            continue
+        defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        for node in defined:
+            # What a definition says of itself is no use of it.
+            if not node.name.startswith("_") and used[node.name] <= names_used(node)[node.name]:
+                yield f"{place}:{node.lineno} {node.name} is used by tests alone; wire it, or drop it with its tests"
+
+
 def names_twice(sources: Sources) -> Findings:
     """Rule 8: one name, one meaning within a layer."""
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -162,6 +192,7 @@ RULES: tuple[Callable[[Sources], Findings], ...] = (
     names_of_methods,
     imports_across,
     laboratory,
+    unreached,
     names_twice,
     missing_method_files,
 )
@@ -233,6 +264,8 @@ ALLOWED: list[tuple[Callable[[Sources], Findings], dict[str, str]]] = [
     (imports_across, {"consistency/a.py": "from fewstep.dmd.matching import student_step\n"}),
     (imports_across, {"causal_video/a.py": "from fewstep.dmd.reward.groups import x\n"}),
     (laboratory, {"core/data.py": "raise ValueError('make it with scripts/encode_latents.py')\n"}),
+    (unreached, {"dmd/loss.py": "def used(): ...\n", "scripts/a.py": "used()\n"}),
+    (unreached, {"core/paths.py": "def offered(): ...\n"}),
     (names_twice, {"dmd/train.py": "def train_step(): ...\n", "dmd/reward/train.py": "def train_step(): ...\n"}),
     (missing_method_files, {"README.md": GOOD_README, "dmd/matching.py": ""}),
 ]

@@ -189,9 +189,3 @@ def load_classifier(path: str | Path) -> DigitsClassifier:
     classifier = DigitsClassifier()
     classifier.load_state_dict(load_file(weights))
     return classifier.requires_grad_(False).eval()
-
-
-def load_record(path: str | Path) -> TrainingRecord:
-    """The training record saved beside the weights in the folder `path`."""
-    values = json.loads((Path(path) / RECORD_FILE).read_text(encoding="ascii"))
-    return TrainingRecord(**{**values, "losses": tuple(values["losses"])})

@@ -281,8 +281,3 @@ def load_judges(path: str | Path) -> VideoJudges:
         net.load_state_dict(mine)
         net.requires_grad_(False).eval()
     return judges
-
-
-def load_judges_record(path: str | Path) -> JudgesRecord:
-    """The training record saved beside the weights in the folder `path`."""
-    return JudgesRecord(**json.loads((Path(path) / RECORD_FILE).read_text(encoding="ascii")))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.core.latent_sources import encode_video_folder, read_video
 from fewstep.core.teacher import Teacher
-from fewstep.core.video_sources import encode_video_folder, read_video
 from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE, build_video_pipeline
 
 

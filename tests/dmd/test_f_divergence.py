@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fewstep.dmd.f_divergence import (
     Divergence,
-    TimeBinMeans,
+    bin_of_time,
     density_ratio,
     divergence_weight,
-    initial_time_bins,
+    normalise_by_time,
     saturated_share,
     unit_mean,
 )
@@ -137,43 +137,44 @@ def test_mean_over_processes_can_be_given() -> None:
 
 
 def test_time_bins_average_within_a_bin() -> None:
-    bins = initial_time_bins(bins=4, t_min=0.0, t_max=1.0, decay=0.5)
     t = torch.tensor([0.1, 0.2, 0.6, 1.0])
-    assert bins.bin_index(t).tolist() == [0, 0, 2, 3]
-    updated = bins.updated(torch.tensor([3.0, 5.0, 0.5, 9.0]), t)
-    assert updated.means.tolist() == [0.5 + 2.0, 1.0, 0.5 + 0.25, 0.5 + 4.5]
-    assert bins.means.tolist() == [1.0] * 4
-    assert updated.normalise(torch.tensor([5.0, 1.5]), torch.tensor([0.0, 0.74])).tolist() == [2.0, 2.0]
-    again = updated.updated(torch.tensor([2.5]), torch.tensor([0.0]))
-    assert again.means.tolist() == [2.5, 1.0, 0.75, 5.0]
+    assert bin_of_time(t, bins=4, interval=(0.0, 1.0)).tolist() == [0, 0, 2, 3]
+    assert bin_of_time(torch.tensor([0.0, 0.95]), bins=2, interval=(0.1, 0.9)).tolist() == [0, 1]
+    ratio = torch.tensor([3.0, 5.0, 0.5, 9.0])
+    assert normalise_by_time(ratio, t, bins=4, interval=(0.0, 1.0)).tolist() == [0.75, 1.25, 1.0, 1.0]
+    assert normalise_by_time(ratio, t, bins=1, interval=(0.0, 1.0)).mean().item() == pytest.approx(1.0)
 
 
-def test_time_bins_keep_the_last_batch_at_decay_zero_and_clamp_times() -> None:
-    bins = initial_time_bins(bins=2, t_min=0.1, t_max=0.9)
-    assert bins.bin_index(torch.tensor([0.0, 0.95])).tolist() == [0, 1]
-    ratio, t = torch.tensor([2.0, 6.0]), torch.tensor([0.2, 0.3])
-    bins = bins.updated(ratio, t).updated(ratio, t)
-    assert bins.means.tolist() == [4.0, 1.0]
-    # The mean of the normalised ratio is one in a bin that a batch has just filled.
-    assert float(bins.normalise(ratio, t).mean()) == 1.0
+def test_time_bins_of_two_processes_are_those_of_one() -> None:
+    t, ratio = torch.tensor([0.1, 0.2, 0.3, 0.9]), torch.tensor([3.0, 5.0, 1.0, 9.0])
+    whole = normalise_by_time(ratio, t, bins=2, interval=(0.0, 1.0))
+    seen: list[torch.Tensor] = []
+
+    def keep(sums: torch.Tensor) -> torch.Tensor:
+        seen.append(sums)
+        return sums
+
+    for rows in (slice(0, 1), slice(1, 4)):
+        normalise_by_time(ratio[rows], t[rows], bins=2, interval=(0.0, 1.0), mean_over_processes=keep)
+    mean = (seen[0] + seen[1]) / 2
+    parts = [
+        normalise_by_time(ratio[rows], t[rows], bins=2, interval=(0.0, 1.0), mean_over_processes=lambda sums: mean)
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_time_bins_remove_a_bias_that_depends_on_time() -> None:
     generator = torch.Generator().manual_seed(0)
     t = torch.rand(4000, generator=generator, dtype=torch.float64)
     truth = torch.rand(4000, generator=generator, dtype=torch.float64) + 0.5
-    bins = initial_time_bins(bins=10, t_min=0.0, t_max=1.0)
-    biased = truth * (1 + 4 * bins.bin_index(t))
-    corrected = bins.updated(biased, t).normalise(biased, t)
+    biased = truth * (1 + 4 * bin_of_time(t, bins=10, interval=(0.0, 1.0)))
+    corrected = normalise_by_time(biased, t, bins=10, interval=(0.0, 1.0))
     assert float((corrected / truth - 1).abs().max()) < 0.06
 
 
 def test_time_bins_refuse_bad_settings() -> None:
-    with pytest.raises(ValueError, match="bins must be at least 1"):
-        initial_time_bins(bins=0, t_min=0.0, t_max=1.0)
-    with pytest.raises(ValueError, match="t_min < t_max"):
-        initial_time_bins(t_min=0.5, t_max=0.5)
-    with pytest.raises(ValueError, match="decay"):
-        initial_time_bins(t_min=0.0, t_max=1.0, decay=1.0)
-    with pytest.raises(ValueError, match="means must be"):
-        TimeBinMeans(torch.ones(2, 2), t_min=0.0, t_max=1.0)
+    with pytest.raises(ValueError, match="bins 0 of the interval"):
+        normalise_by_time(torch.ones(1), torch.ones(1), bins=0, interval=(0.0, 1.0))
+    with pytest.raises(ValueError, match="0 <= start < end <= 1"):
+        normalise_by_time(torch.ones(1), torch.ones(1), bins=2, interval=(0.5, 0.5))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise
-from fewstep.dmd.f_divergence import density_ratio, divergence_weight, initial_time_bins, unit_mean
+from fewstep.dmd.f_divergence import density_ratio, divergence_weight, normalise_by_time, unit_mean
 from fewstep.dmd.loss import distribution_matching_loss, fake_score_loss
 from fewstep.dmd.sid_loss import sid_loss
 from tests.dmd.gaussian_bench import Gaussian, GaussianDenoiser, LinearGaussianDenoiser, log_ratio
@@ -78,7 +78,7 @@ class Bench:
         """Weights from the exact logit (G9) of the law that the fake score has learnt."""
         student = self.fake.gaussian(x_t, t)
         ratio = density_ratio(log_ratio(student, TARGET, x_t, t[:, None]).sum(dim=1))
-        ratio = initial_time_bins(bins=4, t_min=0.02, t_max=0.98).updated(ratio, t).normalise(ratio, t)
+        ratio = normalise_by_time(ratio, t, bins=4, interval=(0.02, 0.98))
         return unit_mean(divergence_weight(ratio, "js"))
 
 

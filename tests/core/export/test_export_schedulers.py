@@ -1,5 +1,6 @@
 """The planned stock schedulers step on the student's grid and do the student's update."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import (
     LCM_TIMESTEP_SCALING,
     SchedulerPlan,
-    lcm_boundary_deviation,
     nearest_exportable_times,
     plan_scheduler,
     table_indices,
@@ -31,6 +31,17 @@ from fewstep.core.grids import step_grid
 from fewstep.core.paths import VariancePreserving
 
 SHAPE = (2, 4, 8, 8)
+
+
+def lcm_boundary_deviation(index: int, timestep_scaling: float = LCM_TIMESTEP_SCALING) -> tuple[float, float]:
+    """(c_skip, 1 - c_out) of LCMScheduler at a table index: by how much its last step misses x0.
+
+    LCM returns c_out x0 + c_skip x with c_skip = s^2 / ((index k)^2 + s^2), c_out = index k / sqrt((index k)^2 + s^2),
+    s = 0.5 and k the `timestep_scaling` (arXiv:2310.04378, section 4.1).
+    """
+    scaled, data = index * timestep_scaling, 0.5
+    c_skip = data**2 / (scaled**2 + data**2)
+    return c_skip, -math.expm1(-0.5 * math.log1p((data / scaled) ** 2))
 
 
 class GridPipeline(DiffusionPipeline):
