@@ -237,6 +237,8 @@ PLANTED: list[tuple[Callable[[Sources], Findings], dict[str, str], str]] = [
     (laboratory, {"core/data.py": "from fewstep.embedded.digits.images import x\n"}, "imports embedded.digits.images"),
     (laboratory, {"embedded/digits/classifier.py": "def main(): ...\n"}, "hides a main()"),
     (laboratory, {"embedded/digits/reference.py": "x = Path('assets/digits_image')\n"}, "reads assets/digits_image"),
+    (unreached, {"dmd/loss.py": "def spare(): ...\n"}, "spare is used by tests alone"),
+    (unreached, {"dmd/loss.py": "def spare(): return spare()\n"}, "spare is used by tests alone"),
     (
         names_twice,
         {"dmd/a.py": "def loss(): ...\n", "dmd/b.py": "class loss: ...\n"},

@@ -151,15 +151,21 @@ def no_stand_ins(pipeline: Any, absent: tuple[str, ...]) -> dict[str, Any]:
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:
-    """Dtype of the first floating parameter.
+    """The dtype in which a network computes: that of most of its floating weights.
+
+    Not that of the first: diffusers keeps some layers of a half-precision network in fp32 (norms, time embeddings and
+    tables, `_keep_in_fp32_modules`), and adapters on it are fp32, too.
 
     Raises:
-        ValueError: the network has none.
+        ValueError: the network has no floating weights.
     """
+    counts: dict[torch.dtype, int] = {}
     for parameter in network.parameters():
         if parameter.is_floating_point():
-            return parameter.dtype
-    raise ValueError(f"{type(network).__name__} has no floating parameter, so it has no dtype to call it in")
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    if not counts:
+        raise ValueError(f"{type(network).__name__} has no floating parameter, so it has no dtype to call it in")
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _scale_and_shift(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
