@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
-from fewstep.core.families.table import build_family
+from fewstep.core.families.table import build_family, require_known_class
 from fewstep.core.paths import x0_from_velocity
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -150,9 +151,11 @@ def check_teacher_path(path: str | Path) -> None:
     """Check, without loading anything, that a path is a complete pipeline folder or could be a name of the hub.
 
     Raises:
-        ValueError: it is neither, or a component of the folder is missing.
+        ValueError: it is neither, no family knows its class, or a component of the folder is missing.
     """
     if Path(path).is_dir():
+        # The class first: what is missing in a folder that cannot be a teacher is no news.
+        require_known_class(str(read_index(Path(path)).get("_class_name")))
         check_pipeline_folder(Path(path))
     elif not HUB_ID.fullmatch(str(path)):
         raise ValueError(f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path")
@@ -164,18 +167,23 @@ def check_pipeline_folder(folder: Path) -> list[str]:
     Raises:
         ValueError: the index is missing or broken, or a component has no folder, no config or no safetensors weights.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} has no model_index.json: give the folder that pipeline.save_pretrained wrote")
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{index} is no JSON ({error}): save the pipeline again") from error
+    entries = read_index(folder)
     components = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
     for name, (library, class_name) in components.items():
         if library is not None:
             _check_component(folder, name, class_name)
     return [name for name, (library, _) in components.items() if library is None]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a pipeline's model_index.json. Raises ValueError when it is missing or broken."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model_index.json: give the folder that pipeline.save_pretrained wrote")
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{index} is no JSON ({error}): save the pipeline again") from error
 
 
 def _check_component(folder: Path, name: str, class_name: str) -> None:
@@ -198,6 +206,8 @@ def _download(path: str) -> Path:
     """The local copy of a model of the hub."""
     check_teacher_path(path)
     try:
+        # One small file, before gigabytes.
+        require_known_class(str(DiffusionPipeline.load_config(path).get("_class_name")))
         return Path(DiffusionPipeline.download(path, use_safetensors=True))
     except OSError as error:
         raise ValueError(

@@ -74,8 +74,8 @@ def use_jvp_attention(network: nn.Module) -> None:
 def normalise_in_own_dtype(module: nn.GroupNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Input of a group norm in the dtype of its weights.
 
-    Under autocast on a CPU it would be bf16 beside fp32 weights, for which torch's forward mode mixes the two and fails.
-    Autocast on CUDA does the same by itself; where both agree already nothing happens.
+    Under autocast on a CPU it would be bf16 beside fp32 weights, which torch's forward mode mixes up. Autocast on CUDA
+    does the same by itself; where both agree already nothing happens.
     """
     (x,) = inputs
     return (x if module.weight is None else x.to(module.weight.dtype),)
@@ -138,8 +138,8 @@ def check_denoiser_jvp(
         ValueError: as `check_jvp`, with the direction named.
     """
     dtype = network_dtype(denoiser.network)
-    # A trainer with mixed precision has put autocast around the call of this very module. The tangent is checked without
-    # it, in the precision of the weights: bf16's own rounding is forty times what the check allows.
+    # A trainer with mixed precision has put autocast around the call of this very module. The tangent is checked
+    # without it, in the precision of the weights: bf16's own rounding is forty times what the check allows.
     call = partial(Denoiser.forward, denoiser)
     wide = torch.promote_types(dtype, torch.float32)
     x_t, t = x_t.to(wide), t.to(wide)

@@ -32,6 +32,11 @@ def build_family(pipeline: DiffusionPipeline) -> Family:
         ValueError: no family is known for its class, or the family cannot express its scheduler.
     """
     name = type(pipeline).__name__
+    require_known_class(name)
+    return FAMILIES[name](pipeline)
+
+
+def require_known_class(name: str) -> None:
+    """Raises ValueError for the class of a pipeline that no family is for, with those that are known."""
     if name not in FAMILIES:
         raise ValueError(f"no family for the pipeline class {name}; known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name](pipeline)
