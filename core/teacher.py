@@ -207,7 +207,8 @@ def _download(path: str) -> Path:
     check_teacher_path(path)
     try:
         # One small file, before gigabytes.
-        require_known_class(str(DiffusionPipeline.load_config(path).get("_class_name")))
+        index: Any = DiffusionPipeline.load_config(path)
+        require_known_class(str(index.get("_class_name")))
         return Path(DiffusionPipeline.download(path, use_safetensors=True))
     except OSError as error:
         raise ValueError(
