@@ -10,14 +10,15 @@ from fewstep.consistency.batch import Networks
 from fewstep.consistency.config import ConsistencyConfig
 from fewstep.consistency.mcm.step import (
     Judged,
-    McmTurn,
+    McmStep,
     drawn_frames,
-    mcm_discriminator_turn,
+    mcm_discriminator_step,
     mcm_noised,
-    mcm_student_turn,
+    mcm_student_step,
+    require_discriminator,
 )
+from fewstep.consistency.methods.dcm import grid_pair
 from fewstep.consistency.setup import ConsistencySetup
-from fewstep.consistency.times import grid_times
 from fewstep.core.paths import at_least_fp32
 from fewstep.core.randomness import Draw
 from fewstep.core.training.metrics import mean_records
@@ -35,39 +36,39 @@ def train_mcm_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: 
     learning = [role for role in (setup.student_role, motion) if role is not None]
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     draws = [Draw(config.run.seed, indices, trainer.device) for indices in slices]
-    turns: list[McmTurn] = []
+    steps: list[McmStep] = []
     for number, draw in enumerate(draws):
         with ExitStack() as stack:
             for role in learning:
                 stack.enter_context(trainer.sync(role, number == len(slices) - 1))
-            turns.append(student_backward(config, setup, trainer, draw=draw))
-    metrics: dict[str, float | Tensor] = {**mean_records([turn.record for turn in turns])}
+            steps.append(student_backward(config, setup, trainer, draw=draw))
+    metrics: dict[str, float | Tensor] = {**mean_records([step.record for step in steps])}
     for role in learning:
         metrics[f"{role.name}_grad_norm"] = trainer.update(role)
     if heads is None:
         return metrics
     records = []
-    for number, (draw, turn) in enumerate(zip(draws, turns, strict=True)):
+    for number, (draw, step) in enumerate(zip(draws, steps, strict=True)):
         with trainer.sync(heads, number == len(slices) - 1):
-            records.append(heads_backward(config, setup, trainer, heads, samples=turn.samples, draw=draw))
+            records.append(heads_backward(config, setup, trainer, heads, samples=step.samples, draw=draw))
     return {**metrics, **mean_records(records), "heads_grad_norm": trainer.update(heads)}
 
 
-def student_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmTurn:
+def student_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmStep:
     """Add the gradients of student and motion head for one slice of data."""
     assert config.mcm is not None
     assert setup.mcm is not None
-    role, loss, mcm = setup.student_role, config.loss, config.mcm
+    role, mcm = setup.student_role, config.mcm
     _, x0, condition = setup.real.rows(draw.indices, trainer.device)
     data = (at_least_fp32(x0), condition)
-    times = grid_times(draw.uniform("consistency_grid"), steps=loss.grid_steps, shift=loss.grid_shift)
+    times = grid_pair(draw, mcm)
     noised = mcm_noised(data, role.module, times, draw=draw, mcm=mcm, step=trainer.step)
     networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
     roles = (setup.mcm.motion_role, setup.mcm.heads_role)
-    turn = mcm_student_turn(noised, networks, roles, times, draw=draw, mcm=mcm)
-    trainer.check_finite("consistency loss", turn.loss)
-    trainer.backward(turn.loss)
-    return McmTurn(turn.loss.detach(), {"consistency_loss": turn.loss.detach(), **turn.record}, turn.samples)
+    step = mcm_student_step(noised, times, networks, roles, draw=draw, mcm=mcm)
+    trainer.check_finite("consistency loss", step.loss)
+    trainer.backward(step.loss)
+    return McmStep(step.loss.detach(), {"consistency_loss": step.loss.detach(), **step.record}, step.samples)
 
 
 def heads_backward(
@@ -76,14 +77,16 @@ def heads_backward(
     """Add the gradients of the discriminator's heads for one slice; returns what to log."""
     assert config.mcm is not None
     assert setup.mcm is not None
-    mcm = config.mcm
+    settings = require_discriminator(config.mcm)
     _, x0, condition = setup.real.rows(draw.indices, trainer.device)
     if setup.mcm.pictures is None:
-        real = drawn_frames(at_least_fp32(x0), condition, draw=draw, mcm=mcm, stream="mcm_real")
+        real = drawn_frames(at_least_fp32(x0), condition, draw=draw, count=settings.frames, stream="mcm_real")
     else:
         _, pictures, captions = setup.mcm.pictures.rows(draw.indices, trainer.device)
         real = Judged(at_least_fp32(pictures), captions)
-    turn = mcm_discriminator_turn(samples, condition, real, heads.wrapped, teacher=setup.teacher, draw=draw, mcm=mcm)
-    trainer.check_finite("discriminator loss", turn.loss)
-    trainer.backward(turn.loss)
-    return turn.record
+    step = mcm_discriminator_step(
+        samples, condition, real, heads.wrapped, teacher=setup.teacher, draw=draw, settings=settings
+    )
+    trainer.check_finite("discriminator loss", step.loss)
+    trainer.backward(step.loss)
+    return step.record

@@ -1,6 +1,6 @@
 """The study of consistency students of the embedded video teacher: train, export, sample, judge, write a table.
 
-    python -m fewstep.consistency.video_study --seeds 0 --output assets/benchmarks/digits_video_consistency
+    python scripts/studies/consistency_video.py --seeds 0 --output assets/benchmarks/digits_video_consistency
 
 Clips, judges and measures are those of `evaluation/video_evaluation.py`, with the same prompts and first noise for all
 systems. Students are sampled here, from their run; their exports are compared with this sampler when they are written.
@@ -179,7 +179,7 @@ def main() -> None:
     rows = [judge_real(jury), *judge_teacher(jury, options.output / "figures")]
     for (method, seed), run in runs.items():
         rows += judge_run(run, name=method, seed=seed, jury=jury, sheets=options.output / "figures")
-    write_table(rows, options.output, command=["-m", "fewstep.consistency.video_study", *sys.argv[1:]])
+    write_table(rows, options.output, command=["scripts/studies/consistency_video.py", *sys.argv[1:]])
     record_training(list(runs.values()), output=options.output)
 
 
