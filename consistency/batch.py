@@ -56,10 +56,11 @@ class DataBatch:
 
 @dataclass(frozen=True)
 class Networks:
-    """The student bare and wrapped, the teacher with its guidance, and perhaps the learned weight of a time.
+    """The student bare and wrapped, the teacher with its guidance, and what some methods have beside them.
 
     Forward mode does not pass through the hooks of a distributed wrapper: `student` is called for what has no gradient,
-    `wrapped` for what has one.
+    `wrapped` for what has one. `time_weight` is the learned weight of a time, `heads` a discriminator on the teacher's
+    features: the bare module in the student's steps, where it collects no gradients, the wrapped one in its own.
     """
 
     student: nn.Module
@@ -67,6 +68,7 @@ class Networks:
     teacher: Teacher
     guidance: float
     time_weight: nn.Module | None = None
+    heads: nn.Module | None = None
 
     @torch.no_grad()
     def teacher_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

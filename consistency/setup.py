@@ -177,7 +177,9 @@ def prepare_tangent(config: ConsistencyConfig, denoiser: Denoiser) -> None:
     Raises:
         ValueError: the network cannot be.
     """
-    if not takes_tangent(config):
+    # SANA-Sprint without its consistency half is to differ by the loss alone, and not by the rounding of attention.
+    is_ablation = config.sana_sprint is not None and config.sana_sprint.consistency is None
+    if not takes_tangent(config) and not is_ablation:
         return
     try:
         use_jvp_attention(denoiser.network)

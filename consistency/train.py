@@ -1,6 +1,6 @@
 """The training loop of consistency and flow map students: alone, with distribution matching, or with a discriminator.
 
-The second is rCM's and AnyFlow's (`methods/rcm.py`), the third SANA-Sprint's; MCM's step is `mcm/train.py`.
+The second is rCM's and AnyFlow's (`methods/rcm.py`), the third SANA-Sprint's; MCM's step is in `mcm/step.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks, random_times
 from fewstep.consistency.config import ConsistencyConfig, FlowMapSettings
 from fewstep.consistency.mcm.config import McmConfig
-from fewstep.consistency.mcm.train import train_mcm_step
+from fewstep.consistency.mcm.step import train_mcm_step
 from fewstep.consistency.methods.alphaflow import alphaflow_step
 from fewstep.consistency.methods.anyflow import anyflow_step
 from fewstep.consistency.methods.dcm import dcm_step, grid_pair
@@ -27,12 +27,7 @@ from fewstep.consistency.methods.rcm import fake_score_backward, is_students_ste
 from fewstep.consistency.methods.scm import scm_step
 from fewstep.consistency.sana_sprint.config import SprintConfig
 from fewstep.consistency.sana_sprint.setup import CYCLE
-from fewstep.consistency.sana_sprint.step import (
-    SprintNetworks,
-    sprint_discriminator_step,
-    sprint_noised,
-    sprint_student_step,
-)
+from fewstep.consistency.sana_sprint.step import sprint_discriminator_step, sprint_noised, sprint_student_step
 from fewstep.consistency.sections import (
     AlphaflowConfig,
     AnyflowConfig,
@@ -133,14 +128,15 @@ def student_backward(
     """Add the student's gradients for one slice of data; returns what to log."""
     data, settings, role = data_slice(config, setup, trainer, draw=draw), config.settings, setup.student_role
     assert not isinstance(settings, McmConfig)
-    if isinstance(settings, SprintConfig):
-        heads = None if setup.heads_role is None else setup.heads_role.module
-        networks = SprintNetworks(role.module, role.wrapped, setup.teacher, heads)
-        step = sprint_student_step(sprint_noised(data, settings), networks, draw=draw, sprint=settings)
-    else:
-        weight = None if setup.weight_role is None else setup.weight_role.wrapped
-        networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance, weight)
-        step = consistency_step(data, networks, settings, mean_over_processes=trainer.mean_over_ranks)
+    networks = Networks(
+        student=role.module,
+        wrapped=role.wrapped,
+        teacher=setup.teacher,
+        guidance=config.teacher.guidance,
+        time_weight=None if setup.weight_role is None else setup.weight_role.wrapped,
+        heads=None if setup.heads_role is None else setup.heads_role.module,
+    )
+    step = consistency_step(data, networks, settings, mean_over_processes=trainer.mean_over_ranks)
     trainer.check_finite("consistency loss", step.loss)
     trainer.backward(step.loss)
     record = {"consistency_loss": step.loss.detach(), **step.record}
@@ -152,7 +148,7 @@ def student_backward(
 def consistency_step(
     data: DataBatch,
     networks: Networks,
-    settings: ScmConfig | DcmConfig | EctConfig | FlowMapSettings,
+    settings: ScmConfig | DcmConfig | EctConfig | FlowMapSettings | SprintConfig,
     *,
     mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> ConsistencyStep:
@@ -175,6 +171,8 @@ def consistency_step(
         case AnyflowConfig():
             pair = draw_pair(data, settings)
             return anyflow_step(data, pair, networks, settings, mean_over_processes=mean_over_processes)
+        case SprintConfig():
+            return sprint_student_step(sprint_noised(data, settings), networks, draw=data.draw, sprint=settings)
 
 
 def discriminator_backward(
@@ -183,8 +181,8 @@ def discriminator_backward(
     """Add the gradients of SANA-Sprint's heads for one slice, on fresh samples; returns what to log."""
     assert config.sana_sprint is not None
     assert setup.heads_role is not None
-    student = setup.student_role
-    networks = SprintNetworks(student.module, student.wrapped, setup.teacher, setup.heads_role.wrapped)
+    student, guidance = setup.student_role, config.teacher.guidance
+    networks = Networks(student.module, student.wrapped, setup.teacher, guidance, heads=setup.heads_role.wrapped)
     noised = sprint_noised(data_slice(config, setup, trainer, draw=draw), config.sana_sprint)
     step = sprint_discriminator_step(noised, networks, draw=draw, sprint=config.sana_sprint)
     trainer.check_finite("discriminator loss", step.loss)

@@ -1,4 +1,4 @@
-"""The two halves of a step of MCM (arXiv:2406.06890): what its student and its discriminator minimise on one batch.
+"""A step of MCM (arXiv:2406.06890): the student with its motion head, then the discriminator on the same samples.
 
 Networks are called here, arithmetic is in `motion.py`, `methods/dcm.py` and `dmd/gan_loss.py`. Legend: B batch; videos
 x0, x_t, eps [B, C, F, h, w]; S judged frames of each, as videos of one frame [S B, C, 1, h, w].
@@ -6,22 +6,27 @@ x0, x_t, eps [B, C, F, h, w]; S judged frames of each, as videos of one frame [S
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.consistency.batch import ConsistencyStep, Networks, Noised
+from fewstep.consistency.config import ConsistencyConfig
 from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
 from fewstep.consistency.mcm.frames import frame_places, pick_frames
 from fewstep.consistency.mcm.motion import motion_loss
-from fewstep.consistency.methods.dcm import distilled_pair
+from fewstep.consistency.methods.dcm import distilled_pair, grid_pair
+from fewstep.consistency.setup import ConsistencySetup
 from fewstep.consistency.times import TimePair
 from fewstep.core.condition import Condition
-from fewstep.core.paths import add_noise, x0_from_velocity
+from fewstep.core.paths import add_noise, at_least_fp32, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role, frozen
+from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 
 # Of the integer whose share decides where a step starts from.
@@ -43,6 +48,72 @@ class Judged:
 
     frames: Tensor
     condition: Condition
+
+
+def train_mcm_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> dict[str, float | Tensor]:
+    """Update student and motion head, then the discriminator, which sees the samples from before the update.
+
+    Returns the step's metrics.
+    """
+    assert setup.mcm is not None
+    motion, heads = setup.mcm.motion_role, setup.mcm.heads_role
+    learning = [role for role in (setup.student_role, motion) if role is not None]
+    slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
+    draws = [Draw(config.run.seed, indices, trainer.device) for indices in slices]
+    steps: list[McmStep] = []
+    for number, draw in enumerate(draws):
+        with ExitStack() as stack:
+            for role in learning:
+                stack.enter_context(trainer.sync(role, number == len(slices) - 1))
+            steps.append(student_backward(config, setup, trainer, draw=draw))
+    metrics: dict[str, float | Tensor] = {**mean_records([step.record for step in steps])}
+    for role in learning:
+        metrics[f"{role.name}_grad_norm"] = trainer.update(role)
+    if heads is None:
+        return metrics
+    records = []
+    for number, (draw, step) in enumerate(zip(draws, steps, strict=True)):
+        with trainer.sync(heads, number == len(slices) - 1):
+            records.append(heads_backward(config, setup, trainer, heads, samples=step.samples, draw=draw))
+    return {**metrics, **mean_records(records), "heads_grad_norm": trainer.update(heads)}
+
+
+def student_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmStep:
+    """Add the gradients of student and motion head for one slice of data."""
+    assert config.mcm is not None
+    assert setup.mcm is not None
+    role, mcm = setup.student_role, config.mcm
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    data = (at_least_fp32(x0), condition)
+    times = grid_pair(draw, mcm)
+    noised = mcm_noised(data, role.module, times, draw=draw, mcm=mcm, step=trainer.step)
+    networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
+    roles = (setup.mcm.motion_role, setup.mcm.heads_role)
+    step = mcm_student_step(noised, times, networks, roles, draw=draw, mcm=mcm)
+    trainer.check_finite("consistency loss", step.loss)
+    trainer.backward(step.loss)
+    return McmStep(step.loss.detach(), {"consistency_loss": step.loss.detach(), **step.record}, step.samples)
+
+
+def heads_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, heads: Role, *, samples: Tensor, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of the discriminator's heads for one slice; returns what to log."""
+    assert config.mcm is not None
+    assert setup.mcm is not None
+    settings = require_discriminator(config.mcm)
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    if setup.mcm.pictures is None:
+        real = drawn_frames(at_least_fp32(x0), condition, draw=draw, count=settings.frames, stream="mcm_real")
+    else:
+        _, pictures, captions = setup.mcm.pictures.rows(draw.indices, trainer.device)
+        real = Judged(at_least_fp32(pictures), captions)
+    step = mcm_discriminator_step(
+        samples, condition, real, heads.wrapped, teacher=setup.teacher, draw=draw, settings=settings
+    )
+    trainer.check_finite("discriminator loss", step.loss)
+    trainer.backward(step.loss)
+    return step.record
 
 
 def starts_from_student(seed: int, step: int, share: float) -> bool:

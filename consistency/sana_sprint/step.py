@@ -5,12 +5,12 @@ Networks are called here, arithmetic is in the loss files. Legend: B batch; x0, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.batch import ConsistencyStep, DataBatch, Noised
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks, Noised
 from fewstep.consistency.methods.scm import normalise_tangent, scm_loss, tangent_record, trig_direction
 from fewstep.consistency.sana_sprint.config import (
     SprintConfig,
@@ -27,28 +27,6 @@ from fewstep.core.training.roles import frozen
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 
 
-@dataclass(frozen=True)
-class SprintNetworks:
-    """The student bare and wrapped (see `Networks`), the teacher, and the discriminator's heads if there are any.
-
-    `heads` is the bare module in the student's steps, where it collects no gradients, and the wrapped one in its own.
-    """
-
-    student: nn.Module
-    wrapped: nn.Module
-    teacher: Teacher
-    heads: nn.Module | None
-
-    def require_heads(self) -> nn.Module:
-        """The heads. Raises ValueError where the run has none."""
-        if self.heads is None:
-            raise ValueError(
-                "the adversarial loss needs a discriminator and there is none: give the section "
-                "sana_sprint.discriminator"
-            )
-        return self.heads
-
-
 def sprint_noised(data: DataBatch, settings: SprintConfig) -> Noised:
     """The data at a random time for each sample."""
     normal = data.draw.noise((), "consistency_time")
@@ -61,9 +39,7 @@ def with_drawn_guidance(noised: Noised, *, draw: Draw, sprint: SprintConfig) -> 
     return replace(noised, condition=replace(noised.condition, guidance=scales))
 
 
-def sprint_student_step(
-    noised: Noised, networks: SprintNetworks, *, draw: Draw, sprint: SprintConfig
-) -> ConsistencyStep:
+def sprint_student_step(noised: Noised, networks: Networks, *, draw: Draw, sprint: SprintConfig) -> ConsistencyStep:
     """sCM in TrigFlow against the teacher guided by the drawn scales, plus the adversarial term.
 
     A term whose section is not there is not computed.
@@ -81,7 +57,7 @@ def sprint_student_step(
         record |= {"scm_loss": step.loss.detach(), **step.record}
     if discriminator is not None:
         x0 = adversarial_samples(noised, networks.wrapped, draw=draw, settings=discriminator)
-        with frozen(networks.require_heads()):
+        with frozen(require_heads(networks)):
             logits = judge(x0, noised.condition, networks, draw=draw, settings=discriminator, stream="sprint_student")
         adversarial = hinge_generator_loss(logits)
         terms.append(discriminator.weight * adversarial)
@@ -89,7 +65,7 @@ def sprint_student_step(
     return ConsistencyStep(torch.stack(terms).sum(), record)
 
 
-def guided_scm_step(noised: Noised, networks: SprintNetworks, settings: SprintConsistencyConfig) -> ConsistencyStep:
+def guided_scm_step(noised: Noised, networks: Networks, settings: SprintConsistencyConfig) -> ConsistencyStep:
     """sCM with the guidance of the condition as the teacher's.
 
     The paper's learned weight exp(-w) settles at one over the mean square of the tangent, which undoes the mean over
@@ -107,7 +83,7 @@ def guided_scm_step(noised: Noised, networks: SprintNetworks, settings: SprintCo
 
 
 def sprint_discriminator_step(
-    noised: Noised, networks: SprintNetworks, *, draw: Draw, sprint: SprintConfig
+    noised: Noised, networks: Networks, *, draw: Draw, sprint: SprintConfig
 ) -> ConsistencyStep:
     """Hinge loss of the heads alone, on noised samples of the student, misaligned pairs, and data.
 
@@ -116,7 +92,7 @@ def sprint_discriminator_step(
     Raises:
         ValueError: there is no discriminator.
     """
-    heads, settings = networks.require_heads(), sprint.discriminator
+    heads, settings = require_heads(networks), sprint.discriminator
     if settings is None:
         raise ValueError("the section sana_sprint.discriminator is not there: give it, or make no step of the heads")
     noised = with_drawn_guidance(noised, draw=draw, sprint=sprint)
@@ -140,6 +116,15 @@ def sprint_discriminator_step(
     return ConsistencyStep(loss, record)
 
 
+def require_heads(networks: Networks) -> nn.Module:
+    """The discriminator's heads. Raises ValueError where the run has none."""
+    if networks.heads is None:
+        raise ValueError(
+            "the adversarial loss needs a discriminator and there is none: give the section sana_sprint.discriminator"
+        )
+    return networks.heads
+
+
 def adversarial_samples(
     noised: Noised, student: nn.Module, *, draw: Draw, settings: SprintDiscriminatorConfig
 ) -> Tensor:
@@ -155,7 +140,7 @@ def adversarial_samples(
 def judge(
     x0: Tensor,
     condition: Condition,
-    networks: SprintNetworks,
+    networks: Networks,
     *,
     draw: Draw,
     settings: SprintDiscriminatorConfig,
@@ -163,7 +148,7 @@ def judge(
 ) -> Tensor:
     """Logits [B] of x0 after fresh noise, with the graph through the frozen teacher to x0."""
     eps, normal = draw.noise(tuple(x0.shape[1:]), f"{stream}_noise"), draw.noise((), f"{stream}_time")
-    return networks.require_heads()(teacher_features(x0, condition, networks.teacher, (eps, normal), settings))
+    return require_heads(networks)(teacher_features(x0, condition, networks.teacher, (eps, normal), settings))
 
 
 def teacher_features(

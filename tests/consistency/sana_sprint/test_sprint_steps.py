@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import Noised
+from fewstep.consistency.batch import Networks, Noised
 from fewstep.consistency.sana_sprint.config import SprintConfig, SprintConsistencyConfig, SprintDiscriminatorConfig
 from fewstep.consistency.sana_sprint.step import (
-    SprintNetworks,
     adversarial_samples,
     judge,
     sprint_discriminator_step,
@@ -33,7 +32,7 @@ PROMPTS = ["the digit seven", "a bold two", "a three"]
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[SprintNetworks, Noised]:
+def parts() -> tuple[Networks, Noised]:
     """Networks whose student is the teacher with a guidance embedding, heads that say something, and data."""
     teacher = Teacher(build_sana(dense=True), path="tiny")
     student = Denoiser(with_guidance_embedding(teacher.pipeline.transformer), teacher.family)
@@ -45,7 +44,7 @@ def parts() -> tuple[SprintNetworks, Noised]:
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     x0, eps = (DRAW.noise(LATENT_SHAPE, name) for name in ("data", "noise"))
     noised = Noised(x0, eps, torch.tensor([0.3, 0.6, 0.9]), teacher.encode(PROMPTS), step=0)
-    return SprintNetworks(student, student, teacher, heads), noised
+    return Networks(student, student, teacher, 1.0, heads=heads), noised
 
 
 def gradients(module: torch.nn.Module) -> list[Tensor | None]:
