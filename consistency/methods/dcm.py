@@ -50,8 +50,8 @@ def trig_teacher_step(x_tau: Tensor, trig: Tensor, tau: Tensor, end: Tensor, *, 
         ValueError: the shapes differ.
     """
     require_same_shape(x_tau=x_tau, trig=trig)
-    turn = expand_time(tau, x_tau) - expand_time(end, x_tau)
-    return torch.cos(turn) * at_least_fp32(x_tau) - torch.sin(turn) * sigma_data * at_least_fp32(trig)
+    rotation = expand_time(tau, x_tau) - expand_time(end, x_tau)
+    return torch.cos(rotation) * at_least_fp32(x_tau) - torch.sin(rotation) * sigma_data * at_least_fp32(trig)
 
 
 def consistency_distillation_loss(
@@ -105,9 +105,9 @@ def discrete_trig_tangent(
     if not 0 <= warmup <= 1:
         raise ValueError(f"the warm-up factor must lie in [0, 1], got {warmup}")
     tau, end = (expand_time(angle, x_tau) for angle in angles)
-    turn = tau - end
+    rotation = tau - end
     network = at_least_fp32(network)
-    slope = (torch.cos(turn) * network - at_least_fp32(network_end)) / torch.sin(turn)
+    slope = (torch.cos(rotation) * network - at_least_fp32(network_end)) / torch.sin(rotation)
     gap = -torch.cos(end) * sigma_data * (network - at_least_fp32(teacher))
     return gap - warmup * torch.sin(end) * (at_least_fp32(x_tau) + sigma_data * slope)
 

@@ -52,7 +52,7 @@ def random_guidance(uniform: Tensor, *, exponent: float = 1.0, low: float = 1.0,
 
 @torch.no_grad()
 def improved_guided_velocity(velocity: Tensor, conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """v + (1 - 1/w) (v_c - v_0): the target of improved MeanFlow at guidance w [B], which its network is told.
+    """v + (1 - 1/w) (v_c - v_0): the target of improved MeanFlow at guidance w [B], an input of its network.
 
     Its fixed point is v_c = v_0 + w (v - v_0). v_c and v_0 are the model's own, with and without condition.
 

@@ -68,15 +68,15 @@ def trig_tangent(
     *,
     warmup: float = 1.0,
     sigma_data: float = 1.0,
-    placement: Literal["scm", "rcm"] = "scm",
+    placement: Literal["drift", "state"] = "drift",
 ) -> Tangent:
     """g = cos df/dtau, with the factor cos that keeps every term finite up to pi/2 (arXiv:2410.11081, Alg. 1).
 
-        scm: -cos^2 (sd F - sd F_T)                       - r (cos sin x + sd J)
-        rcm: -cos sqrt(1 - r^2 sin^2) (sd F - sd F_T)     - (r cos sin x + sd J)
+        drift: -cos^2 (sd F - sd F_T)                       - r (cos sin x + sd J)
+        state: -cos sqrt(1 - r^2 sin^2) (sd F - sd F_T)     - (r cos sin x + sd J)
 
-    "scm" is the sCM paper. "rcm" is how we read the public rCM code, whose r weighs the x term alone; the bracket in
-    the paper is not clear to us. They agree at r = 1. The prior weight 1 / (sd tan) of sCM is already inside.
+    "drift" is the sCM paper. "state" is how we read the public rCM code, whose r weighs the x term alone; the bracket
+    in the paper is not clear to us. They agree at r = 1. The prior weight 1 / (sd tan) of sCM is already inside.
 
     Args:
         x_tau: [B, ...] TrigFlow state, not divided by sigma_data.
@@ -94,13 +94,13 @@ def trig_tangent(
     """
     require_same_shape(x_tau=x_tau, network=network, teacher=teacher, derivative=derivative)
     _require_warmup(warmup)
-    if placement not in ("scm", "rcm"):
-        raise ValueError(f"placement {placement!r} is unknown; choose scm or rcm")
+    if placement not in ("drift", "state"):
+        raise ValueError(f"placement {placement!r} is unknown; choose drift or state")
     angle = expand_time(tau, x_tau)
     cos, sin = torch.cos(angle), torch.sin(angle)
     gap = sigma_data * (at_least_fp32(network) - at_least_fp32(teacher))
     state, slope = cos * sin * at_least_fp32(x_tau), sigma_data * at_least_fp32(derivative)
-    if placement == "scm":
+    if placement == "drift":
         return Tangent(-cos.square() * gap, -warmup * (state + slope))
     return Tangent(-cos * (1 - warmup**2 * sin.square()).sqrt() * gap, -(warmup * state + slope))
 
