@@ -39,7 +39,7 @@ class ConsistencyDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BesideMatchingConfig(MatchingConfig):
+class ConsistencyMatchingConfig(MatchingConfig):
     """Distribution matching beside a consistency loss: rCM with scm or dcm, the second stage of anyflow."""
 
     weight: float
@@ -95,7 +95,7 @@ class ConsistencyConfig:
     """scm and a discriminator, for SANA."""
     mcm: McmConfig | None = None
     """dcm of motion and a discriminator of frames, for teachers of videos."""
-    matching: BesideMatchingConfig | None = None
+    matching: ConsistencyMatchingConfig | None = None
     """Distribution matching beside scm, dcm or anyflow; needs the section fake_score."""
     fake_score: FakeScoreConfig | None = None
     """The network that follows the student's distribution; needs the section matching."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.consistency.config import BesideMatchingConfig, ConsistencyConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyMatchingConfig
 from fewstep.consistency.methods.anyflow import rollout_samples
 from fewstep.consistency.sections import AnyflowConfig
 from fewstep.consistency.setup import ConsistencySetup
@@ -21,7 +21,7 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.matching import Scores, fake_score_step, student_step
 
 
-def is_students_step(matching: BesideMatchingConfig, cycle: int, step: int) -> bool:
+def is_students_step(matching: ConsistencyMatchingConfig, cycle: int, step: int) -> bool:
     """Whether the student learns in this step, and not the fake score; always before distribution matching begins."""
     return step < matching.start or (step - matching.start) % cycle == 0
 

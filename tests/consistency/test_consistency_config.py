@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.consistency.config import BesideMatchingConfig, ConsistencyConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyMatchingConfig
 from fewstep.consistency.sections import (
     AlphaflowConfig,
     AnyflowConfig,
@@ -107,7 +107,11 @@ def test_matching_makes_the_method(repository: Path) -> None:
         ("scm", {"scm": None}, "no method is given: add one of the sections scm, dcm, ect"),
         ("scm", {"student.steps": 0}, "student.steps is 0"),
         ("scm", {"fake_score": FAKE_SCORE}, "the section fake_score is given without matching"),
-        ("scm", {"matching": BesideMatchingConfig(weight=0.1)}, "the section matching is given without fake_score"),
+        (
+            "scm",
+            {"matching": ConsistencyMatchingConfig(weight=0.1)},
+            "the section matching is given without fake_score",
+        ),
         ("rcm", {"matching": None}, "the section fake_score is given without matching"),
         ("rcm", {"fake_score": None}, "the section matching is given without fake_score"),
         ("rcm", {"scm": ScmConfig(learned_weight=True)}, "scm.learned_weight with the section matching"),
@@ -158,9 +162,9 @@ def test_sections_that_do_not_fit_are_named(
         (DmfConfig, {"constant": -1.0}, "constant -1.0"),
         (AnyflowConfig, {"rollout_steps": ()}, "rollout_steps is"),
         (AnyflowConfig, {"rollout_steps": (4, 0)}, "rollout_steps is"),
-        (BesideMatchingConfig, {"weight": 0.0}, "weight: given 0.0, allowed is a number > 0"),
-        (BesideMatchingConfig, {"weight": 0.1, "start": -1}, "start: given -1"),
-        (BesideMatchingConfig, {"weight": 0.1, "t_min": 0.99}, "must satisfy 0 < t_min"),
+        (ConsistencyMatchingConfig, {"weight": 0.0}, "weight: given 0.0, allowed is a number > 0"),
+        (ConsistencyMatchingConfig, {"weight": 0.1, "start": -1}, "start: given -1"),
+        (ConsistencyMatchingConfig, {"weight": 0.1, "t_min": 0.99}, "must satisfy 0 < t_min"),
     ],
 )
 def test_values_that_do_not_fit_are_named(section: Any, values: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.consistency.config import BesideMatchingConfig, ConsistencyConfig, ConsistencyDataConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig, ConsistencyMatchingConfig
 from fewstep.consistency.sections import (
     AlphaflowConfig,
     AnyflowConfig,
@@ -26,7 +26,7 @@ from tests.dmd.tiny_run import TinyInputs
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
 FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=2)
 FROM_DATA: Any = {"velocity": "data", "check_tangent": False}
-MATCHED: Any = {"matching": BesideMatchingConfig(weight=0.5, start=1), "fake_score": FAKE_SCORE}
+MATCHED: Any = {"matching": ConsistencyMatchingConfig(weight=0.5, start=1), "fake_score": FAKE_SCORE}
 PARTITION: Any = {"tangent": "central", "pairs": "partition"}
 # Name of a case: the sections that are its method.
 OBJECTIVES: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.consistency.config import BesideMatchingConfig, ConsistencyConfig, ConsistencyDataConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig, ConsistencyMatchingConfig
 from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
 from fewstep.consistency.sections import AnyflowConfig, DcmConfig, MeanflowConfig, ScmConfig
 from fewstep.core.config import RunConfig
@@ -19,7 +19,7 @@ from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE, build_vid
 
 PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42")
 GRID: Any = {"grid_steps": 8, "grid_shift": 3.0}
-MATCHED: Any = {"matching": BesideMatchingConfig(weight=0.5), "fake_score": FAKE_SCORE}
+MATCHED: Any = {"matching": ConsistencyMatchingConfig(weight=0.5), "fake_score": FAKE_SCORE}
 HEADS = McmDiscriminatorConfig(optimizer=OPTIMIZER, head_width=8)
 MCM = McmConfig(**GRID, discriminator=HEADS)
 # Name of a case: the sections that are its method.
