@@ -1,5 +1,6 @@
 """Settings of consistency runs: the section is the method, and what nothing reads is refused."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from fewstep.consistency.config import ConsistencyConfig, ConsistencyMatchingConfig
+from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
+from fewstep.consistency.sana_sprint.config import SprintConfig, SprintConsistencyConfig, SprintDiscriminatorConfig
 from fewstep.consistency.sections import (
     AlphaflowConfig,
     AnyflowConfig,
@@ -37,6 +40,25 @@ FIELDS = {
     "anyflow": ("rollout_steps", "[4]"),
     "sana_sprint": ("time_mean", "0.1"),
     "mcm": ("constant", "0.1"),
+}
+
+
+FLOW_MAP = ("methods/flow_map.py", "batch.py", "tangents.py", "setup.py")
+# The modules of consistency/ that may read a section.
+READERS = {
+    ScmConfig: ("methods/scm.py", "batch.py", "tangents.py", "setup.py"),
+    DcmConfig: ("methods/dcm.py",),
+    EctConfig: ("methods/ect.py", "batch.py"),
+    MeanflowConfig: ("methods/meanflow.py", *FLOW_MAP),
+    ImfConfig: ("methods/imf.py", *FLOW_MAP),
+    AlphaflowConfig: ("methods/alphaflow.py", "methods/meanflow.py", *FLOW_MAP),
+    DmfConfig: ("methods/dmf.py", *FLOW_MAP),
+    AnyflowConfig: ("methods/anyflow.py", *FLOW_MAP),
+    SprintConfig: ("sana_sprint/step.py", "sana_sprint/setup.py", "setup.py"),
+    SprintConsistencyConfig: ("sana_sprint/step.py", "methods/scm.py", "tangents.py", "setup.py"),
+    SprintDiscriminatorConfig: ("sana_sprint/step.py", "sana_sprint/setup.py"),
+    McmConfig: ("mcm/step.py", "mcm/setup.py", "methods/dcm.py"),
+    McmDiscriminatorConfig: ("mcm/step.py", "mcm/setup.py", "setup.py"),
 }
 
 
@@ -79,6 +101,14 @@ def test_the_script_ends_with_code_2_and_names_the_section(repository: Path, key
     assert f"{key} on the command line belongs to the section {section}, and the method of this run is scm" in (
         found.stderr
     )
+
+
+@pytest.mark.parametrize("section", READERS)
+def test_every_field_is_read_by_its_method(repository: Path, section: Any) -> None:
+    files = [repository / "consistency" / name for name in READERS[section]]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    found = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {field.name for field in dataclasses.fields(section)} - found == set()
 
 
 def test_fields_of_before_are_unknown(repository: Path) -> None:
