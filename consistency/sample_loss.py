@@ -1,3 +1,5 @@
+"""Losses of a batch of samples, in which a sample that is not finite does not spoil the others."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,32 +10,6 @@ from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32
 from fewstep.core.shapes import expand_weight, require_same_shape
-
-
-def pseudo_huber(squares: Tensor, constant: float) -> Tensor:
-    """sqrt(squares + c^2) - c of squared distances, of any shape; the gradient at 0 is 0 even for c = 0.
-
-    Raises:
-        ValueError: c is negative.
-    """
-    if constant < 0:
-        raise ValueError(f"the constant must be 0 or more, got {constant}")
-    inside = squares + constant**2
-    positive = inside > 0
-    return torch.where(positive, torch.where(positive, inside, 1.0).sqrt(), 0.0) - constant
-
-
-def _difference(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    require_same_shape(prediction=prediction, target=target)
-    prediction, target = at_least_fp32(prediction), at_least_fp32(target.detach())
-    usable = finite_samples(prediction, target)
-    return keep_samples(prediction - target, usable), usable
-
-
-def _weighted(error: Tensor, usable: Tensor, weight: Tensor | None) -> ConsistencyLoss:
-    weighted = error if weight is None else keep_samples(expand_weight(weight.detach(), error) * error, usable)
-    return ConsistencyLoss(weighted.mean(), error.detach(), ~usable)
-
 
 Reduction = Literal["mean", "sum"]
 
@@ -80,3 +56,34 @@ def reduce_sample(values: Tensor, reduction: Reduction) -> Tensor:
         raise ValueError(f"reduction {reduction!r} is unknown; choose mean or sum")
     flat = values.reshape(len(values), -1)
     return flat.mean(dim=1) if reduction == "mean" else flat.sum(dim=1)
+
+
+def pseudo_huber(squares: Tensor, constant: float) -> Tensor:
+    """sqrt(squares + c^2) - c of squared distances, of any shape; the gradient at 0 is 0 even for c = 0.
+
+    Raises:
+        ValueError: c is negative.
+    """
+    if constant < 0:
+        raise ValueError(f"the constant must be 0 or more, got {constant}")
+    inside = squares + constant**2
+    positive = inside > 0
+    return torch.where(positive, torch.where(positive, inside, 1.0).sqrt(), 0.0) - constant
+
+
+def consistency_difference(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """prediction - stop(target) [B, ...] with 0 in samples that are not finite, and which are: bool [B].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_same_shape(prediction=prediction, target=target)
+    prediction, target = at_least_fp32(prediction), at_least_fp32(target.detach())
+    usable = finite_samples(prediction, target)
+    return keep_samples(prediction - target, usable), usable
+
+
+def weighted_loss(error: Tensor, usable: Tensor, weight: Tensor | None) -> ConsistencyLoss:
+    """Mean over the batch of weight [B] (None is 1) times error [B]; `usable` bool [B] are the samples that count."""
+    weighted = error if weight is None else keep_samples(expand_weight(weight.detach(), error) * error, usable)
+    return ConsistencyLoss(weighted.mean(), error.detach(), ~usable)

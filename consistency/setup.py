@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig, FlowMapSettings
 from fewstep.consistency.mcm.setup import McmParts, build_mcm
+from fewstep.consistency.sana_sprint.config import SprintConfig
 from fewstep.consistency.sana_sprint.setup import (
-    TURNS,
+    CYCLE,
     add_heads,
     build_sprint_student,
     check_control,
     check_sprint_teacher,
 )
 from fewstep.consistency.time_weight import build_time_weight
+from fewstep.core.config import require_one_method
 from fewstep.core.data import REAL_SEED, LatentDataset, LatentSource, PromptConditions, ToldPrompts, read_prompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
@@ -26,13 +27,13 @@ from fewstep.core.export.schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.grids import step_grid
-from fewstep.core.networks import build_fake_score, build_student_denoiser, load_weights
-from fewstep.core.settings import DataConfig
+from fewstep.core.networks import build_fake_score, build_student_denoiser
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
-from fewstep.core.two_time import add_second_time, holds_second_time
+from fewstep.core.two_time import SITES, add_second_time
+from fewstep.core.weights import StoredWeights, find_weights, load_weights
 
 # Times and samples of the check before the first step: the middle of the path, and few samples.
 CHECKED_TIMES = (0.3, 0.7)
@@ -43,23 +44,21 @@ class ConsistencyData:
     """What is read from disk, before any network is loaded: a mistake here costs seconds."""
 
     prompts: tuple[str, ...]
+    init: StoredWeights | None
     real: LatentDataset
-    pictures: LatentDataset | None = None
-    control: LatentDataset | None = None
+    pictures: LatentDataset | None
+    control: LatentDataset | None
 
     @classmethod
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
-        init = config.student.init
-        if init is not None and not Path(init).is_file():
-            raise ValueError(f"student.init {init} does not exist; give a .safetensors file of student weights")
-        assert config.data.latents is not None
-        shown = None if config.mcm is None else config.mcm.pictures
-        pictures = None if shown is None else LatentDataset.load(shown)
-        followed = None if config.sprint is None else config.sprint.control
+        init = None if config.student.init is None else find_weights(config.student.init)
+        judged = None if config.mcm is None else config.mcm.discriminator
+        pictures = None if judged is None or judged.pictures is None else LatentDataset.load(judged.pictures)
+        followed = None if config.sana_sprint is None else config.sana_sprint.control
         control = None if followed is None else LatentDataset.load(followed)
-        return cls(read_prompts(config.data.prompts), LatentDataset.load(config.data.latents), pictures, control)
+        return cls(read_prompts(config.data.prompts), init, LatentDataset.load(config.data.latents), pictures, control)
 
 
 @dataclass(frozen=True)
@@ -89,28 +88,21 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     Raises ValueError when a component or size does not fit, or the network has no tangent where one is needed.
     """
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    settings, sprint = config.student, config.sana_sprint
     shape = run_shape(config.data, data.real, teacher)
-    if config.sprint is not None:
+    if sprint is not None:
         check_sprint_teacher(teacher, controlled=data.control is not None)
         check_control(data.control, data.real)
-    denoiser = build_student(config, teacher)
-    if takes_tangent(config):
-        try:
-            use_jvp_attention(denoiser.network)
-        except ValueError as error:
-            raise ValueError(f"{error}: set loss.tangent to 'central'") from error
-    grid = step_grid(config.student.steps, shift=config.student.shift)
-    if config.sprint is not None:
-        grid = sprint_times(config.student.steps)
-    times = nearest_exportable_times(teacher.pipeline, grid)
-    adversarial = config.sprint is not None and config.sprint.adversarial_weight > 0
+    denoiser = build_student(config, teacher, data.init)
+    prepare_tangent(config, denoiser)
+    grid = step_grid(settings.steps, shift=settings.shift) if sprint is None else sprint_times(settings.steps)
     student_role = trainer.add_role(
         "student",
         denoiser,
-        config.student.optimizer,
-        ema_decay=config.student.ema_decay,
-        ema_start=config.student.ema_start,
-        every=TURNS if adversarial else 1,
+        settings.optimizer,
+        ema_decay=settings.ema_decay,
+        ema_start=settings.ema_start,
+        every=1 if sprint is None or sprint.discriminator is None else CYCLE,
     )
     fake_score = fake_role = None
     if config.fake_score is not None:
@@ -122,18 +114,27 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 
     mcm = None
     if config.mcm is not None:
-        mcm = build_mcm(config, trainer, teacher=teacher, shape=shape, pictures=data.pictures, embed=embed)
+        mcm = build_mcm(
+            config.mcm,
+            trainer,
+            student_optimizer=settings.optimizer,
+            teacher=teacher,
+            shape=shape,
+            pictures=data.pictures,
+            embed=embed,
+        )
     real = LatentSource(data.real, embed(data.real.prompts, data.control), config.run.seed + REAL_SEED)
+    times = nearest_exportable_times(teacher.pipeline, grid)
     return ConsistencySetup(
         teacher=teacher,
-        student=Student(denoiser, times, config.student.sampler),
+        student=Student(denoiser, times, config.student_settings.sampler),
         student_role=student_role,
         prompts=embed(data.prompts) if data.control is None else real.conditions,
         latent_shape=shape,
         real=real,
         fake_score=fake_score,
         fake_role=fake_role,
-        heads_role=None if config.sprint is None else add_heads(config.sprint, teacher, trainer),
+        heads_role=None if sprint is None else add_heads(sprint, teacher, trainer),
         weight_role=add_time_weight(config, trainer),
         mcm=mcm,
     )
@@ -141,7 +142,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 
 def add_time_weight(config: ConsistencyConfig, trainer: Trainer) -> Role | None:
     """The role of the learned weight of a time, where one is configured."""
-    if not config.loss.learned_weight:
+    if config.scm is None or not config.scm.learned_weight:
         return None
     return trainer.add_role("time_weight", build_time_weight(config.run.seed), config.student.optimizer)
 
@@ -149,54 +150,75 @@ def add_time_weight(config: ConsistencyConfig, trainer: Trainer) -> Role | None:
 def embedded_prompts(
     config: ConsistencyConfig, teacher: Teacher, prompts: Sequence[str], control: Tensor | None
 ) -> PromptConditions:
-    """The conditions of prompts; those of sana_sprint also tell the guidance, and what a ControlNet follows."""
+    """The conditions of prompts; for sana_sprint with the guidance, and with what a ControlNet follows."""
     settings = config.data
     cache, height, width = settings.cache_prompts, settings.height, settings.width
-    if config.sprint is None:
+    if config.sana_sprint is None:
         return PromptConditions(teacher, prompts, cache=cache, height=height, width=width)
     guidance = config.teacher.guidance
     return ToldPrompts(teacher, prompts, cache=cache, height=height, width=width, guidance=guidance, control=control)
 
 
-def run_shape(settings: DataConfig, real: LatentDataset, teacher: Teacher) -> tuple[int, ...]:
+def run_shape(settings: ConsistencyDataConfig, real: LatentDataset, teacher: Teacher) -> tuple[int, ...]:
     """(C, h, w) or (C, F, h, w) of what the run makes. Raises ValueError where the data are of another shape."""
     shape = teacher.latent_shape(settings.height, settings.width, frames=settings.frames)
-    found = tuple(real.latents.shape[1:])
-    if found != shape:
-        raise ValueError(
-            f"data.latents holds latents of shape {found}, this run makes {shape}; set data.height/width, and "
-            "data.frames for videos"
-        )
+    real.require_shape(shape, "data.latents")
     return shape
 
 
 def takes_tangent(config: ConsistencyConfig) -> bool:
     """Whether this run differentiates its student in forward mode."""
-    return config.loss.objective not in ("dcm", "ect") and config.loss.tangent == "jvp"
+    return config.tangent is not None and config.tangent.tangent == "jvp"
 
 
-def build_student(config: ConsistencyConfig, teacher: Teacher) -> Denoiser:
+def prepare_tangent(config: ConsistencyConfig, denoiser: Denoiser) -> None:
+    """Let the network be differentiated in forward mode, in place, if this run does that.
+
+    Raises:
+        ValueError: the network cannot be.
+    """
+    # SANA-Sprint without its consistency half is to differ by the loss alone, and not by the rounding of attention.
+    is_ablation = config.sana_sprint is not None and config.sana_sprint.consistency is None
+    if not takes_tangent(config) and not is_ablation:
+        return
+    try:
+        use_jvp_attention(denoiser.network)
+    except ValueError as error:
+        section = require_one_method(config)
+        section = section if config.sana_sprint is None else f"{section}.consistency"
+        raise ValueError(f"{error}: set {section}.tangent to 'central'") from error
+
+
+def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeights | None) -> Denoiser:
     """A trainable fp32 copy of the teacher's network, with a second time and adapters where they are configured.
 
-    `student.init` may be a file of a network of one time or of two. Layers of the second time are trained beside
-    adapters.
+    `init` may be a network of one time or of two. Layers of the second time are trained beside adapters.
+
+    Raises:
+        ValueError: `init` does not fit the network, or cannot start adapters.
     """
-    settings, seed = config.student, config.run.seed
-    if config.sprint is not None:
-        return build_sprint_student(settings, teacher)
-    if config.second_time == "none":
-        return build_student_denoiser(settings, teacher, seed=seed)
-    one_time = settings.init is None or not holds_second_time(settings.init)
-    denoiser = build_student_denoiser(replace(settings, init=settings.init if one_time else None), teacher, seed=seed)
-    add_second_time(denoiser.network, config.second_time)
-    if not one_time:
-        assert settings.init is not None
-        if settings.lora_rank > 0:
-            raise ValueError(
-                "student.init holds a network of two times, which cannot start adapters; train all weights"
-            )
-        load_weights(denoiser, settings.init)
+    settings, method, seed = config.student, config.settings, config.run.seed
+    if isinstance(method, SprintConfig):
+        return build_sprint_student(settings, teacher, init)
+    if not isinstance(method, FlowMapSettings):
+        return build_student_denoiser(settings, teacher, init, seed=seed)
+    two_times = init if init is not None and holds_second_time(init) else None
+    if two_times is not None and settings.lora_rank > 0:
+        raise ValueError(
+            f"student.init {two_times.source} holds a network of two times, which cannot start adapters; train all "
+            "weights"
+        )
+    denoiser = build_student_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
+    add_second_time(denoiser.network, method.second_time)
+    if two_times is not None:
+        load_weights(denoiser.network, two_times)
     return denoiser
+
+
+def holds_second_time(weights: StoredWeights) -> bool:
+    """Whether these are weights of a network of two times. Raises ValueError when they cannot be read."""
+    layers = tuple(f"{site.layers}.first." for site in SITES.values())
+    return any(name.startswith(layers) for name in weights.names())
 
 
 def check_tangent(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> str | None:
@@ -205,11 +227,11 @@ def check_tangent(config: ConsistencyConfig, setup: ConsistencySetup, trainer: T
     Raises:
         ValueError: the tangent is not the derivative of the network.
     """
-    if not takes_tangent(config) or not config.loss.check_tangent:
+    if not takes_tangent(config) or config.tangent is None or not config.tangent.check_tangent:
         return None
     samples = list(range(len(CHECKED_TIMES)))
     _, x_t, condition = setup.real.rows(samples, trainer.device)
     t = torch.tensor(CHECKED_TIMES, device=trainer.device)
-    r = None if config.second_time == "none" else t / 2
+    r = t / 2 if isinstance(config.settings, FlowMapSettings) else None
     check = check_denoiser_jvp(setup.student.denoiser, x_t, t, condition, r=r)
     return f"tangent against differences: off by {check.state.error:.1e} along x, {check.time.error:.1e} along t"

@@ -19,12 +19,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.consistency.config import ConsistencyLossConfig
-from fewstep.consistency.trigflow import VelocityFunction
+from fewstep.consistency.sections import TangentConfig
 
 Times = Tensor | tuple[Tensor, ...]
-
-
 Function = Callable[..., Tensor]
 
 
@@ -214,16 +211,16 @@ def _same_random_state(x: Tensor) -> Iterator[None]:
 
 
 def along(
-    function: VelocityFunction,
+    function: Function,
     x: Tensor,
-    time: Tensor,
+    time: Times,
     dx: Tensor,
-    dtime: Tensor,
-    loss: ConsistencyLossConfig,
+    dtime: Times,
+    settings: TangentConfig,
     *,
-    end: float,
+    end: float = 1.0,
 ) -> Tensor:
-    """The derivative along (dx, dtime), by the configured method; `end` is the largest time there is."""
-    if loss.tangent == "jvp":
+    """The derivative along (dx, dtime), as configured; `end` is the largest time there is."""
+    if settings.tangent == "jvp":
         return total_derivative(function, x, time, dx, dtime).derivative
-    return central_derivative(function, x, time, dx, dtime, step=loss.central_step, interval=(0.0, end))
+    return central_derivative(function, x, time, dx, dtime, step=settings.central_step, interval=(0.0, end))

@@ -23,7 +23,9 @@ def frame_places(uniform: Tensor, frames: int) -> Tensor:
     """
     parts = len(uniform)
     if not 1 <= parts <= frames:
-        raise ValueError(f"{parts} judged frames of a video of {frames}; judge from 1 to {frames} (mcm.frames)")
+        raise ValueError(
+            f"{parts} judged frames of a video of {frames}; judge from 1 to {frames} (mcm.discriminator.frames)"
+        )
     edges = torch.tensor([part * frames // parts for part in range(parts + 1)], device=uniform.device)
     first, length = edges[:-1, None], edges.diff()[:, None]
     # A uniform number close to 1 may be rounded up by the product.

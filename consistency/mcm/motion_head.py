@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,9 +36,9 @@ class MotionHead(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents [B, C, F, h, w] to maps of the same shape."""
-        frames = latents.transpose(1, 2).flatten(0, 1)
+        frames = rearrange(latents, "b c f h w -> (b f) c h w")
         hidden = self.norm(self.first(functional.silu(frames)))
-        return latents + self.last(hidden).unflatten(0, (len(latents), -1)).transpose(1, 2)
+        return latents + rearrange(self.last(hidden), "(b f) c h w -> b c f h w", b=len(latents))
 
 
 def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:

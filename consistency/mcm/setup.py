@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.mcm.config import McmConfig
 from fewstep.consistency.mcm.motion_head import MotionHead
+from fewstep.core.config import OptimizerConfig
 from fewstep.core.data import LatentDataset, LatentSource, PromptConditions
 from fewstep.core.discriminator import build_heads
 from fewstep.core.teacher import Teacher
@@ -27,9 +28,10 @@ class McmParts:
 
 
 def build_mcm(
-    config: ConsistencyConfig,
+    mcm: McmConfig,
     trainer: Trainer,
     *,
+    student_optimizer: OptimizerConfig,
     teacher: Teacher,
     shape: tuple[int, ...],
     pictures: LatentDataset | None,
@@ -41,28 +43,30 @@ def build_mcm(
         ValueError: the teacher makes no videos, there are fewer latent frames than are judged, the pictures are of
             another shape, or the network has no such blocks.
     """
-    mcm = config.mcm
-    assert mcm is not None
     if len(shape) != 4:
         raise ValueError(
             f"{teacher.path} makes pictures, latents {shape}; mcm distils motion: give a teacher of videos"
         )
-    if mcm.frames > shape[1]:
-        raise ValueError(f"mcm.frames is {mcm.frames} of {shape[1]} latent frames; judge as many at most")
+    judged = mcm.discriminator
+    if judged is not None and judged.pictures is None and judged.frames > shape[1]:
+        raise ValueError(
+            f"mcm.discriminator.frames is {judged.frames} of {shape[1]} latent frames; judge as many at most"
+        )
     channels, _, height, width = shape
     expected = (channels, 1, height, width)
     if pictures is not None and tuple(pictures.latents.shape[1:]) != expected:
         raise ValueError(
-            f"mcm.pictures holds latents of shape {tuple(pictures.latents.shape[1:])}, this run judges {expected}: "
-            "encode pictures as videos of one frame (scripts/encode_videos.py --frames 1) at the size of the run"
+            f"mcm.discriminator.pictures holds latents of shape {tuple(pictures.latents.shape[1:])}, this run judges "
+            f"{expected}: encode pictures as videos of one frame (scripts/encode_videos.py --frames 1) at the size of "
+            "the run"
         )
     seed, motion_role, heads_role = trainer.run.seed, None, None
     if mcm.motion == "learned":
         head = MotionHead(channels, width=mcm.motion_width, seed=seed)
-        motion_role = trainer.add_role("motion", head, config.student.optimizer, ema_decay=mcm.motion_ema_decay)
-    if mcm.adversarial_weight > 0:
-        heads = build_heads(teacher.denoiser, mcm.blocks, width=mcm.head_width, seed=seed)
-        heads_role = trainer.add_role("heads", heads, mcm.optimizer)
+        motion_role = trainer.add_role("motion", head, student_optimizer, ema_decay=mcm.motion_ema_decay)
+    if judged is not None:
+        heads = build_heads(teacher.denoiser, judged.blocks, width=judged.head_width, seed=seed)
+        heads_role = trainer.add_role("heads", heads, judged.optimizer)
     source = None
     if pictures is not None:
         source = LatentSource(pictures, embed(pictures.prompts), seed + PICTURE_SEED)

@@ -1,27 +1,32 @@
-"""The two halves of a step of MCM (arXiv:2406.06890): what its student and its discriminator minimise on one batch.
+"""A step of MCM (arXiv:2406.06890): the student with its motion head, then the discriminator on the same samples.
 
-Networks are called here, arithmetic is in `motion.py`, `discrete_loss.py` and `ladd_loss.py`. Legend: B batch; videos
+Networks are called here, arithmetic is in `motion.py`, `methods/dcm.py` and `dmd/gan_loss.py`. Legend: B batch; videos
 x0, x_t, eps [B, C, F, h, w]; S judged frames of each, as videos of one frame [S B, C, 1, h, w].
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
-from fewstep.consistency.mcm.config import McmConfig
+from fewstep.consistency.batch import ConsistencyStep, Networks, Noised
+from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
 from fewstep.consistency.mcm.frames import frame_places, pick_frames
 from fewstep.consistency.mcm.motion import motion_loss
-from fewstep.consistency.methods.dcm import distilled_pair
+from fewstep.consistency.methods.dcm import distilled_pair, grid_pair
+from fewstep.consistency.setup import ConsistencySetup
 from fewstep.consistency.times import TimePair
 from fewstep.core.condition import Condition
-from fewstep.core.paths import add_noise, x0_from_velocity
+from fewstep.core.paths import add_noise, at_least_fp32, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role, frozen
+from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 
 # Of the integer whose share decides where a step starts from.
@@ -29,7 +34,7 @@ COINS = 1 << 20
 
 
 @dataclass(frozen=True)
-class McmTurn:
+class McmStep:
     """The student's loss, what to log of it, and the x0 that the loss was taken on, without graph."""
 
     loss: Tensor
@@ -43,6 +48,72 @@ class Judged:
 
     frames: Tensor
     condition: Condition
+
+
+def train_mcm_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> dict[str, float | Tensor]:
+    """Update student and motion head, then the discriminator, which sees the samples from before the update.
+
+    Returns the step's metrics.
+    """
+    assert setup.mcm is not None
+    motion, heads = setup.mcm.motion_role, setup.mcm.heads_role
+    learning = [role for role in (setup.student_role, motion) if role is not None]
+    slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
+    draws = [Draw(config.run.seed, indices, trainer.device) for indices in slices]
+    steps: list[McmStep] = []
+    for number, draw in enumerate(draws):
+        with ExitStack() as stack:
+            for role in learning:
+                stack.enter_context(trainer.sync(role, number == len(slices) - 1))
+            steps.append(student_backward(config, setup, trainer, draw=draw))
+    metrics: dict[str, float | Tensor] = {**mean_records([step.record for step in steps])}
+    for role in learning:
+        metrics[f"{role.name}_grad_norm"] = trainer.update(role)
+    if heads is None:
+        return metrics
+    records = []
+    for number, (draw, step) in enumerate(zip(draws, steps, strict=True)):
+        with trainer.sync(heads, number == len(slices) - 1):
+            records.append(heads_backward(config, setup, trainer, heads, samples=step.samples, draw=draw))
+    return {**metrics, **mean_records(records), "heads_grad_norm": trainer.update(heads)}
+
+
+def student_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmStep:
+    """Add the gradients of student and motion head for one slice of data."""
+    assert config.mcm is not None
+    assert setup.mcm is not None
+    role, mcm = setup.student_role, config.mcm
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    data = (at_least_fp32(x0), condition)
+    times = grid_pair(draw, mcm)
+    noised = mcm_noised(data, role.module, times, draw=draw, mcm=mcm, step=trainer.step)
+    networks = Networks(role.module, role.wrapped, setup.teacher, config.teacher.guidance)
+    roles = (setup.mcm.motion_role, setup.mcm.heads_role)
+    step = mcm_student_step(noised, times, networks, roles, draw=draw, mcm=mcm)
+    trainer.check_finite("consistency loss", step.loss)
+    trainer.backward(step.loss)
+    return McmStep(step.loss.detach(), {"consistency_loss": step.loss.detach(), **step.record}, step.samples)
+
+
+def heads_backward(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, heads: Role, *, samples: Tensor, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of the discriminator's heads for one slice; returns what to log."""
+    assert config.mcm is not None
+    assert setup.mcm is not None
+    settings = require_discriminator(config.mcm)
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    if setup.mcm.pictures is None:
+        real = drawn_frames(at_least_fp32(x0), condition, draw=draw, count=settings.frames, stream="mcm_real")
+    else:
+        _, pictures, captions = setup.mcm.pictures.rows(draw.indices, trainer.device)
+        real = Judged(at_least_fp32(pictures), captions)
+    step = mcm_discriminator_step(
+        samples, condition, real, heads.wrapped, teacher=setup.teacher, draw=draw, settings=settings
+    )
+    trainer.check_finite("discriminator loss", step.loss)
+    trainer.backward(step.loss)
+    return step.record
 
 
 def starts_from_student(seed: int, step: int, share: float) -> bool:
@@ -78,31 +149,32 @@ def mcm_noised(
     return Noised(x0, draw.noise(shape, "consistency_noise"), times.t, condition, step)
 
 
-def mcm_student_turn(
+def mcm_student_step(
     noised: Noised,
+    times: TimePair,
     networks: Networks,
     roles: tuple[Role | None, Role | None],
-    times: TimePair,
     *,
     draw: Draw,
     mcm: McmConfig,
-) -> McmTurn:
+) -> McmStep:
     """Discrete consistency of motion, plus the discriminator's view of single frames of the same x0.
 
     `roles` are the learned motion map and the discriminator's heads, each None where there is none.
     """
     motion, heads = roles
-    prediction, target = distilled_pair(noised, networks, times)
+    prediction, target = distilled_pair(noised, times, networks)
     total = motion_term(prediction, target, motion, mcm)
     record = {"motion_loss": total.detach()}
     if heads is not None:
-        judged = fake_frames(prediction, noised.condition, draw=draw, mcm=mcm, stream="mcm_student")
-        features = teacher_features(judged, networks.teacher, draw=draw, mcm=mcm, stream="mcm_student")
+        settings = require_discriminator(mcm)
+        judged = fake_frames(prediction, noised.condition, draw=draw, settings=settings, stream="mcm_student")
+        features = teacher_features(judged, networks.teacher, draw=draw, settings=settings, stream="mcm_student")
         with frozen(heads.module):
             adversarial = hinge_generator_loss(heads.module(features))
-        total = total + mcm.adversarial_weight * adversarial
+        total = total + settings.weight * adversarial
         record["adversarial_loss"] = adversarial.detach()
-    return McmTurn(total, record, prediction.detach())
+    return McmStep(total, record, prediction.detach())
 
 
 def motion_term(prediction: Tensor, target: Tensor, motion: Role | None, mcm: McmConfig) -> Tensor:
@@ -117,7 +189,7 @@ def motion_term(prediction: Tensor, target: Tensor, motion: Role | None, mcm: Mc
     return motion_loss(motion.wrapped(prediction), mapped, "raw", constant=mcm.constant)
 
 
-def mcm_discriminator_turn(
+def mcm_discriminator_step(
     samples: Tensor,
     condition: Condition,
     real: Judged,
@@ -125,16 +197,16 @@ def mcm_discriminator_turn(
     *,
     teacher: Teacher,
     draw: Draw,
-    mcm: McmConfig,
-) -> ConsistencyTurn:
+    settings: McmDiscriminatorConfig,
+) -> ConsistencyStep:
     """Hinge loss of the heads on frames of the student's x0 [B, C, F, h, w] and on real frames; the teacher is frozen.
 
     The public code's clamped losses are twice this, less a constant.
     """
-    fake = fake_frames(samples, condition, draw=draw, mcm=mcm, stream="mcm_fake")
+    fake = fake_frames(samples, condition, draw=draw, settings=settings, stream="mcm_fake")
     with torch.no_grad():
         kinds = [
-            teacher_features(judged, teacher, draw=draw, mcm=mcm, stream=stream)
+            teacher_features(judged, teacher, draw=draw, settings=settings, stream=stream)
             for judged, stream in ((fake, "mcm_fake"), (real, "mcm_real"))
         ]
         features = [torch.cat(maps) for maps in zip(*kinds, strict=True)]
@@ -145,28 +217,39 @@ def mcm_discriminator_turn(
         "real_logit": real_logits.detach().mean(),
         "discriminator_loss": loss.detach(),
     }
-    return ConsistencyTurn(loss, record)
+    return ConsistencyStep(loss, record)
 
 
-def fake_frames(video: Tensor, condition: Condition, *, draw: Draw, mcm: McmConfig, stream: str) -> Judged:
+def require_discriminator(mcm: McmConfig) -> McmDiscriminatorConfig:
+    """The section of the discriminator. Raises ValueError where there is none."""
+    if mcm.discriminator is None:
+        raise ValueError("there are heads and the section mcm.discriminator is not there: give it")
+    return mcm.discriminator
+
+
+def fake_frames(
+    video: Tensor, condition: Condition, *, draw: Draw, settings: McmDiscriminatorConfig, stream: str
+) -> Judged:
     """The frames of the student's videos that are judged: the first beside pictures, else drawn ones."""
-    if mcm.pictures is None:
-        return drawn_frames(video, condition, draw=draw, mcm=mcm, stream=stream)
+    if settings.pictures is None:
+        return drawn_frames(video, condition, draw=draw, count=settings.frames, stream=stream)
     return Judged(video[:, :, :1], condition)
 
 
-def drawn_frames(video: Tensor, condition: Condition, *, draw: Draw, mcm: McmConfig, stream: str) -> Judged:
-    """One random frame of each of `mcm.frames` parts of every video."""
-    uniform = torch.stack([draw.uniform(f"{stream}_frame_{part}") for part in range(mcm.frames)])
-    return Judged(pick_frames(video, frame_places(uniform, video.shape[2])), condition.repeat(mcm.frames))
+def drawn_frames(video: Tensor, condition: Condition, *, draw: Draw, count: int, stream: str) -> Judged:
+    """One random frame of each of `count` parts of every video."""
+    uniform = torch.stack([draw.uniform(f"{stream}_frame_{part}") for part in range(count)])
+    return Judged(pick_frames(video, frame_places(uniform, video.shape[2])), condition.repeat(count))
 
 
-def teacher_features(judged: Judged, teacher: Teacher, *, draw: Draw, mcm: McmConfig, stream: str) -> list[Tensor]:
+def teacher_features(
+    judged: Judged, teacher: Teacher, *, draw: Draw, settings: McmDiscriminatorConfig, stream: str
+) -> list[Tensor]:
     """Features [M, D, N] of the teacher's conditional call on noised single frames, with the graph to the frames."""
     groups = range(len(judged.frames) // len(draw.indices))
-    shape, (smallest, largest) = tuple(judged.frames.shape[1:]), mcm.judged_times
+    shape, (smallest, largest) = tuple(judged.frames.shape[1:]), settings.judged_times
     eps = torch.cat([draw.noise(shape, f"{stream}_noise_{group}") for group in groups])
     uniform = torch.cat([draw.uniform(f"{stream}_time_{group}") for group in groups])
     t = smallest + (largest - smallest) * uniform
     x_t = add_noise(judged.frames, eps, t)
-    return teacher.denoiser.velocity_and_features(x_t, t, judged.condition, mcm.blocks)[1]
+    return teacher.denoiser.velocity_and_features(x_t, t, judged.condition, settings.blocks)[1]

@@ -5,7 +5,7 @@
 
 At alpha = 1/2 with model velocities these are shortcut models. Only in the limit alpha -> 0 is u* the fixed point; else
 it is off by the order of alpha. The schedule starts at 1, where training is easy, and ends in the derivative form of
-`meanflow_loss.py`. Notation as there.
+`meanflow.py`. Notation as there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks
-from fewstep.consistency.config import ConsistencyLossConfig
-from fewstep.consistency.methods.flow_map import FlowBatch, flow_record
-from fewstep.consistency.sample_loss import ConsistencyLoss, finite_samples, keep_samples, reduce_sample
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
+from fewstep.consistency.methods.flow_map import flow_batch, flow_record, folded_guide
+from fewstep.consistency.methods.meanflow import derivative_form
+from fewstep.consistency.sample_loss import ConsistencyLoss, consistency_difference, reduce_sample
+from fewstep.consistency.sections import AlphaflowConfig
+from fewstep.consistency.times import TimePair
 from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.shapes import require_same_shape
 
@@ -61,13 +63,11 @@ def alphaflow_loss(
     Raises:
         ValueError: shapes differ, alpha is not in (0, 1], or c is not positive.
     """
-    require_same_shape(prediction=prediction, target=target)
     _require_alpha(alpha)
     if constant is not None and not constant > 0:
         raise ValueError(f"the constant must be positive, or None for the plain loss, got {constant}")
-    prediction, target = at_least_fp32(prediction), at_least_fp32(target.detach())
-    usable = finite_samples(prediction, target)
-    error = reduce_sample(keep_samples(prediction - target, usable).square(), "sum")
+    difference, usable = consistency_difference(prediction, target)
+    error = reduce_sample(difference.square(), "sum")
     weighted = error / alpha if constant is None else alpha / (error.detach() + constant) * error
     return ConsistencyLoss(weighted.mean(), error.detach(), ~usable)
 
@@ -110,11 +110,17 @@ def _require_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in (0, 1], got {alpha}; at 0 take meanflow_loss")
 
 
-def alphaflow_turn(
-    batch: FlowBatch, networks: Networks, loss: ConsistencyLossConfig, *, alpha: float
-) -> ConsistencyTurn:
-    """AlphaFlow before its end, where it becomes `meanflow_turn`: no derivative, one more call of the student."""
-    t, r = batch.pair.t, batch.pair.r
+def alphaflow_step(data: DataBatch, pair: TimePair, networks: Networks, settings: AlphaflowConfig) -> ConsistencyStep:
+    """AlphaFlow on one batch: no derivative and one more call of the student, until alpha is 0 and it is MeanFlow.
+
+    Raises:
+        ValueError: some r exceeds its t.
+    """
+    batch = flow_batch(data, pair, networks, settings, guide=folded_guide(networks.guidance, settings))
+    alpha = alpha_schedule(data.progress, start=settings.alpha_start, end=settings.alpha_end)
+    if alpha == 0:
+        return derivative_form(batch, networks, settings)
+    t, r = pair.t, pair.r
     x_s, s = alphaflow_state(batch.x_t, batch.velocity, t, r, alpha=alpha)
     ahead = batch.velocity
     if alpha < 1:
@@ -122,6 +128,6 @@ def alphaflow_turn(
             ahead = networks.student(x_s, s, batch.condition, r)
     target = alphaflow_target(batch.velocity, ahead, alpha=alpha)
     prediction = networks.wrapped(batch.x_t, t, batch.condition, r)
-    found = alphaflow_loss(prediction, target, alpha=alpha, constant=loss.constant)
-    record = flow_record(found, batch.pair, None)
-    return ConsistencyTurn(found.loss, {**record, "alpha": found.loss.new_tensor(alpha)})
+    found = alphaflow_loss(prediction, target, alpha=alpha, constant=settings.constant)
+    record = flow_record(found, pair, None)
+    return ConsistencyStep(found.loss, {**record, "alpha": found.loss.new_tensor(alpha)})

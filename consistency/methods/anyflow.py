@@ -18,17 +18,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks
-from fewstep.consistency.config import ConsistencyLossConfig
-from fewstep.consistency.methods.flow_map import FlowBatch, derivative_along, flow_record
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
+from fewstep.consistency.methods.flow_map import derivative_along, flow_batch, flow_record
 from fewstep.consistency.sample_loss import ConsistencyLoss, finite_samples, keep_samples, reduce_sample
+from fewstep.consistency.sections import AnyflowConfig
+from fewstep.consistency.times import TimePair
+from fewstep.core.condition import Condition
 from fewstep.core.grids import step_grid, validate_grid
 from fewstep.core.paths import at_least_fp32, expand_time
+from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.shapes import require_same_shape
+from fewstep.core.training.roles import Role, frozen
 
 FlowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 # Integral of t sqrt(1 - t) over [0, 1].
 TIME_WEIGHT_MEAN = 4 / 15
 
@@ -139,7 +141,9 @@ def backward_simulation(steps: int, segment: int, *, shift: float = 1.0) -> tupl
     return tuple(jump for jump in jumps if jump.t > jump.r)
 
 
-def simulate(function: FlowMap, noise: Tensor, jumps: Sequence[Jump], *, frozen: FlowMap | None = None) -> Tensor:
+def simulate(
+    function: FlowMap, noise: Tensor, jumps: Sequence[Jump], *, frozen_function: FlowMap | None = None
+) -> Tensor:
     """The state at the end of the jumps, [B, ...]; `noise` is the state at the t of the first.
 
     Jumps before the trained one have no graph. Those after it carry the gradient of their end through their state.
@@ -148,8 +152,8 @@ def simulate(function: FlowMap, noise: Tensor, jumps: Sequence[Jump], *, frozen:
         function: the student.
         noise: [B, ...].
         jumps: of `backward_simulation`.
-        frozen: the student with weights that take no gradient, for every jump but the trained one; None is `function`,
-            whose weights then also learn from the jumps after the trained one, as in the public code.
+        frozen_function: the student with weights that take no gradient, for every jump but the trained one; None is
+            `function`, whose weights then also learn from the jumps after the trained one, as in the public code.
 
     Raises:
         ValueError: there are no jumps, or they do not join.
@@ -162,7 +166,7 @@ def simulate(function: FlowMap, noise: Tensor, jumps: Sequence[Jump], *, frozen:
     x, reached = at_least_fp32(noise), False
     for jump in jumps:
         reached = reached or jump.trained
-        called = function if jump.trained or frozen is None else frozen
+        called = function if jump.trained or frozen_function is None else frozen_function
         with torch.set_grad_enabled(torch.is_grad_enabled() and reached):
             x = _jump(called, x, jump.t, jump.r)
     return x
@@ -192,23 +196,27 @@ def _require_guidance(guidance: float) -> None:
         raise ValueError(f"guidance must be positive, got {guidance}; 1 is no guidance")
 
 
-def anyflow_turn(
-    batch: FlowBatch,
+def anyflow_step(
+    data: DataBatch,
+    pair: TimePair,
     networks: Networks,
-    loss: ConsistencyLossConfig,
+    settings: AnyflowConfig,
     *,
-    data: Tensor,
-    mean: Callable[[Tensor], Tensor],
-) -> ConsistencyTurn:
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> ConsistencyStep:
     """AnyFlow's first stage (arXiv:2605.13724): samples with r < t are brought to the size of those with r = t.
 
     That size is the flow-matching error against the data, also where the target is the teacher's velocity (which the
     student begins at, so that its own error there says nothing). The time weight is applied before, so samples with
-    r < t lose it again: our reading of the public code. `data` is eps - x0; `mean` averages over processes.
+    r < t lose it again: our reading of the public code.
+
+    Raises:
+        ValueError: some r exceeds its t, or no sample of the run's batch has r = t.
     """
-    t, r = batch.pair.t, batch.pair.r
-    guidance = 1.0 if loss.velocity == "teacher" else networks.guidance
-    derivative = derivative_along(batch, networks, batch.velocity, loss)
+    batch = flow_batch(data, pair, networks, settings, guide=None)
+    t, r = pair.t, pair.r
+    guidance = 1.0 if settings.velocity == "teacher" else networks.guidance
+    derivative = derivative_along(batch, networks, batch.velocity, settings)
     target = anyflow_target(batch.velocity, derivative, t, r, guidance=guidance)
     prediction = networks.wrapped(batch.x_t, t, batch.condition, r)
     if guidance != 1:
@@ -218,15 +226,50 @@ def anyflow_turn(
         prediction = fuse_guidance(prediction, unconditional, guidance=guidance)
     usable = finite_samples(prediction, target)
     error = reduce_sample(keep_samples(prediction - target, usable).square(), "mean")
-    weight, equal = time_weight(t), batch.pair.equal
+    weight, equal = time_weight(t), pair.equal
     with torch.no_grad():
-        distance = weight * reduce_sample(keep_samples(prediction - data, usable).square(), "mean")
-        total, count = mean(torch.stack([(distance * equal).sum(), (equal & usable).to(distance).sum()])).unbind()
+        to_data = keep_samples(prediction - (data.eps - data.x0), usable)
+        distance = weight * reduce_sample(to_data.square(), "mean")
+        sums = torch.stack([(distance * equal).sum(), (equal & usable).to(distance).sum()])
+        total, count = mean_over_processes(sums).unbind()
     if not count > 0:
         raise ValueError(
-            "no sample of this batch has r = t, whose error sets the scale of the others: use loss.pairs 'partition' "
-            "with slices (run.batch_size / gradient_accumulation) of at least 4, or a larger loss.equal_share"
+            "no sample of this batch has r = t, whose error sets the scale of the others: use pairs 'partition' "
+            "with slices (run.batch_size / gradient_accumulation) of at least 4, or a larger equal_share"
         )
     matched = match_scale(weight * error, equal, reference=total / count)
     found = ConsistencyLoss(matched.mean(), error.detach(), ~usable)
-    return ConsistencyTurn(found.loss, {**flow_record(found, batch.pair, derivative), "flow_scale": total / count})
+    return ConsistencyStep(found.loss, {**flow_record(found, pair, derivative), "flow_scale": total / count})
+
+
+def rollout_samples(
+    student: Role,
+    condition: Condition,
+    settings: AnyflowConfig,
+    *,
+    draw: Draw,
+    shape: tuple[int, ...],
+    shift: float,
+    step: int,
+) -> Tensor:
+    """x0 [B, C, h, w] at the end of a rollout of a random number of steps, in three jumps at most: the second stage.
+
+    A random segment of the rollout is trained; the jumps after it carry the gradient and do not learn from it, which is
+    one forward with a graph for the weights whatever the length (the public code trains all three). Number of steps and
+    segment are drawn from (seed, step) alone, so all processes build the same graph.
+    """
+    choices, seed = settings.rollout_steps, draw.seed
+    steps = choices[shared_integer(seed, step, "rollout_steps", len(choices))]
+    segment = shared_integer(seed, step, "rollout_segment", steps)
+    # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
+    trained = student.wrapped if torch.is_grad_enabled() else student.module
+
+    def jump(x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return trained(x_t, t, condition, r)
+
+    def frozen_jump(x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        with frozen(student.module):
+            return student.module(x_t, t, condition, r)
+
+    jumps = backward_simulation(steps, segment, shift=shift)
+    return simulate(jump, draw.noise(shape, "noise"), jumps, frozen_function=frozen_jump)

@@ -14,10 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
-from fewstep.consistency.sample_loss import ConsistencyLoss, Reduction, _difference, _weighted, reduce_sample
-from fewstep.consistency.times import TimePair
-from fewstep.core.paths import add_noise, at_least_fp32, expand_time, x0_from_velocity
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks, Noised
+from fewstep.consistency.sample_loss import (
+    ConsistencyLoss,
+    Reduction,
+    consistency_difference,
+    reduce_sample,
+    weighted_loss,
+)
+from fewstep.consistency.sections import GridConfig
+from fewstep.consistency.times import TimePair, grid_times
+from fewstep.core.paths import at_least_fp32, expand_time, x0_from_velocity
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
 
 
@@ -42,8 +50,8 @@ def trig_teacher_step(x_tau: Tensor, trig: Tensor, tau: Tensor, end: Tensor, *, 
         ValueError: the shapes differ.
     """
     require_same_shape(x_tau=x_tau, trig=trig)
-    turn = expand_time(tau, x_tau) - expand_time(end, x_tau)
-    return torch.cos(turn) * at_least_fp32(x_tau) - torch.sin(turn) * sigma_data * at_least_fp32(trig)
+    rotation = expand_time(tau, x_tau) - expand_time(end, x_tau)
+    return torch.cos(rotation) * at_least_fp32(x_tau) - torch.sin(rotation) * sigma_data * at_least_fp32(trig)
 
 
 def consistency_distillation_loss(
@@ -60,8 +68,8 @@ def consistency_distillation_loss(
     Raises:
         ValueError: shapes differ, weight is not [B], or the reduction is unknown.
     """
-    difference, usable = _difference(prediction, target)
-    return _weighted(reduce_sample(difference.square(), reduction), usable, weight)
+    difference, usable = consistency_difference(prediction, target)
+    return weighted_loss(reduce_sample(difference.square(), reduction), usable, weight)
 
 
 @torch.no_grad()
@@ -97,9 +105,9 @@ def discrete_trig_tangent(
     if not 0 <= warmup <= 1:
         raise ValueError(f"the warm-up factor must lie in [0, 1], got {warmup}")
     tau, end = (expand_time(angle, x_tau) for angle in angles)
-    turn = tau - end
+    rotation = tau - end
     network = at_least_fp32(network)
-    slope = (torch.cos(turn) * network - at_least_fp32(network_end)) / torch.sin(turn)
+    slope = (torch.cos(rotation) * network - at_least_fp32(network_end)) / torch.sin(rotation)
     gap = -torch.cos(end) * sigma_data * (network - at_least_fp32(teacher))
     return gap - warmup * torch.sin(end) * (at_least_fp32(x_tau) + sigma_data * slope)
 
@@ -119,16 +127,24 @@ def boundary_scale(x: Tensor, x0: Tensor, timestep: Tensor, *, sigma_data: float
     return sigma_data**2 / squares * x + k / squares.sqrt() * x0
 
 
-def dcm_turn(noised: Noised, networks: Networks, times: TimePair) -> ConsistencyTurn:
+def grid_pair(draw: Draw, settings: GridConfig) -> TimePair:
+    """A random time of the teacher's grid for each sample, and the one after it."""
+    return grid_times(draw.uniform("consistency_grid"), steps=settings.grid_steps, shift=settings.grid_shift)
+
+
+def dcm_step(data: DataBatch, times: TimePair, networks: Networks) -> ConsistencyStep:
     """Discrete consistency distillation: the student's x0 before and after one Euler step of the teacher's grid."""
-    prediction, target = distilled_pair(noised, networks, times)
+    prediction, target = distilled_pair(data.at(times.t), times, networks)
     found = consistency_distillation_loss(prediction, target)
-    return ConsistencyTurn(found.loss, {"isolated_samples": found.isolated_count.float()})
+    return ConsistencyStep(found.loss, {"isolated_samples": found.isolated_count.float()})
 
 
-def distilled_pair(noised: Noised, networks: Networks, times: TimePair) -> tuple[Tensor, Tensor]:
-    """The student's x0 at the t of `times`, with graph, and at their r after one Euler step of the teacher, without."""
-    x_t, condition = add_noise(noised.x0, noised.eps, times.t), noised.condition
+def distilled_pair(noised: Noised, times: TimePair, networks: Networks) -> tuple[Tensor, Tensor]:
+    """The student's x0 at the t of `times`, with graph, and at their r after one Euler step of the teacher, without.
+
+    `noised` is at the t of `times`.
+    """
+    x_t, condition = noised.x_t, noised.condition
     velocity = networks.teacher_velocity(x_t, times.t, condition)
     x_r = teacher_step(x_t, velocity, times.t, times.r)
     with torch.no_grad():

@@ -1,3 +1,9 @@
+"""Consistency training without a teacher (ECT, arXiv:2406.14548): two states of the same data and noise.
+
+Legend: B batch; states and predictions x0 = f(x_t, t) are [B, ...]; t, r [B], r < t. fp32 at least, fp64 where an input
+is fp64.
+"""
+
 from __future__ import annotations
 
 from typing import Literal
@@ -5,9 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
-from fewstep.consistency.config import ConsistencyLossConfig
-from fewstep.consistency.sample_loss import ConsistencyLoss, _difference, _weighted, pseudo_huber, reduce_sample
+from fewstep.consistency.batch import ConsistencyStep, Networks, Noised
+from fewstep.consistency.sample_loss import (
+    ConsistencyLoss,
+    consistency_difference,
+    pseudo_huber,
+    reduce_sample,
+    weighted_loss,
+)
+from fewstep.consistency.sections import EctConfig
 from fewstep.consistency.times import ect_times
 from fewstep.core.paths import add_noise, at_least_fp32, x0_from_velocity
 from fewstep.core.shapes import require_same_shape
@@ -34,8 +46,8 @@ def pseudo_huber_loss(
     Raises:
         ValueError: shapes differ, weight is not [B], or c is negative.
     """
-    difference, usable = _difference(prediction, target)
-    return _weighted(pseudo_huber(reduce_sample(difference.square(), "sum"), constant), usable, weight)
+    difference, usable = consistency_difference(prediction, target)
+    return weighted_loss(pseudo_huber(reduce_sample(difference.square(), "sum"), constant), usable, weight)
 
 
 def ect_weight(t: Tensor, r: Tensor, *, kind: Literal["snr", "gap"] = "snr", sigma_data: float = 0.5) -> Tensor:
@@ -59,15 +71,15 @@ def ect_weight(t: Tensor, r: Tensor, *, kind: Literal["snr", "gap"] = "snr", sig
     return (1 - t) * (1 - r) / (t - r)
 
 
-def ect_turn(noised: Noised, networks: Networks, loss: ConsistencyLossConfig) -> ConsistencyTurn:
-    """Consistency training without a teacher (ECT, arXiv:2406.14548): both states from the same data and noise."""
-    stage = noised.step // loss.ect_stage_steps
+def ect_step(noised: Noised, networks: Networks, settings: EctConfig) -> ConsistencyStep:
+    """Consistency training without a teacher: the student's x0 at t, and at the r that this stage of the run has."""
+    stage = noised.step // settings.stage_steps
     # At t = 1 the noise-to-signal ratio is infinite, and so are the method's weights.
-    times = ect_times(noised.t.clamp(max=loss.ect_largest_time), stage=stage, q=loss.ect_q)
+    times = ect_times(noised.t.clamp(max=settings.largest_time), stage=stage, q=settings.q)
     x_t, x_r = shared_noise_states(noised.x0, noised.eps, times.t, times.r)
     with torch.no_grad():
         target = x0_from_velocity(x_r, networks.student(x_r, times.r, noised.condition), times.r)
     prediction = x0_from_velocity(x_t, networks.wrapped(x_t, times.t, noised.condition), times.t)
     weight = ect_weight(times.t, times.r, sigma_data=1.0)
-    found = pseudo_huber_loss(prediction, target, constant=loss.huber, weight=weight)
-    return ConsistencyTurn(found.loss, {"isolated_samples": found.isolated_count.float()})
+    found = pseudo_huber_loss(prediction, target, constant=settings.huber, weight=weight)
+    return ConsistencyStep(found.loss, {"isolated_samples": found.isolated_count.float()})

@@ -1,28 +1,32 @@
-"""Turns of networks with two times, u(x_t, t, r): MeanFlow and its relatives, and AnyFlow.
+"""What all networks of two times, u(x_t, t, r), are trained on: pairs of times, states, and the velocity v~.
 
-The velocity v~ that u averages is the guided teacher's (distillation), or that of the data, eps - x0, as the papers
-have it; then guidance comes in through the student's own outputs. Networks are called here, arithmetic is in
-`meanflow_loss.py`, `alphaflow_loss.py` and `flow_map_loss.py`.
+u averages v~ from t down to r. v~ is the guided teacher's (distillation), or that of the data, eps - x0, as the papers
+have it; then guidance comes in through the student's own outputs.
 
-Legend: B batch; x_t, v~ [B, C, h, w]; t, r [B], 0 <= r <= t <= 1.
+Legend: B batch; x_t, v~, u [B, C, h, w]; t, r [B], 0 <= r <= t <= 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import Networks, Noised
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.batch import DataBatch, Networks, random_times
 from fewstep.consistency.sample_loss import ConsistencyLoss
-from fewstep.consistency.tangents import central_derivative, total_derivative
+from fewstep.consistency.sections import FlowMapConfig, FoldedGuidanceConfig, TangentConfig
+from fewstep.consistency.tangents import along
 from fewstep.consistency.times import TimePair, anyflow_times, logit_normal, ordered_times
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, at_least_fp32, expand_time
-from fewstep.core.randomness import Draw
-from fewstep.core.shapes import expand_weight, require_same_shape
+from fewstep.core.shapes import require_same_shape
+
+# (velocity of the data, u_c, u_0, t) -> v~, with u_c and u_0 the student's u(x, t, t) with and without condition.
+Guide: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,57 +39,61 @@ class FlowBatch:
     condition: Condition
 
 
-def draw_pair(noised: Noised, draw: Draw, loss: ConsistencyLossConfig) -> TimePair:
-    """Random (t, r) of a batch; 'ordered' takes the time that the data were given as one of its two."""
-    if loss.pairs == "partition":
+def draw_pair(data: DataBatch, settings: FlowMapConfig) -> TimePair:
+    """Random (t, r) for each sample."""
+    draw = data.draw
+    if settings.pairs == "partition":
         first, second = draw.uniform("flow_first_time"), draw.uniform("flow_second_time")
-        return anyflow_times(first, second, torch.tensor(draw.indices, device=draw.device), shift=loss.pair_shift)
-    second = logit_normal(draw.noise((), "flow_second_time"), mean=loss.time_mean, std=loss.time_std)
-    return ordered_times(noised.t, second, draw.uniform("flow_equal_times"), equal_share=loss.equal_share)
+        return anyflow_times(first, second, torch.tensor(draw.indices, device=draw.device), shift=settings.pair_shift)
+    second = logit_normal(draw.noise((), "flow_second_time"), mean=settings.time_mean, std=settings.time_std)
+    return ordered_times(
+        random_times(data, settings), second, draw.uniform("flow_equal_times"), equal_share=settings.equal_share
+    )
 
 
 def flow_batch(
-    noised: Noised, pair: TimePair, networks: Networks, *, draw: Draw, loss: ConsistencyLossConfig
+    data: DataBatch, pair: TimePair, networks: Networks, settings: FlowMapConfig, *, guide: Guide | None
 ) -> FlowBatch:
-    """States, v~ and conditions of one batch; where guidance comes from the student, some conditions are dropped."""
-    x_t, condition = add_noise(noised.x0, noised.eps, pair.t), noised.condition
-    if loss.velocity == "teacher":
+    """States, v~ and conditions of one batch; where guidance comes from the student, some conditions are dropped.
+
+    `guide` brings the guidance into the velocity of the data; with None that is left to the method's loss.
+
+    Raises:
+        ValueError: some r exceeds its t.
+    """
+    if bool((pair.r > pair.t).any()):
+        raise ValueError("a flow map goes from t down to r: give pairs with r <= t (0 is data, 1 is noise)")
+    x_t, condition = add_noise(data.x0, data.eps, pair.t), data.condition
+    if settings.velocity == "teacher":
         return FlowBatch(x_t, pair, networks.teacher_velocity(x_t, pair.t, condition), condition)
-    velocity = noised.eps - noised.x0
+    velocity = data.eps - data.x0
     if networks.guidance == 1:
         return FlowBatch(x_t, pair, velocity, condition)
-    kept = draw.uniform("flow_condition_drop") >= loss.condition_drop
+    kept = data.draw.uniform("flow_condition_drop") >= settings.condition_drop
     null = networks.teacher.null_condition
-    if loss.objective != "anyflow":
-        guided = own_guided_velocity(x_t, pair.t, velocity, condition, networks, loss)
+    if guide is not None:
+        guided = own_guided_velocity(x_t, pair.t, velocity, condition, networks, guide)
         velocity = torch.where(kept.view(-1, *([1] * (velocity.ndim - 1))), guided, velocity)
     return FlowBatch(x_t, pair, velocity, condition.where(kept, null))
 
 
 @torch.no_grad()
 def own_guided_velocity(
-    x_t: Tensor,
-    t: Tensor,
-    velocity: Tensor,
-    condition: Condition,
-    networks: Networks,
-    loss: ConsistencyLossConfig,
+    x_t: Tensor, t: Tensor, velocity: Tensor, condition: Condition, networks: Networks, guide: Guide
 ) -> Tensor:
-    """The velocity of the data guided by the student's current u(x, t, t) with and without condition.
-
-    The scale that is learnt is teacher.guidance. Improved MeanFlow's random scale, told to its network, is one fixed
-    scale here.
-    """
+    """The velocity of the data guided by the student's current u(x, t, t) with and without condition."""
     conditional = networks.student(x_t, t, condition)
     unconditional = networks.student(x_t, t, networks.teacher.null_condition.expand(len(t)))
-    if loss.objective == "imf":
-        scale = torch.full_like(t, networks.guidance)
-        return improved_guided_velocity(velocity, conditional, unconditional, scale)
-    scales = (networks.guidance * (1 - loss.kappa), loss.kappa)
-    return folded_velocity(velocity, conditional, unconditional, t, scales=scales, interval=loss.guidance_interval)
+    return guide(velocity, conditional, unconditional, t)
 
 
-def derivative_along(batch: FlowBatch, networks: Networks, direction: Tensor, loss: ConsistencyLossConfig) -> Tensor:
+def folded_guide(guidance: float, settings: FoldedGuidanceConfig) -> Guide:
+    """MeanFlow's way to guide the velocity of the data by `guidance`, whatever kappa is."""
+    scales = (guidance * (1 - settings.kappa), settings.kappa)
+    return partial(folded_velocity, scales=scales, interval=settings.guidance_interval)
+
+
+def derivative_along(batch: FlowBatch, networks: Networks, direction: Tensor, settings: TangentConfig) -> Tensor:
     """du/dt along (direction, 1, 0) [B, ...], without graph; where r = t it has no weight and is 0, not computed."""
     t, r = batch.pair.t, batch.pair.r
     rows = (r < t).nonzero().flatten()
@@ -97,12 +105,9 @@ def derivative_along(batch: FlowBatch, networks: Networks, direction: Tensor, lo
     def function(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
         return networks.student(x, start, condition, end)
 
-    x, times, moved = batch.x_t[rows], (t[rows], r[rows]), direction[rows]
+    times = (t[rows], r[rows])
     pace = (torch.ones_like(times[0]), torch.zeros_like(times[1]))
-    if loss.tangent == "jvp":
-        found = total_derivative(function, x, times, moved, pace).derivative
-    else:
-        found = central_derivative(function, x, times, moved, pace, step=loss.central_step, interval=(0.0, 1.0))
+    found = along(function, batch.x_t[rows], times, direction[rows], pace, settings)
     return derivative.index_copy(0, rows, found.to(derivative))
 
 
@@ -165,17 +170,3 @@ def folded_velocity(
     folded = omega * velocity + kappa * at_least_fp32(conditional) + rest * at_least_fp32(unconditional)
     time = expand_time(t, velocity)
     return torch.where((time >= interval[0]) & (time <= interval[1]), folded, velocity)
-
-
-@torch.no_grad()
-def improved_guided_velocity(velocity: Tensor, conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """v + (1 - 1/w) (v_c - v_0): the target of improved MeanFlow at guidance w [B], which its network is told.
-
-    Its fixed point is v_c = v_0 + w (v - v_0). v_c and v_0 are the model's own, with and without condition.
-
-    Raises:
-        ValueError: shapes differ, or scale is not [B].
-    """
-    require_same_shape(velocity=velocity, conditional=conditional, unconditional=unconditional)
-    share = 1 - 1 / expand_weight(scale, velocity)
-    return at_least_fp32(velocity) + share * (at_least_fp32(conditional) - at_least_fp32(unconditional))

@@ -1,4 +1,4 @@
-"""MeanFlow and its relatives: networks u(x, t, r) of the average velocity from t down to r.
+"""MeanFlow: networks u(x, t, r) of the average velocity from t down to r.
 
     u = (x_t - x_r) / (t - r),   x_r = x_t - (t - r) u,   u(x, t, t) = v(x, t)
     u = v - (t - r) du/dt        along dx/dt = v, r fixed: the identity that is regressed
@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks
-from fewstep.consistency.config import ConsistencyLossConfig
-from fewstep.consistency.methods.flow_map import FlowBatch, derivative_along, flow_record
-from fewstep.consistency.sample_loss import ConsistencyLoss, Reduction, finite_samples, keep_samples, reduce_sample
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
+from fewstep.consistency.methods.flow_map import FlowBatch, derivative_along, flow_batch, flow_record, folded_guide
+from fewstep.consistency.sample_loss import ConsistencyLoss, consistency_difference, reduce_sample
+from fewstep.consistency.sections import AlphaflowConfig, MeanflowConfig
+from fewstep.consistency.times import TimePair
 from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.shapes import require_same_shape
 
@@ -33,7 +34,7 @@ def meanflow_target(velocity: Tensor, derivative: Tensor, t: Tensor, r: Tensor) 
         ValueError: the shapes differ.
     """
     require_same_shape(velocity=velocity, derivative=derivative)
-    return at_least_fp32(velocity) - _gap(t, r, velocity) * at_least_fp32(derivative)
+    return at_least_fp32(velocity) - (expand_time(t, velocity) - expand_time(r, velocity)) * at_least_fp32(derivative)
 
 
 def meanflow_loss(prediction: Tensor, target: Tensor, *, power: float = 1.0, constant: float = 1e-2) -> ConsistencyLoss:
@@ -47,7 +48,8 @@ def meanflow_loss(prediction: Tensor, target: Tensor, *, power: float = 1.0, con
     Raises:
         ValueError: the shapes differ, or power or constant is negative.
     """
-    error, usable = _squared_error(prediction, target)
+    difference, usable = consistency_difference(prediction, target)
+    error = reduce_sample(difference.square(), "sum")
     weighted = adaptive_weight(error, power=power, constant=constant) * error
     return ConsistencyLoss(weighted.mean(), error.detach(), ~usable)
 
@@ -64,82 +66,23 @@ def adaptive_weight(error: Tensor, *, power: float = 1.0, constant: float = 1e-2
     return (at_least_fp32(error) + constant).pow(-power)
 
 
-def improved_prediction(prediction: Tensor, derivative: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """V = u + (t - r) stop(du/dt), which is regressed to a velocity: improved MeanFlow, as in its public code.
-
-    The derivative runs along the model's own velocity u(x, t, t) (or that of an extra head) in place of eps - x0, so
-    the target no longer depends on the network. Only `prediction` receives a gradient. Give V and the velocity to
-    `meanflow_loss`.
+def meanflow_step(data: DataBatch, pair: TimePair, networks: Networks, settings: MeanflowConfig) -> ConsistencyStep:
+    """MeanFlow on one batch: the derivative along v~ without graph, then one call of the student with it.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: some r exceeds its t.
     """
-    require_same_shape(prediction=prediction, derivative=derivative)
-    return at_least_fp32(prediction) + _gap(t, r, prediction) * at_least_fp32(derivative.detach())
+    guide = folded_guide(networks.guidance, settings)
+    return derivative_form(flow_batch(data, pair, networks, settings, guide=guide), networks, settings)
 
 
-def random_guidance(uniform: Tensor, *, exponent: float = 1.0, low: float = 1.0, high: float = 8.0) -> Tensor:
-    """Guidance scales with density proportional to w^-exponent on [low, high], from uniform numbers in [0, 1).
-
-    Raises:
-        ValueError: not 0 < low < high.
-    """
-    if not 0 < low < high:
-        raise ValueError(f"need 0 < low < high, got {low} and {high}")
-    uniform = at_least_fp32(uniform)
-    if abs(exponent - 1) < 1e-6:
-        return low * (high / low) ** uniform
-    power = 1 - exponent
-    return (low**power + uniform * (high**power - low**power)) ** (1 / power)
-
-
-def cauchy_loss(
-    prediction: Tensor, target: Tensor, *, constant: float = 1.0, reduction: Reduction = "mean"
-) -> ConsistencyLoss:
-    """mean over the batch of log(error + c): decoupled MeanFlow's loss, which limits what an outlier can pull.
-
-    That the logarithm is taken per sample, of a mean over its elements, and the value of c are our reading.
-
-    Raises:
-        ValueError: shapes differ, the reduction is unknown, or c is not positive.
-    """
-    if not constant > 0:
-        raise ValueError(f"the constant must be positive, got {constant}")
-    error, usable = _squared_error(prediction, target, reduction)
-    return ConsistencyLoss(keep_samples((error + constant).log(), usable).mean(), error.detach(), ~usable)
-
-
-def _squared_error(prediction: Tensor, target: Tensor, reduction: Reduction = "sum") -> tuple[Tensor, Tensor]:
-    """(error [B] with graph, usable [B]); samples that are not finite have error 0."""
-    require_same_shape(prediction=prediction, target=target)
-    prediction, target = at_least_fp32(prediction), at_least_fp32(target.detach())
-    usable = finite_samples(prediction, target)
-    return reduce_sample(keep_samples(prediction - target, usable).square(), reduction), usable
-
-
-def _gap(t: Tensor, r: Tensor, x: Tensor) -> Tensor:
-    return expand_time(t, x) - expand_time(r, x)
-
-
-def meanflow_turn(batch: FlowBatch, networks: Networks, loss: ConsistencyLossConfig) -> ConsistencyTurn:
-    """MeanFlow (arXiv:2505.13447); for 'imf' improved, for 'dmf' with the loss of decoupled MeanFlow.
-
-    Improved MeanFlow's direction is the model's own velocity, and its V is regressed to v~.
-    """
+def derivative_form(
+    batch: FlowBatch, networks: Networks, settings: MeanflowConfig | AlphaflowConfig
+) -> ConsistencyStep:
+    """The loss of MeanFlow, which is also that of AlphaFlow at the end of its schedule."""
     t, r = batch.pair.t, batch.pair.r
-    direction = batch.velocity
-    if loss.objective == "imf":
-        with torch.no_grad():
-            direction = networks.student(batch.x_t, t, batch.condition)
-    derivative = derivative_along(batch, networks, direction, loss)
+    derivative = derivative_along(batch, networks, batch.velocity, settings)
     prediction = networks.wrapped(batch.x_t, t, batch.condition, r)
-    if loss.objective == "imf":
-        improved = improved_prediction(prediction, derivative, t, r)
-        found = meanflow_loss(improved, batch.velocity, power=loss.power, constant=loss.constant)
-    else:
-        target = meanflow_target(batch.velocity, derivative, t, r)
-        if loss.objective == "dmf":
-            found = cauchy_loss(prediction, target, constant=loss.constant)
-        else:
-            found = meanflow_loss(prediction, target, power=loss.power, constant=loss.constant)
-    return ConsistencyTurn(found.loss, flow_record(found, batch.pair, derivative))
+    target = meanflow_target(batch.velocity, derivative, t, r)
+    found = meanflow_loss(prediction, target, power=settings.power, constant=settings.constant)
+    return ConsistencyStep(found.loss, flow_record(found, batch.pair, derivative))

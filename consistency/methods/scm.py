@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.batch import ConsistencyTurn, Networks, Noised
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.batch import ConsistencyStep, Networks, Noised
 from fewstep.consistency.sample_loss import ConsistencyLoss, Reduction, finite_samples, keep_samples, reduce_sample
+from fewstep.consistency.sections import ContinuousConfig, ScmConfig
 from fewstep.consistency.tangents import along
 from fewstep.consistency.trigflow import to_trig_state, trig_from_velocity, trig_function
 from fewstep.core.paths import at_least_fp32, expand_time
@@ -68,15 +68,15 @@ def trig_tangent(
     *,
     warmup: float = 1.0,
     sigma_data: float = 1.0,
-    placement: Literal["scm", "rcm"] = "scm",
+    placement: Literal["drift", "state"] = "drift",
 ) -> Tangent:
     """g = cos df/dtau, with the factor cos that keeps every term finite up to pi/2 (arXiv:2410.11081, Alg. 1).
 
-        scm: -cos^2 (sd F - sd F_T)                       - r (cos sin x + sd J)
-        rcm: -cos sqrt(1 - r^2 sin^2) (sd F - sd F_T)     - (r cos sin x + sd J)
+        drift: -cos^2 (sd F - sd F_T)                       - r (cos sin x + sd J)
+        state: -cos sqrt(1 - r^2 sin^2) (sd F - sd F_T)     - (r cos sin x + sd J)
 
-    "scm" is the sCM paper. "rcm" is how we read the public rCM code, whose r weighs the x term alone; the bracket in
-    the paper is not clear to us. They agree at r = 1. The prior weight 1 / (sd tan) of sCM is already inside.
+    "drift" is the sCM paper. "state" is how we read the public rCM code, whose r weighs the x term alone; the bracket
+    in the paper is not clear to us. They agree at r = 1. The prior weight 1 / (sd tan) of sCM is already inside.
 
     Args:
         x_tau: [B, ...] TrigFlow state, not divided by sigma_data.
@@ -94,13 +94,13 @@ def trig_tangent(
     """
     require_same_shape(x_tau=x_tau, network=network, teacher=teacher, derivative=derivative)
     _require_warmup(warmup)
-    if placement not in ("scm", "rcm"):
-        raise ValueError(f"placement {placement!r} is unknown; choose scm or rcm")
+    if placement not in ("drift", "state"):
+        raise ValueError(f"placement {placement!r} is unknown; choose drift or state")
     angle = expand_time(tau, x_tau)
     cos, sin = torch.cos(angle), torch.sin(angle)
     gap = sigma_data * (at_least_fp32(network) - at_least_fp32(teacher))
     state, slope = cos * sin * at_least_fp32(x_tau), sigma_data * at_least_fp32(derivative)
-    if placement == "scm":
+    if placement == "drift":
         return Tangent(-cos.square() * gap, -warmup * (state + slope))
     return Tangent(-cos * (1 - warmup**2 * sin.square()).sqrt() * gap, -(warmup * state + slope))
 
@@ -195,7 +195,7 @@ def _require_warmup(warmup: float) -> None:
         raise ValueError(f"the warm-up factor must lie in [0, 1], got {warmup}; see tangent_warmup")
 
 
-def scm_turn(noised: Noised, networks: Networks, loss: ConsistencyLossConfig) -> ConsistencyTurn:
+def scm_step(noised: Noised, networks: Networks, settings: ScmConfig) -> ConsistencyStep:
     """Continuous-time consistency (arXiv:2410.11081, Alg. 1): one tangent without graph, one forward with.
 
     What the tangent is compared with is the output of the gradient's own forward, so that a difference between the two
@@ -204,18 +204,18 @@ def scm_turn(noised: Noised, networks: Networks, loss: ConsistencyLossConfig) ->
     x_t, t = noised.x_t, noised.t
     target = networks.teacher_velocity(x_t, t, noised.condition)
     velocity = networks.wrapped(x_t, t, noised.condition)
-    direction_of = trig_direction if loss.coordinates == "trigflow" else flow_direction
-    output, tangent = direction_of(noised, networks.student, velocity, target, loss)
+    direction_of = trig_direction if settings.coordinates == "trigflow" else flow_direction
+    output, tangent = direction_of(noised, networks.student, velocity, target, settings)
     log_weight = None if networks.time_weight is None else networks.time_weight(t)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer), log_weight=log_weight)
+    found = scm_loss(output, normalise_tangent(tangent.total, constant=settings.normalizer), log_weight=log_weight)
     record = tangent_record(tangent, found)
     if log_weight is not None:
         record["log_weight"] = log_weight.detach().mean()
-    return ConsistencyTurn(found.loss, record)
+    return ConsistencyStep(found.loss, record)
 
 
 def trig_direction(
-    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, loss: ConsistencyLossConfig
+    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, settings: ContinuousConfig
 ) -> tuple[Tensor, Tangent]:
     """(F with graph, its tangent) in TrigFlow's coordinates."""
     x_tau, tau = to_trig_state(noised.x_t, noised.t)
@@ -224,22 +224,22 @@ def trig_direction(
     # cos sin inside the tangents keeps every number of the network's tangent small.
     pace = torch.cos(tau) * torch.sin(tau)
     function = trig_function(lambda x_t, t: student(x_t, t, noised.condition))
-    derivative = along(function, x_tau, tau, expand_time(pace, x_tau) * target, pace, loss, end=math.pi / 2)
+    derivative = along(function, x_tau, tau, expand_time(pace, x_tau) * target, pace, settings, end=math.pi / 2)
     return network, trig_tangent(
-        x_tau, network.detach(), target, derivative, tau, warmup=tangent_warmup(noised.step, loss.tangent_warmup)
+        x_tau, network.detach(), target, derivative, tau, warmup=tangent_warmup(noised.step, settings.tangent_warmup)
     )
 
 
 def flow_direction(
-    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, loss: ConsistencyLossConfig
+    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, settings: ContinuousConfig
 ) -> tuple[Tensor, Tangent]:
     """(velocity with graph, its tangent) in rectified flow's own coordinates."""
     x_t, t = noised.x_t, noised.t
     derivative = along(
-        lambda x, time: student(x, time, noised.condition), x_t, t, teacher_velocity, torch.ones_like(t), loss, end=1.0
+        lambda x, time: student(x, time, noised.condition), x_t, t, teacher_velocity, torch.ones_like(t), settings
     )
     return velocity, flow_tangent(
-        velocity.detach(), teacher_velocity, derivative, t, warmup=tangent_warmup(noised.step, loss.tangent_warmup)
+        velocity.detach(), teacher_velocity, derivative, t, warmup=tangent_warmup(noised.step, settings.tangent_warmup)
     )
 
 

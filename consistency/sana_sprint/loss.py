@@ -1,7 +1,7 @@
 """The arithmetic of SANA-Sprint (arXiv:2503.09641) beside sCM: drawn guidance, noise levels, and pairs to judge.
 
-Its sCM half is `scm_loss.py`, its hinge losses and misaligned pairs are `ladd_loss.py`, its change of coordinates is
-`trigflow.py`. Legend: B batch; x0 [B, ...]; uniform, normal [B].
+Its sCM half is in `methods/scm.py`, its hinge losses and misaligned pairs are in `dmd/gan_loss.py`, its change of
+coordinates is in `trigflow.py`. Legend: B batch; x0 [B, ...]; uniform, normal [B].
 """
 
 from __future__ import annotations

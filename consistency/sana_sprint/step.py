@@ -1,21 +1,24 @@
-"""The two turns of SANA-Sprint (arXiv:2503.09641): what its student and its discriminator minimise on one batch.
+"""The two kinds of steps of SANA-Sprint (arXiv:2503.09641): what student and discriminator minimise on one batch.
 
 Networks are called here, arithmetic is in the loss files. Legend: B batch; x0, x_t, eps [B, C, h, w]; t [B] in [0, 1].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.batch import ConsistencyTurn, Noised
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks, Noised
 from fewstep.consistency.methods.scm import normalise_tangent, scm_loss, tangent_record, trig_direction
-from fewstep.consistency.sana_sprint.config import SprintConfig
+from fewstep.consistency.sana_sprint.config import (
+    SprintConfig,
+    SprintConsistencyConfig,
+    SprintDiscriminatorConfig,
+)
 from fewstep.consistency.sana_sprint.loss import drawn_guidance, judged_pairs, judged_times
-from fewstep.consistency.times import mix_max_time
+from fewstep.consistency.times import logit_normal, mix_max_time
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
@@ -24,98 +27,85 @@ from fewstep.core.training.roles import frozen
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 
 
-@dataclass(frozen=True)
-class SprintNetworks:
-    """The student bare and wrapped (see `Networks`), the teacher, and the discriminator's heads if there are any.
-
-    `heads` is the bare module in the student's turn, where it collects no gradients, and the wrapped one in its own.
-    """
-
-    student: nn.Module
-    wrapped: nn.Module
-    teacher: Teacher
-    heads: nn.Module | None
-
-    def require_heads(self) -> nn.Module:
-        """The heads. Raises ValueError where the run has none."""
-        if self.heads is None:
-            raise ValueError("the adversarial loss needs a discriminator and there is none: set adversarial_weight > 0")
-        return self.heads
+def sprint_noised(data: DataBatch, settings: SprintConfig) -> Noised:
+    """The data at a random time for each sample."""
+    normal = data.draw.noise((), "consistency_time")
+    return data.at(logit_normal(normal, mean=settings.time_mean, std=settings.time_std))
 
 
-def told_guidance(noised: Noised, *, draw: Draw, sprint: SprintConfig) -> Noised:
+def with_drawn_guidance(noised: Noised, *, draw: Draw, sprint: SprintConfig) -> Noised:
     """The batch with a guidance scale in its condition, drawn for each sample."""
     scales = drawn_guidance(draw.uniform("sprint_guidance"), sprint.guidance_scales)
     return replace(noised, condition=replace(noised.condition, guidance=scales))
 
 
-def sprint_student_turn(
-    noised: Noised, networks: SprintNetworks, *, draw: Draw, loss: ConsistencyLossConfig, sprint: SprintConfig
-) -> ConsistencyTurn:
+def sprint_student_step(noised: Noised, networks: Networks, *, draw: Draw, sprint: SprintConfig) -> ConsistencyStep:
     """sCM in TrigFlow against the teacher guided by the drawn scales, plus the adversarial term.
 
-    A term of weight 0 is not computed.
+    A term whose section is not there is not computed.
 
     Raises:
-        ValueError: the loss is not sCM in TrigFlow, or the heads are missing.
+        ValueError: the heads are missing.
     """
-    noised = told_guidance(noised, draw=draw, sprint=sprint)
+    noised = with_drawn_guidance(noised, draw=draw, sprint=sprint)
     terms: list[Tensor] = []
     record: dict[str, Tensor] = {}
-    if sprint.consistency_weight > 0:
-        turn = guided_scm_turn(noised, networks, loss)
-        terms.append(sprint.consistency_weight * turn.loss)
-        record |= {"scm_loss": turn.loss.detach(), **turn.record}
-    if sprint.adversarial_weight > 0:
-        x0 = adversarial_samples(noised, networks.wrapped, draw=draw, sprint=sprint)
-        with frozen(networks.require_heads()):
-            logits = judge(x0, noised.condition, networks, draw=draw, sprint=sprint, stream="sprint_student")
+    consistency, discriminator = sprint.consistency, sprint.discriminator
+    if consistency is not None:
+        step = guided_scm_step(noised, networks, consistency)
+        terms.append(consistency.weight * step.loss)
+        record |= {"scm_loss": step.loss.detach(), **step.record}
+    if discriminator is not None:
+        x0 = adversarial_samples(noised, networks.wrapped, draw=draw, settings=discriminator)
+        with frozen(require_heads(networks)):
+            logits = judge(x0, noised.condition, networks, draw=draw, settings=discriminator, stream="sprint_student")
         adversarial = hinge_generator_loss(logits)
-        terms.append(sprint.adversarial_weight * adversarial)
+        terms.append(discriminator.weight * adversarial)
         record["adversarial_loss"] = adversarial.detach()
-    return ConsistencyTurn(torch.stack(terms).sum(), record)
+    return ConsistencyStep(torch.stack(terms).sum(), record)
 
 
-def guided_scm_turn(noised: Noised, networks: SprintNetworks, loss: ConsistencyLossConfig) -> ConsistencyTurn:
-    """sCM with the guidance that the condition tells as the teacher's.
+def guided_scm_step(noised: Noised, networks: Networks, settings: SprintConsistencyConfig) -> ConsistencyStep:
+    """sCM with the guidance of the condition as the teacher's.
 
     The paper's learned weight exp(-w) settles at one over the mean square of the tangent, which undoes the mean over
     the D elements of a sample. Here there is none and the elements are summed, which comes to the same order; with a
     mean, the adversarial loss would weigh D times as much as lambda says.
-
-    Raises:
-        ValueError: the loss is not sCM in TrigFlow.
     """
-    if loss.coordinates != "trigflow":
-        raise ValueError(f"SANA-Sprint is sCM in trigflow, loss.coordinates is {loss.coordinates!r}")
     x_t, t, condition = noised.x_t, noised.t, noised.condition
     assert condition.guidance is not None
     with torch.no_grad():
         target = networks.teacher.velocity(x_t, t, condition, condition.guidance)
     velocity = networks.wrapped(x_t, t, condition)
-    output, tangent = trig_direction(noised, networks.student, velocity, target, loss)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=loss.normalizer), reduction="sum")
-    return ConsistencyTurn(found.loss, tangent_record(tangent, found))
+    output, tangent = trig_direction(noised, networks.student, velocity, target, settings)
+    found = scm_loss(output, normalise_tangent(tangent.total, constant=settings.normalizer), reduction="sum")
+    return ConsistencyStep(found.loss, tangent_record(tangent, found))
 
 
-def sprint_discriminator_turn(
-    noised: Noised, networks: SprintNetworks, *, draw: Draw, sprint: SprintConfig
-) -> ConsistencyTurn:
+def sprint_discriminator_step(
+    noised: Noised, networks: Networks, *, draw: Draw, sprint: SprintConfig
+) -> ConsistencyStep:
     """Hinge loss of the heads alone, on noised samples of the student, misaligned pairs, and data.
 
     Wrong prompts come from the same slice of the batch, so the loss depends on how a batch is cut into slices.
+
+    Raises:
+        ValueError: there is no discriminator.
     """
-    noised = told_guidance(noised, draw=draw, sprint=sprint)
+    heads, settings = require_heads(networks), sprint.discriminator
+    if settings is None:
+        raise ValueError("the section sana_sprint.discriminator is not there: give it, or make no step of the heads")
+    noised = with_drawn_guidance(noised, draw=draw, sprint=sprint)
     with torch.no_grad():
-        fake = adversarial_samples(noised, networks.student, draw=draw, sprint=sprint)
-        pairs = judged_pairs(fake, noised.x0, noised.condition, misaligned=sprint.misaligned)
+        fake = adversarial_samples(noised, networks.student, draw=draw, settings=settings)
+        pairs = judged_pairs(fake, noised.x0, noised.condition, misaligned=settings.misaligned)
         # Each of up to three groups has noise and times of its own.
         names = ("sprint_fake", "sprint_misaligned", "sprint_real")
         kept = names if pairs.fakes > len(fake) else (names[0], names[2])
         eps = torch.cat([draw.noise(tuple(fake.shape[1:]), f"{name}_noise") for name in kept])
         normal = torch.cat([draw.noise((), f"{name}_time") for name in kept])
-        features = teacher_features(pairs.x0, pairs.condition, networks.teacher, (eps, normal), sprint)
-    logits = networks.require_heads()(features)
+        features = teacher_features(pairs.x0, pairs.condition, networks.teacher, (eps, normal), settings)
+    logits = heads(features)
     fake_logits, real_logits = logits[: pairs.fakes], logits[pairs.fakes :]
     loss = hinge_discriminator_loss(fake_logits, real_logits)
     record = {
@@ -123,32 +113,53 @@ def sprint_discriminator_turn(
         "real_logit": real_logits.detach().mean(),
         "discriminator_loss": loss.detach(),
     }
-    return ConsistencyTurn(loss, record)
+    return ConsistencyStep(loss, record)
 
 
-def adversarial_samples(noised: Noised, student: nn.Module, *, draw: Draw, sprint: SprintConfig) -> Tensor:
+def require_heads(networks: Networks) -> nn.Module:
+    """The discriminator's heads. Raises ValueError where the run has none."""
+    if networks.heads is None:
+        raise ValueError(
+            "the adversarial loss needs a discriminator and there is none: give the section sana_sprint.discriminator"
+        )
+    return networks.heads
+
+
+def adversarial_samples(
+    noised: Noised, student: nn.Module, *, draw: Draw, settings: SprintDiscriminatorConfig
+) -> Tensor:
     """The student's x0 at the sampled times, or from pure noise for a share of the samples, in a call of its own.
 
     The paper draws between the two with probability 1/2; that it does so for each sample is our reading.
     """
-    t = mix_max_time(noised.t, draw.uniform("sprint_max_time"), share=sprint.max_time_share, maximum=1.0)
+    t = mix_max_time(noised.t, draw.uniform("sprint_max_time"), share=settings.max_time_share, maximum=1.0)
     x_t = add_noise(noised.x0, noised.eps, t)
     return x0_from_velocity(x_t, student(x_t, t, noised.condition), t)
 
 
 def judge(
-    x0: Tensor, condition: Condition, networks: SprintNetworks, *, draw: Draw, sprint: SprintConfig, stream: str
+    x0: Tensor,
+    condition: Condition,
+    networks: Networks,
+    *,
+    draw: Draw,
+    settings: SprintDiscriminatorConfig,
+    stream: str,
 ) -> Tensor:
     """Logits [B] of x0 after fresh noise, with the graph through the frozen teacher to x0."""
     eps, normal = draw.noise(tuple(x0.shape[1:]), f"{stream}_noise"), draw.noise((), f"{stream}_time")
-    return networks.require_heads()(teacher_features(x0, condition, networks.teacher, (eps, normal), sprint))
+    return require_heads(networks)(teacher_features(x0, condition, networks.teacher, (eps, normal), settings))
 
 
 def teacher_features(
-    x0: Tensor, condition: Condition, teacher: Teacher, noise: tuple[Tensor, Tensor], sprint: SprintConfig
+    x0: Tensor,
+    condition: Condition,
+    teacher: Teacher,
+    noise: tuple[Tensor, Tensor],
+    settings: SprintDiscriminatorConfig,
 ) -> list[Tensor]:
     """Features [M, D, N] of the teacher's conditional call on noised x0 [M, ...]; noise is eps [M, ...], normal [M]."""
     eps, normal = noise
-    t = judged_times(normal, mean=sprint.noise_mean, std=sprint.noise_std, sigma_data=sprint.sigma_data)
-    _, features = teacher.denoiser.velocity_and_features(add_noise(x0, eps, t), t, condition, sprint.blocks)
+    t = judged_times(normal, mean=settings.noise_mean, std=settings.noise_std, sigma_data=settings.sigma_data)
+    _, features = teacher.denoiser.velocity_and_features(add_noise(x0, eps, t), t, condition, settings.blocks)
     return features

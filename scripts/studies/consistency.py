@@ -1,7 +1,7 @@
 """The commands of the consistency study on the embedded teachers: train, export at several step counts, evaluate.
 
-Decoupled MeanFlow has no export; `two_time_study.py` draws its samples and judges them the same way. SANA-Sprint has a
-teacher of its own, which has rows of its own, and is told its guidance.
+Decoupled MeanFlow has no export; `two_time.py` draws its samples and judges them the same way. SANA-Sprint has a
+teacher of its own, which has rows of its own, and guidance as an input.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CURVES, CURVE_STEPS = ("scm", "anyflow"), (1, 2, 4, 8, 16, 32)
 SPRINT, SPRINT_TEACHER, SPRINT_TEACHER_STEPS, SPRINT_GUIDANCE = "sana_sprint", "assets/digits_sana", (20, 4, 2, 1), 1.25
 # SANA-Sprint with one of its two losses, and as many updates of the student; trained only when asked for by name.
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "sana_sprint_scm": ("--sprint.adversarial_weight", "0", "--run.steps", "300"),
-    "sana_sprint_ladd": ("--sprint.consistency_weight", "0"),
+    "sana_sprint_scm": ("--sana_sprint.discriminator", "null", "--run.steps", "300"),
+    "sana_sprint_ladd": ("--sana_sprint.consistency", "null"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every objective of this folder in one dimension, where the answer is known.
+"""Consistency and flow-map objectives in one dimension, where the answer is known.
 
 A small network of (x, t, r) is trained against a teacher whose flow is known to any accuracy (`toy_mixture.Mixture`),
 as in a distillation: first on the teacher's velocity, then on the objective. What it should become is the teacher's

@@ -1,6 +1,7 @@
-"""The toy of `toy.py` over teachers and seeds: a record, a table, and a picture of what the students learnt.
+"""The toy over teachers and seeds: a record, a table, and a picture of what the students learnt.
 
-The recipes of `toy.py` were chosen on other teachers (those of its tests) than the ones that are reported here.
+The recipes of `consistency_toy.py` were chosen on other teachers (those of its tests) than the ones that are reported
+here.
 """
 
 from __future__ import annotations

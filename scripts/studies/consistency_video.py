@@ -1,8 +1,8 @@
 """The study of consistency students of the embedded video teacher: train, export, sample, judge, write a table.
 
-    python -m fewstep.consistency.video_study --seeds 0 --output assets/benchmarks/digits_video_consistency
+    python scripts/benchmark_consistency_video.py --seeds 0 --output assets/benchmarks/digits_video_consistency
 
-Clips, judges and measures are those of `evaluation/video_evaluation.py`, with the same prompts and first noise for all
+Clips, judges and measures are those of `clip_evaluation.py`, with the same prompts and first noise for all
 systems. Students are sampled here, from their run; their exports are compared with this sampler when they are written.
 
 Legend: N clips, T pixel frames; pixels [N, 3, T, H, W] in [0, 1].
@@ -10,9 +10,7 @@ Legend: N clips, T pixel frames; pixels [N, 3, T, H, W] in [0, 1].
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from statistics import median
 import torch
 from studies.clip_evaluation import REFERENCE_CLIPS, evaluation_prompts, generate_clips
 from studies.consistency import run_directory
-from studies.dmd import LAUNCH, record_training, show_and_run
+from studies.dmd import LAUNCH, show_and_run
 from torch import Tensor
 
 from fewstep.core.export.run import RunStudent, load_run_student
@@ -160,28 +158,3 @@ def write_table(rows: Sequence[VideoRow], output: Path, *, command: Sequence[str
         cells = [f"{median(getattr(row.result, name) for row in members):.3f}" for name in SHOWN]
         lines.append(f"| {' | '.join((system, str(steps), *cells, str(len(members))))} |")
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="ascii")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train and judge consistency students of moving digits.")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/video_study"), help="folder of the training runs")
-    parser.add_argument("--samples", type=int, default=320)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    runs = {
-        (method, seed): train_run(options.runs, method, seed=seed)
-        for method in options.methods
-        for seed in options.seeds
-    }
-    jury = load_jury(options.samples)
-    rows = [judge_real(jury), *judge_teacher(jury, options.output / "figures")]
-    for (method, seed), run in runs.items():
-        rows += judge_run(run, name=method, seed=seed, jury=jury, sheets=options.output / "figures")
-    write_table(rows, options.output, command=["-m", "fewstep.consistency.video_study", *sys.argv[1:]])
-    record_training(list(runs.values()), output=options.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -44,10 +44,10 @@ def measure_scm_step(config: ConsistencyConfig, *, rounds: int) -> StepCost:
 
     Raises ValueError for another method, or a tangent by differences, which needs other calls.
     """
-    if config.method != "scm" or config.loss.tangent != "jvp":
+    if config.scm is None or config.matching is not None or config.scm.tangent != "jvp":
         raise ValueError(
-            f"method {config.method!r} with loss.tangent {config.loss.tangent!r}; the step cost is that of 'scm' with "
-            "'jvp': give configs/digits/scm.yaml"
+            f"the method is {config.method}; the step cost is that of scm without matching and with tangent 'jvp': "
+            "give configs/digits/scm.yaml"
         )
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, run=replace(config.run, directory=folder, resume=None))

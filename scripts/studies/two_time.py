@@ -37,7 +37,7 @@ def sample_run(run: Path, prompts: Sequence[str], *, steps: int, seed: int) -> T
     """
     settings = read_settings(run)
     if settings.sampler == "sde":
-        raise ValueError(f"{run} has student.sampler 'sde'; export it and use scripts/evaluate_pipeline.py")
+        raise ValueError(f"{run} has a student that re-noises ('sde'); export it and use scripts/evaluate_pipeline.py")
     loaded = load_run_student(run, settings)
     student = Student(loaded.student.denoiser, step_grid(steps, shift=settings.shift), settings.sampler)
     unique = list(dict.fromkeys(prompts))

@@ -1,7 +1,7 @@
 """Gaussians, for which velocities, flow maps and consistency functions are closed, in both coordinates.
 
 Data are N(mean, std^2) in each element. Times are floats or tensors that broadcast over x.
-`fewstep.consistency.toy_mixture.Mixture` is the teacher for everything that is not linear.
+`Mixture` of scripts/studies/toy_mixture.py is the teacher for everything that is not linear.
 """
 
 from dataclasses import dataclass

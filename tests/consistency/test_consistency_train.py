@@ -1,4 +1,4 @@
-"""The consistency loop: whose turn it is, exact resume, both kinds of tangent, export, and mistakes."""
+"""The consistency loop: who learns in which step, exact resume, both kinds of tangent, export, and mistakes."""
 
 import dataclasses
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.consistency.batch import Networks, noise_data
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.batch import DataBatch, Networks
+from fewstep.consistency.sections import ScmConfig
 from fewstep.consistency.setup import check_tangent
-from fewstep.consistency.train import consistency_turn, train_consistency, train_step
+from fewstep.consistency.train import consistency_step, train_consistency, train_step
 from fewstep.core.config import save_resolved
 from fewstep.core.export.run import export_run
 from fewstep.core.randomness import Draw
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
-from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
+from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 
 
@@ -25,8 +25,8 @@ def weights_of(role: Role | None) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for _, value in role.parameters])
 
 
-def test_turns_of_rcm(inputs: TinyInputs, tmp_path: Path) -> None:
-    """One step of consistency alone, then student and fake score in turns of two."""
+def test_steps_of_rcm(inputs: TinyInputs, tmp_path: Path) -> None:
+    """One step of consistency alone, then cycles of two: the student's step and the fake score's."""
     config = tiny_consistency(inputs, tmp_path, "rcm")
     setup, trainer = start_consistency(config)
     moved, logged = [], []
@@ -65,10 +65,12 @@ def test_tangents_of_both_kinds_agree(inputs: TinyInputs, tmp_path: Path, coordi
     role = setup.student_role
     networks = Networks(role.module, role.wrapped, setup.teacher, 2.0)
     found = []
-    for tangent in ("jvp", "central"):
-        loss = ConsistencyLossConfig(coordinates=coordinates, tangent=tangent, central_step=2e-4, time_std=0.8)
-        noised = noise_data(x0, condition, draw=draw, loss=loss, first_time=1.0, step=9)
-        record = consistency_turn(noised, networks, draw=draw, loss=loss).record
+    kinds: tuple[Any, ...] = ("jvp", "central")
+    for tangent in kinds:
+        size: Any = {"central_step": 2e-4} if tangent == "central" else {}
+        settings = ScmConfig(coordinates=coordinates, tangent=tangent, time_std=0.8, **size)
+        data = DataBatch(x0, draw.noise(tuple(x0.shape[1:]), "consistency_noise"), condition, draw, step=9)
+        record = consistency_step(data, networks, settings).record
         found.append([float(record[name]) for name in ("tangent", "tangent_gap", "tangent_drift")])
     trainer.close()
     assert found[0] == pytest.approx(found[1], rel=2e-2)
@@ -78,7 +80,7 @@ def test_tangents_of_both_kinds_agree(inputs: TinyInputs, tmp_path: Path, coordi
 def test_the_check_of_the_tangent_passes_and_is_reported(inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_consistency(inputs, tmp_path, "scm")
     setup, trainer = start_consistency(config)
-    checked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, check_tangent=True))
+    checked = dataclasses.replace(config, scm=ScmConfig())
     text = check_tangent(checked, setup, trainer)
     trainer.close()
     assert text is not None
@@ -100,28 +102,12 @@ def test_the_export_opens_and_steps_as_it_was_trained(inputs: TinyInputs, tmp_pa
     assert record.verification.sampler_difference < 1e-5
 
 
-def test_settings_that_do_not_fit_are_named(inputs: TinyInputs, tmp_path: Path) -> None:
-    config = tiny_consistency(inputs, tmp_path, "scm")
-    with pytest.raises(ValueError, match="rcm needs a positive weight"):
-        dataclasses.replace(config, fake_score=FAKE_SCORE)
-    with pytest.raises(ValueError, match="set both to the same"):
-        dataclasses.replace(config, method="dcm")
-    with pytest.raises(ValueError, match=r"data\.latents is empty"):
-        dataclasses.replace(config, data=dataclasses.replace(config.data, latents=None))
-    with pytest.raises(ValueError, match="sampled with 'sde'"):
-        dataclasses.replace(config, student=dataclasses.replace(config.student, sampler="ode"))
-    with pytest.raises(ValueError, match="share from 0 to 1"):
-        dataclasses.replace(config, loss=ConsistencyLossConfig(max_time_share=1.5))
-    with pytest.raises(ValueError, match="tangent is zero and teaches nothing"):
-        dataclasses.replace(config, loss=ConsistencyLossConfig(max_time_share=0.5))
-    tilted = ConsistencyLossConfig(objective="ect", dmd_weight=0.1)
-    with pytest.raises(ValueError, match="choose 'scm' or 'dcm'"):
-        dataclasses.replace(config, method="rcm", loss=tilted, fake_score=FAKE_SCORE)
-    with pytest.raises(ValueError, match="does not exist"):
-        train_consistency(
-            dataclasses.replace(config, student=dataclasses.replace(config.student, init="no.safetensors"))
-        )
-    assert not (tmp_path / "config.yaml").exists()
+def test_a_starting_file_that_is_not_there_is_named(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path / "run", "scm")
+    lost = dataclasses.replace(config, student=dataclasses.replace(config.student, init="no.safetensors"))
+    with pytest.raises(ValueError, match=r"student\.init no\.safetensors is no \.safetensors file"):
+        train_consistency(lost)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_makes_one_step_and_keeps_nothing(inputs: TinyInputs, tmp_path: Path) -> None:

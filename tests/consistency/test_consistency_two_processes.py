@@ -17,7 +17,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_consistency.py"
 
 def flow_map_with_matching(inputs: TinyInputs, directory: Path) -> ConsistencyConfig:
     config = tiny_consistency(inputs, directory, "anyflow_dmd")
-    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, tangent="jvp"))
+    assert config.anyflow is not None
+    return dataclasses.replace(config, anyflow=dataclasses.replace(config.anyflow, tangent="jvp"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 
+from fewstep.consistency.sections import DmfConfig
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.data import LatentDataset
 from fewstep.core.export.run import export_run, load_run_student
@@ -19,9 +20,8 @@ from fewstep.core.networks import image_shape
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
-from tests.causal_video.tiny_causal_run import VideoInputs, write_inputs
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
-from tests.consistency.tiny_video_run import VIDEO_CASES, tiny_video
+from tests.consistency.tiny_video_run import HEADS, MATCHED, MCM, VIDEO_CASES, VideoInputs, tiny_video, write_inputs
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE
 
@@ -124,32 +124,26 @@ def test_settings_that_do_not_fit_are_named(videos: VideoInputs, inputs: TinyInp
     pictures = tiny_consistency(inputs, tmp_path, "dcm")
     with pytest.raises(ValueError, match="frames is 9, and a teacher of the family sd3 makes pictures"):
         start_consistency(dataclasses.replace(pictures, data=dataclasses.replace(pictures.data, frames=9)))
-    decoupled = tiny_video(videos, tmp_path, "meanflow")
-    decoupled = dataclasses.replace(
-        decoupled,
-        method="dmf",
-        second_time="decoupled",
-        loss=dataclasses.replace(decoupled.loss, objective="dmf"),
-    )
+    decoupled = dataclasses.replace(config, dcm=None, dmf=DmfConfig())
     with pytest.raises(ValueError, match="'decoupled' is not known for WanTransformer3DModel"):
         start_consistency(decoupled)
     with pytest.raises(ValueError, match=r"use scripts/train_consistency\.py, or"):
         image_shape(VIDEO_LATENTS)
     mcm = tiny_video(videos, tmp_path, "mcm")
-    assert mcm.mcm is not None
-    with pytest.raises(ValueError, match="without the section mcm: 'mcm' needs it"):
+    with pytest.raises(ValueError, match="no method is given: add one of the sections scm, dcm"):
         dataclasses.replace(mcm, mcm=None)
-    with pytest.raises(ValueError, match="method 'dcm' with the section mcm"):
-        dataclasses.replace(config, mcm=mcm.mcm)
-    with pytest.raises(ValueError, match="'ect': it walks the grid of 'dcm'"):
-        dataclasses.replace(mcm, loss=dataclasses.replace(mcm.loss, objective="ect"))
+    with pytest.raises(ValueError, match="the sections dcm and mcm are given"):
+        dataclasses.replace(config, mcm=MCM)
+    with pytest.raises(ValueError, match="matching beside mcm: distribution matching goes with scm, dcm"):
+        dataclasses.replace(mcm, **MATCHED)
     with pytest.raises(ValueError, match="use 'bf16' or 'no'"):
         dataclasses.replace(mcm, run=dataclasses.replace(mcm.run, mixed_precision="fp16"))
-    with pytest.raises(ValueError, match=r"mcm\.frames is 4 of 3 latent frames"):
-        start_consistency(dataclasses.replace(mcm, mcm=dataclasses.replace(mcm.mcm, frames=4)))
+    many = dataclasses.replace(MCM, discriminator=dataclasses.replace(HEADS, frames=4))
+    with pytest.raises(ValueError, match=r"mcm\.discriminator\.frames is 4 of 3 latent frames"):
+        start_consistency(dataclasses.replace(mcm, mcm=many))
     LatentDataset(torch.zeros(2, 4, 1, 4, 4), ("a", "b")).save(tmp_path / "pictures")
-    shown = dataclasses.replace(mcm.mcm, pictures=str(tmp_path / "pictures"))
+    shown = dataclasses.replace(MCM, discriminator=dataclasses.replace(HEADS, pictures=str(tmp_path / "pictures")))
     with pytest.raises(ValueError, match=r"shape \(4, 1, 4, 4\), this run judges \(4, 1, 8, 8\)"):
         start_consistency(dataclasses.replace(mcm, mcm=shown))
     with pytest.raises(ValueError, match="mcm distils motion: give a teacher of videos"):
-        start_consistency(dataclasses.replace(pictures, method="mcm", mcm=mcm.mcm))
+        start_consistency(dataclasses.replace(pictures, dcm=None, mcm=MCM))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fewstep.consistency.methods.scm import scm_loss
+from fewstep.consistency.sections import ScmConfig
 from fewstep.consistency.time_weight import build_time_weight
 from fewstep.consistency.train import train_step
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
@@ -59,5 +60,5 @@ def test_it_is_trained_beside_the_student(inputs: TinyInputs, tmp_path: Path) ->
 
 def test_it_belongs_to_scm(inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_consistency(inputs, tmp_path, "rcm")
-    with pytest.raises(ValueError, match="it is part of 'scm'"):
-        dataclasses.replace(config, loss=dataclasses.replace(config.loss, learned_weight=True))
+    with pytest.raises(ValueError, match="it would change the ratio of the two losses"):
+        dataclasses.replace(config, scm=ScmConfig(learned_weight=True))

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.methods.rcm import student_samples
+from fewstep.consistency.sections import AnyflowConfig, MeanflowConfig
 from fewstep.consistency.setup import check_tangent
-from fewstep.consistency.train import flow_map_samples, train_consistency, train_step
+from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.randomness import Draw, sample_noise, shared_integer
 from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.two_time import second_time_of
-from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
+from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 from tests.tiny_pipelines import LATENT_SHAPE
 
@@ -33,7 +34,7 @@ def moved_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def test_stages_of_anyflow(inputs: TinyInputs, tmp_path: Path) -> None:
-    """One step of the first stage, then student and fake score in turns; the student's take both losses."""
+    """One step of the first stage, then student and fake score alternate; the student's steps take both losses."""
     config = tiny_consistency(inputs, tmp_path, "anyflow_dmd")
     setup, trainer = start_consistency(config)
     logged, moved = [], []
@@ -113,28 +114,36 @@ def test_decoupled_is_sampled_here_and_has_no_export(inputs: TinyInputs, tmp_pat
     assert latents.isfinite().all()
 
 
-def test_a_run_starts_from_weights_of_one_time_or_two(inputs: TinyInputs, tmp_path: Path) -> None:
-    assert train_consistency(tiny_consistency(inputs, tmp_path / "two", "anyflow", {"steps": 2})) == 0
-    assert train_consistency(tiny_consistency(inputs, tmp_path / "one", "dcm", {"steps": 2})) == 0
-    for source in ("two", "one"):
-        file = list_checkpoints(tmp_path / source)[-1] / "student.safetensors"
-        config = tiny_consistency(inputs, tmp_path / f"next_{source}", "anyflow")
-        student = dataclasses.replace(config.student, init=str(file))
-        setup, trainer = start_consistency(dataclasses.replace(config, student=student))
-        trainer.close()
-        expected = load_checkpoint(file.parent).tensors["student"]
-        found = dict(setup.student_role.module.named_parameters())
-        place = "network.time_text_embed.timestep_embedder"
-        first = expected[f"{place}.first.linear_1.weight" if source == "two" else f"{place}.linear_1.weight"]
-        assert torch.equal(found[f"{place}.first.linear_1.weight"], first)
-        second = expected[f"{place}.second.linear_1.weight"] if source == "two" else first
-        assert torch.equal(found[f"{place}.second.linear_1.weight"], second)
-        adapters = dataclasses.replace(config, student=dataclasses.replace(student, lora_rank=2))
-        if source == "two":
-            with pytest.raises(ValueError, match="cannot start adapters"):
-                start_consistency(
-                    dataclasses.replace(adapters, run=dataclasses.replace(config.run, directory=str(tmp_path / "x")))
-                )
+@pytest.mark.parametrize("source", ["two", "one"])
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "file"])
+def test_a_run_starts_from_weights_of_one_time_or_two(
+    inputs: TinyInputs, tmp_path: Path, source: str, kind: str
+) -> None:
+    """A run directory and a checkpoint give their average, a file what it holds."""
+    name = "anyflow" if source == "two" else "dcm"
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "first", name, {"steps": 2})) == 0
+    checkpoint = list_checkpoints(tmp_path / "first")[-1]
+    init = {"run": tmp_path / "first", "checkpoint": checkpoint, "file": checkpoint / "student.safetensors"}[kind]
+    config = tiny_consistency(inputs, tmp_path / "next", "anyflow")
+    student = dataclasses.replace(config.student, init=str(init))
+    setup, trainer = start_consistency(dataclasses.replace(config, student=student))
+    trainer.close()
+    expected = load_checkpoint(checkpoint).tensors["student" if kind == "file" else "student_ema"]
+    found = dict(setup.student_role.module.named_parameters())
+    place = "network.time_text_embed.timestep_embedder"
+    first = expected[f"{place}.first.linear_1.weight" if source == "two" else f"{place}.linear_1.weight"]
+    assert torch.equal(found[f"{place}.first.linear_1.weight"], first)
+    second = expected[f"{place}.second.linear_1.weight"] if source == "two" else first
+    assert torch.equal(found[f"{place}.second.linear_1.weight"], second)
+
+
+@pytest.mark.parametrize(("name", "message"), [("anyflow", "cannot start adapters"), ("dcm", "adapters are saved")])
+def test_adapters_start_from_the_teacher_alone(inputs: TinyInputs, tmp_path: Path, name: str, message: str) -> None:
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "first", name, {"steps": 1})) == 0
+    config = tiny_consistency(inputs, tmp_path / "next", "anyflow")
+    student = dataclasses.replace(config.student, init=str(tmp_path / "first"), lora_rank=2)
+    with pytest.raises(ValueError, match=message):
+        start_consistency(dataclasses.replace(config, student=student))
 
 
 def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Path) -> None:
@@ -142,7 +151,6 @@ def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Pa
     config = tiny_consistency(inputs, tmp_path, "anyflow_dmd")
     setup, trainer = start_consistency(config)
     draw = Draw(5, [0, 1], trainer.device)
-    condition = setup.prompts.of_samples(draw.indices, 5)
     calls = count_calls(setup.student_role.module)
     seen = set()
     for step in range(12):
@@ -150,7 +158,7 @@ def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Pa
         steps = (1, 2, 4)[shared_integer(5, step, "rollout_steps", 3)]
         segment = shared_integer(5, step, "rollout_segment", steps)
         calls.clear()
-        x0 = flow_map_samples(config, setup, trainer, draw=draw, condition=condition)
+        x0 = student_samples(config, setup, trainer, draw=draw)
         assert len(calls) == 1 + (segment > 0) + (segment < steps - 1)
         # Which calls may learn: those that ran with gradients while the weights took some.
         assert sum(calls) == 1
@@ -159,7 +167,7 @@ def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Pa
         assert all(value.grad is not None and value.requires_grad for _, value in setup.student_role.parameters)
         setup.student_role.module.zero_grad()
         with torch.no_grad():
-            again = flow_map_samples(config, setup, trainer, draw=draw, condition=condition)
+            again = student_samples(config, setup, trainer, draw=draw)
         assert torch.allclose(again, x0.detach(), atol=1e-6)
     trainer.close()
     assert len(seen) >= 4
@@ -180,44 +188,11 @@ def test_the_tangent_is_checked_along_the_second_time(inputs: TinyInputs, tmp_pa
     config = tiny_consistency(inputs, tmp_path, "meanflow")
     setup, trainer = start_consistency(config)
     assert second_time_of(setup.student.denoiser.network) is not None
-    checked = dataclasses.replace(config, loss=dataclasses.replace(config.loss, check_tangent=True))
+    checked = dataclasses.replace(config, meanflow=MeanflowConfig())
     text = check_tangent(checked, setup, trainer)
     trainer.close()
     assert text is not None
     assert text.startswith("tangent against differences: off by ")
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("meanflow", {"second_time": "none"}, r"'meanflow' learns u\(x, t, r\); set second_time"),
-        ("meanflow", {"second_time": "decoupled"}, "'decoupled' is the network of dmf"),
-        ("dmf", {"second_time": "gate"}, "'decoupled' is the network of dmf"),
-        ("meanflow", {"student.sampler": "sde"}, "student.sampler is 'sde'; a network of two times"),
-        ("scm", {"second_time": "gate"}, "second_time is 'gate' with loss.objective 'scm', which has one time"),
-        ("scm", {"student.sampler": "flow_map"}, "student.sampler is 'flow_map'; a consistency function"),
-        ("anyflow", {"loss.dmd_weight": 0.1}, "method 'anyflow' with loss.dmd_weight 0.1 and no fake_score"),
-        ("anyflow", {"fake_score": FAKE_SCORE}, "loss.dmd_weight 0.0 and a fake_score"),
-        ("meanflow", {"loss.dmd_weight": 0.1, "fake_score": FAKE_SCORE}, "the others have neither"),
-        ("anyflow_dmd", {"fake_score.updates_per_student_update": 1}, "below 2 the fake score would never learn"),
-        ("anyflow_dmd", {"loss.rollout_steps": ()}, "loss.rollout_steps is"),
-        ("anyflow_dmd", {"loss.rollout_steps": (4, 0)}, "loss.rollout_steps is"),
-        ("alphaflow", {"loss.alpha_end": 0.0}, "loss.alpha_start 0.0 must be below loss.alpha_end 0.0"),
-        ("meanflow", {"loss.equal_share": 1.5}, r"loss.equal_share must lie in \[0, 1\]"),
-        ("meanflow", {"loss.kappa": 1.0}, r"loss.kappa in \[0, 1\)"),
-        ("meanflow", {"method": "imf"}, "set both to the same"),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(
-    inputs: TinyInputs, tmp_path: Path, name: str, changes: dict[str, Any], message: str
-) -> None:
-    config = tiny_consistency(inputs, tmp_path, name)
-    values: dict[str, Any] = {}
-    for key, value in changes.items():
-        section, _, field = key.partition(".")
-        values[section] = dataclasses.replace(getattr(config, section), **{field: value}) if field else value
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(config, **values)
 
 
 def test_a_network_without_tangent_names_the_setting(
@@ -225,11 +200,13 @@ def test_a_network_without_tangent_names_the_setting(
 ) -> None:
     config = tiny_consistency(inputs, tmp_path, "meanflow")
     monkeypatch.setattr("fewstep.core.families.attention_jvp.NETWORKS", ())
-    with pytest.raises(ValueError, match=r"set loss\.tangent to 'central'"):
+    with pytest.raises(ValueError, match=r"set meanflow\.tangent to 'central'"):
         start_consistency(config)
 
 
 def test_settings_default_to_the_teacher() -> None:
-    loss = ConsistencyLossConfig()
-    assert (loss.velocity, loss.pairs, loss.kappa) == ("teacher", "ordered", 0.0)
-    assert loss.rollout_steps == (2, 4, 8, 16, 50)
+    settings = AnyflowConfig()
+    assert (settings.velocity, settings.pairs, settings.second_time) == ("teacher", "ordered", "gate")
+    assert settings.rollout_steps == (2, 4, 8, 16, 50)
+    assert MeanflowConfig().kappa == 0.0
+    assert MeanflowConfig().second_time == "sum"

@@ -1,41 +1,65 @@
-"""A complete consistency run of a tiny random Wan: its settings and its parts. Inputs are those of causal students."""
+"""A complete consistency run of a tiny random Wan: its inputs on disk and its settings."""
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.consistency.config import ConsistencyConfig, ConsistencyLossConfig
-from fewstep.consistency.mcm.config import McmConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig, ConsistencyMatchingConfig
+from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
+from fewstep.consistency.sections import AnyflowConfig, DcmConfig, MeanflowConfig, ScmConfig
 from fewstep.core.config import RunConfig
-from fewstep.core.settings import DataConfig, StudentConfig, TeacherConfig
-from tests.causal_video.tiny_causal_run import VideoInputs
-from tests.consistency.tiny_consistency_run import FAKE_SCORE, OPTIMIZER
-from tests.tiny_videos import VIDEO_FRAMES, VIDEO_SIDE
+from fewstep.core.data import LatentDataset
+from fewstep.core.randomness import sample_noise
+from fewstep.core.settings import StudentConfig, TeacherConfig
+from tests.consistency.tiny_consistency_run import FAKE_SCORE, OPTIMIZER, PARTITION
+from tests.tiny_pipelines import save_pipeline
+from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE, build_video_pipeline
 
-GRID: Any = {"objective": "dcm", "grid_steps": 8, "grid_shift": 3.0}
-PARTITION: Any = {"objective": "anyflow", "tangent": "central", "pairs": "partition"}
-MCM = McmConfig(optimizer=OPTIMIZER, head_width=8)
-# Name of a case: its method, its loss, and the section mcm.
-VIDEO_CASES: dict[str, tuple[str, ConsistencyLossConfig, McmConfig | None]] = {
-    "scm": ("scm", ConsistencyLossConfig(coordinates="rf", check_tangent=False, time_std=0.8), None),
-    "dcm": ("dcm", ConsistencyLossConfig(**GRID), None),
-    "rcm": ("rcm", ConsistencyLossConfig(**GRID, dmd_weight=0.5), None),
-    "meanflow": ("meanflow", ConsistencyLossConfig(objective="meanflow", check_tangent=False), None),
-    "anyflow": ("anyflow", ConsistencyLossConfig(**PARTITION), None),
-    "anyflow_dmd": ("anyflow", ConsistencyLossConfig(**PARTITION, dmd_weight=0.5, rollout_steps=(1, 2, 4)), None),
-    "mcm": ("mcm", ConsistencyLossConfig(**GRID), MCM),
-    "mcm_difference": ("mcm", ConsistencyLossConfig(**GRID), dataclasses.replace(MCM, motion="difference", frames=3)),
-    "mcm_alone": ("mcm", ConsistencyLossConfig(**GRID), dataclasses.replace(MCM, adversarial_weight=0.0)),
+PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42")
+GRID: Any = {"grid_steps": 8, "grid_shift": 3.0}
+MATCHED: Any = {"matching": ConsistencyMatchingConfig(weight=0.5), "fake_score": FAKE_SCORE}
+HEADS = McmDiscriminatorConfig(optimizer=OPTIMIZER, head_width=8)
+MCM = McmConfig(**GRID, discriminator=HEADS)
+# Name of a case: the sections that are its method.
+VIDEO_CASES: dict[str, dict[str, Any]] = {
+    "scm": {"scm": ScmConfig(coordinates="rf", check_tangent=False, time_std=0.8)},
+    "dcm": {"dcm": DcmConfig(**GRID)},
+    "rcm": {"dcm": DcmConfig(**GRID), **MATCHED},
+    "meanflow": {"meanflow": MeanflowConfig(check_tangent=False)},
+    "anyflow": {"anyflow": AnyflowConfig(**PARTITION)},
+    "anyflow_dmd": {"anyflow": AnyflowConfig(**PARTITION, rollout_steps=(1, 2, 4)), **MATCHED},
+    "mcm": {"mcm": MCM},
+    "mcm_difference": {
+        "mcm": dataclasses.replace(MCM, motion="difference", discriminator=dataclasses.replace(HEADS, frames=3))
+    },
+    "mcm_alone": {"mcm": dataclasses.replace(MCM, discriminator=None)},
 }
-SECOND_TIMES = {"meanflow": "sum", "anyflow": "gate"}
+
+
+@dataclass(frozen=True)
+class VideoInputs:
+    """Paths of what a run reads."""
+
+    teacher: Path
+    prompts: Path
+    latents: Path
+
+
+def write_inputs(folder: Path) -> VideoInputs:
+    """A random teacher, four prompts, and five videos with captions."""
+    teacher = save_pipeline(build_video_pipeline(text_tokens=8), folder / "teacher")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    latents = 0.2 + 0.8 * sample_noise(9, range(5), VIDEO_LATENTS, stream="data")
+    LatentDataset(latents, tuple(f"video {number}" for number in range(5))).save(folder / "latents")
+    return VideoInputs(teacher, folder / "prompts.txt", folder / "latents")
 
 
 def tiny_video(
     inputs: VideoInputs, directory: Path, name: str, changes: Mapping[str, Any] | None = None
 ) -> ConsistencyConfig:
     """Settings of a run of one case; `changes` replaces fields of `run`."""
-    method, loss, mcm = VIDEO_CASES[name]
     run = RunConfig(
         directory=str(directory),
         seed=5,
@@ -47,9 +71,8 @@ def tiny_video(
         log_every=1,
     )
     return ConsistencyConfig(
-        method=method,  # pyright: ignore[reportArgumentType]
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
-        data=DataConfig(
+        data=ConsistencyDataConfig(
             prompts=str(inputs.prompts),
             latents=str(inputs.latents),
             height=VIDEO_SIDE,
@@ -58,15 +81,6 @@ def tiny_video(
             sample_count=2,
         ),
         run=dataclasses.replace(run, **(changes or {})),
-        student=StudentConfig(
-            optimizer=OPTIMIZER,
-            ema_decay=0.8,
-            steps=2,
-            shift=3.0,
-            sampler="flow_map" if method in SECOND_TIMES else "sde",
-        ),
-        second_time=SECOND_TIMES.get(method, "none"),  # pyright: ignore[reportArgumentType]
-        loss=loss,
-        fake_score=FAKE_SCORE if loss.dmd_weight > 0 else None,
-        mcm=mcm,
+        student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2, shift=3.0),
+        **VIDEO_CASES[name],
     )

@@ -9,6 +9,7 @@ import torch
 from studies.sana_control import edge_pictures, train_controlnet
 
 from fewstep.consistency.config import ConsistencyConfig
+from fewstep.consistency.sana_sprint.config import SprintConsistencyConfig
 from fewstep.consistency.sana_sprint.teacher import FineTuneRecipe
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
@@ -39,7 +40,7 @@ def sana(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
 
 
 def controlled(inputs: TinyInputs, directory: Path, **changes: Any) -> ConsistencyConfig:
-    settings = {"sprint.control": str(inputs.latents.parent / "edges"), "sprint.guidance_scales": (1.5,)}
+    settings = {"sana_sprint.control": str(inputs.latents.parent / "edges"), "sana_sprint.guidance_scales": (1.5,)}
     return tiny_sprint(inputs, directory, changes={**settings, **changes})
 
 
@@ -52,8 +53,8 @@ def test_edges_of_a_step_are_at_the_step() -> None:
     assert torch.allclose(found[0, :, :, 3:5], torch.ones(3, 6, 2, dtype=torch.float64))
     assert found[0, :, :, :3].abs().max() < 1e-12
     assert found[1].abs().max() == 0
-    turned = edge_pictures(pixels.transpose(2, 3))
-    assert torch.allclose(turned, found.transpose(2, 3))
+    across = edge_pictures(pixels.transpose(2, 3))
+    assert torch.allclose(across, found.transpose(2, 3))
     with pytest.raises(ValueError, match=r"must be \[N, 3, H, W\]"):
         edge_pictures(pixels[:, :1])
 
@@ -75,8 +76,8 @@ def test_the_controlnet_alone_learns_to_follow(sana: TinyInputs) -> None:
         train_controlnet(teacher, data, latents[:3], recipe=recipe)
 
 
-def test_both_networks_of_the_student_learn_in_its_turn(sana: TinyInputs, tmp_path: Path) -> None:
-    config = controlled(sana, tmp_path, **{"loss.check_tangent": True})
+def test_both_networks_of_the_student_learn_in_its_step(sana: TinyInputs, tmp_path: Path) -> None:
+    config = controlled(sana, tmp_path, **{"sana_sprint.consistency": SprintConsistencyConfig()})
     setup, trainer = start_consistency(config)
     assert "off by" in (check_tangent(config, setup, trainer) or "")
     told = setup.prompts.rows([1, 0])
@@ -128,16 +129,16 @@ def test_a_run_goes_on_exactly_and_is_exported_to_the_stock_pipeline(sana: TinyI
 
 def test_what_does_not_fit_is_named(sana: TinyInputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="with a control: a student with a ControlNet has no guidance"):
-        controlled(sana, tmp_path, **{"sprint.guidance_scales": (1.0, 2.0)})
-    with pytest.raises(ValueError, match=r"has a ControlNet and sprint\.control is empty"):
-        start_consistency(controlled(sana, tmp_path / "a", **{"sprint.control": None}))
+        controlled(sana, tmp_path, **{"sana_sprint.guidance_scales": (1.0, 2.0)})
+    with pytest.raises(ValueError, match=r"has a ControlNet and sana_sprint\.control is empty"):
+        start_consistency(controlled(sana, tmp_path / "a", **{"sana_sprint.control": None}))
     plain = str(sana.latents.parent / "teacher")
-    with pytest.raises(ValueError, match=r"has no ControlNet and sprint\.control is set"):
+    with pytest.raises(ValueError, match=r"has no ControlNet and sana_sprint\.control is set"):
         start_consistency(controlled(sana, tmp_path / "b", **{"teacher.path": plain}))
     few = LatentDataset.load(sana.latents)
     LatentDataset(few.latents[:3], few.prompts[:3]).save(tmp_path / "few")
-    with pytest.raises(ValueError, match=r"sprint\.control holds latents \(3, 8, 4, 4\)"):
-        start_consistency(controlled(sana, tmp_path / "c", **{"sprint.control": str(tmp_path / "few")}))
+    with pytest.raises(ValueError, match=r"sana_sprint\.control holds latents \(3, 8, 4, 4\)"):
+        start_consistency(controlled(sana, tmp_path / "c", **{"sana_sprint.control": str(tmp_path / "few")}))
     assert (
         train_consistency(tiny_sprint(sana, tmp_path / "plain", changes={"teacher.path": plain, "run.steps": 1})) == 0
     )

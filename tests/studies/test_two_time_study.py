@@ -23,22 +23,29 @@ from fewstep.core.config import parse_config
 from fewstep.core.export.run import export_run
 from fewstep.evaluation.generation import generate, load_pipeline
 from tests.consistency.tiny_consistency_run import tiny_consistency
-from tests.dmd.tiny_run import TinyInputs
+from tests.dmd.tiny_run import TinyInputs, write_inputs
 
 TWO_TIME_METHODS = ("meanflow", "imf", "alphaflow", "dmf", "anyflow")
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
+    """A tiny teacher and data on disk."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 def digits_config(repository: Path, method: str, *changes: str) -> ConsistencyConfig:
     """The committed configuration of a method, with changes as on the command line."""
-    file = repository / "configs" / "consistency" / f"{method}_digits.yaml"
+    file = repository / "configs" / "digits" / f"{method}.yaml"
     return parse_config(ConsistencyConfig, ["--config", str(file), *changes], prog="test", description="")[0]
 
 
 @pytest.mark.parametrize("method", TWO_TIME_METHODS)
 def test_committed_configurations_are_read(repository: Path, method: str) -> None:
     config = digits_config(repository, method)
-    assert (config.method, config.student.sampler) == (method, "flow_map")
-    assert config.second_time == {"anyflow": "gate", "dmf": "decoupled"}.get(method, "sum")
+    student = config.student_settings
+    assert (config.method, student.sampler) == (method, "flow_map")
+    assert student.second_time == {"anyflow": "gate", "dmf": "decoupled"}.get(method, "sum")
     assert config.run.directory == f"runs/{method}_digits"
     assert config.run.steps * config.run.batch_size > 10_000
 
@@ -60,7 +67,7 @@ def test_samples_are_those_of_the_export(inputs: TinyInputs, tmp_path: Path) -> 
 
 def test_students_that_renoise_are_refused(inputs: TinyInputs, tmp_path: Path) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "run", "dcm", {"steps": 1})) == 0
-    with pytest.raises(ValueError, match=r"student\.sampler 'sde'; export it"):
+    with pytest.raises(ValueError, match=r"re-noises \('sde'\); export it"):
         sample_run(tmp_path / "run", ["ab"], steps=2, seed=0)
 
 
@@ -68,7 +75,7 @@ def test_students_that_renoise_are_refused(inputs: TinyInputs, tmp_path: Path) -
 def test_a_run_without_export_is_judged(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     changes = ("--run.directory", str(tmp_path / "dmf"), "--run.steps", "1", "--run.batch_size", "4")
-    short = (*changes, "--loss.check_tangent", "false", "--data.sample_count", "2")
+    short = (*changes, "--data.sample_count", "2")
     assert train_consistency(digits_config(repository, "dmf", *short)) == 0
     file = write_results([tmp_path / "dmf"], (1, 2), name="dmf", samples=20, output=tmp_path / "report")
     results = json.loads(file.read_text(encoding="utf-8"))["dmf"]
@@ -101,9 +108,10 @@ def test_rows_of_the_study_have_their_own_teachers() -> None:
 @pytest.mark.parametrize("method", ["sana_sprint", *ABLATIONS])
 def test_committed_configurations_of_sana_sprint_are_read(repository: Path, method: str) -> None:
     config = digits_config(repository, "sana_sprint", *ABLATIONS.get(method, ()))
-    assert (config.method, config.loss.coordinates, config.loss.time_mean) == ("sana_sprint", "trigflow", 0.693)
-    assert config.sprint is not None
-    weights = config.sprint.consistency_weight, config.sprint.adversarial_weight
+    sprint = config.sana_sprint
+    assert sprint is not None
+    assert (config.method, sprint.time_mean) == ("sana_sprint", 0.693)
+    weights = tuple(0.0 if half is None else half.weight for half in (sprint.consistency, sprint.discriminator))
     assert weights == {"sana_sprint": (1, 0.5), "sana_sprint_scm": (1, 0), "sana_sprint_ladd": (0, 0.5)}[method]
     # As many updates of the student: with a discriminator every second step is the student's.
     assert config.run.steps // (2 if weights[1] > 0 else 1) == 300
@@ -111,7 +119,7 @@ def test_committed_configurations_of_sana_sprint_are_read(repository: Path, meth
 
 def test_the_configuration_with_a_controlnet_is_read(repository: Path) -> None:
     config = digits_config(repository, "sana_sprint_control")
-    assert config.sprint is not None
-    assert config.sprint.guidance_scales == (config.teacher.guidance,)
-    assert config.sprint.control == f"{config.teacher.path}/control_latents"
+    assert config.sana_sprint is not None
+    assert config.sana_sprint.guidance_scales == (config.teacher.guidance,)
+    assert config.sana_sprint.control == f"{config.teacher.path}/control_latents"
     assert config.run.steps == 600

@@ -38,6 +38,7 @@ def start_of_run(config: ConsistencyConfig, run: Path) -> None:
     weights: dict[str, Tensor] = {name: value.detach() for name, value in setup.student_role.parameters}
     save_checkpoint(run, 1, tensors={"student_ema": weights}, state={}, keep=1)
     save_resolved(run / CONFIG_FILE, config)
+    config.student_settings.save(run)
 
 
 @pytest.mark.parametrize("method", study.METHODS)
@@ -83,7 +84,7 @@ def result_of(accuracy: float) -> VideoResult:
 def test_the_table_holds_medians_and_the_record_every_row(tmp_path: Path) -> None:
     rows = [study.VideoRow("teacher", 50, None, result_of(1.0))]
     rows += [study.VideoRow("mcm", 2, seed, result_of(value)) for seed, value in enumerate((0.25, 0.75, 0.5))]
-    study.write_table(rows, tmp_path, command=["-m", "fewstep.consistency.video_study", "--seeds", "0"])
+    study.write_table(rows, tmp_path, command=["scripts/benchmark_consistency_video.py", "--seeds", "0"])
     lines = (tmp_path / "README.md").read_text(encoding="ascii").splitlines()
     assert lines[-1] == "| mcm | 2 | 0.500 | 0.500 | 0.250 | 0.300 | 10.000 | 20.000 | 3 |"
     assert lines[-2].startswith("| teacher | 50 | 1.000 |")

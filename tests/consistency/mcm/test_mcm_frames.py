@@ -1,11 +1,13 @@
 """Frames that are judged, and the learned motion map."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.consistency.mcm.config import McmConfig
+from fewstep.consistency.mcm.config import McmConfig, McmDiscriminatorConfig
 from fewstep.consistency.mcm.frames import frame_places, pick_frames
 from fewstep.consistency.mcm.motion import motion_loss
 from fewstep.consistency.mcm.motion_head import MotionHead
@@ -71,12 +73,23 @@ def test_bad_arguments_are_named() -> None:
         frame_places(torch.rand(4, 2), 3)
     with pytest.raises(ValueError, match=r"places \[S, B\], got \(2, 3, 4, 5, 5\) and \(1, 3\)"):
         pick_frames(torch.zeros(2, 3, 4, 5, 5), torch.zeros(1, 3, dtype=torch.int64))
-    for changes, message in (
-        ({"motion_width": 48}, "use a multiple of 32"),
-        ({"mixed_share": 1.5}, "a share from 0 to 1"),
-        ({"judged_times": (0.5, 0.2)}, "0 <= smallest <= largest <= 1"),
-        ({"pictures": "x", "adversarial_weight": 0.0}, "set mcm.adversarial_weight above 0"),
-        ({"constant": -1.0}, "mcm.constant must be >= 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            McmConfig(optimizer=OPTIMIZER, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (McmConfig, {"motion_width": 48}, "use a multiple of 32"),
+        (McmConfig, {"mixed_share": 1.5}, "a share from 0 to 1"),
+        (McmConfig, {"constant": -1.0}, r"constant is -1\.0"),
+        (McmConfig, {"cutoff": 0.5}, "cutoff: given 0.5, which only motion 'low' or 'high' reads"),
+        (McmConfig, {"motion": "raw", "motion_width": 32}, "motion_width: given 32, which only motion 'learned' reads"),
+        (McmConfig, {"grid_steps": 1}, "grid_steps is 1"),
+        (McmDiscriminatorConfig, {"judged_times": (0.5, 0.2)}, "0 <= smallest <= largest <= 1"),
+        (McmDiscriminatorConfig, {"pictures": "x", "frames": 3}, "frames: given 3, which only a discriminator without"),
+        (McmDiscriminatorConfig, {"weight": 0.0}, "leave the section out for none"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(section: Any, changes: dict[str, Any], message: str) -> None:
+    optimizer = {"optimizer": OPTIMIZER} if section is McmDiscriminatorConfig else {}
+    with pytest.raises(ValueError, match=message):
+        section(**optimizer, **changes)

@@ -14,9 +14,9 @@ from fewstep.consistency.mcm.motion import motion_loss
 from fewstep.consistency.mcm.step import (
     Judged,
     fake_frames,
-    mcm_discriminator_turn,
+    mcm_discriminator_step,
     mcm_noised,
-    mcm_student_turn,
+    mcm_student_step,
     starts_from_student,
     student_videos,
     teacher_features,
@@ -32,9 +32,8 @@ from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.gan_loss import hinge_generator_loss
-from tests.causal_video.tiny_causal_run import VideoInputs, write_inputs
 from tests.consistency.tiny_consistency_run import start_consistency
-from tests.consistency.tiny_video_run import MCM, tiny_video
+from tests.consistency.tiny_video_run import HEADS, MCM, VideoInputs, tiny_video, write_inputs
 from tests.tiny_videos import VIDEO_LATENTS
 from tests.two_processes import assert_same_run, launch_two
 
@@ -111,14 +110,14 @@ def test_the_first_discriminator_is_at_chance(videos: VideoInputs, tmp_path: Pat
 @pytest.mark.parametrize("motion", ["raw", "difference", "learned"])
 def test_the_students_loss_is_motion_plus_judged_frames(parts: Any, motion: Any) -> None:
     setup, networks, data = parts
-    mcm = dataclasses.replace(MCM, motion=motion, adversarial_weight=0.7)
+    mcm = dataclasses.replace(MCM, motion=motion, discriminator=dataclasses.replace(HEADS, weight=0.7))
     noised = mcm_noised(data, networks.student, TIMES, draw=DRAW, mcm=dataclasses.replace(mcm, mixed_share=0.0), step=0)
     roles = (setup.mcm.motion_role, setup.mcm.heads_role)
-    turn = mcm_student_turn(noised, networks, roles, TIMES, draw=DRAW, mcm=mcm)
-    turn.loss.backward()
+    step = mcm_student_step(noised, TIMES, networks, roles, draw=DRAW, mcm=mcm)
+    step.loss.backward()
     with torch.no_grad():
-        prediction, target = distilled_pair(noised, networks, TIMES)
-    assert torch.equal(turn.samples, prediction.detach())
+        prediction, target = distilled_pair(noised, TIMES, networks)
+    assert torch.equal(step.samples, prediction.detach())
     if motion == "learned":
         head = roles[0].module
         with torch.no_grad(), roles[0].ema.applied(head):
@@ -128,13 +127,15 @@ def test_the_students_loss_is_motion_plus_judged_frames(parts: Any, motion: Any)
             assert (mapped - head(target)).abs().max() > 1e-2
     else:
         expected = motion_loss(prediction, target, motion, constant=1e-3)
-    assert float(turn.record["motion_loss"]) == pytest.approx(float(expected), rel=1e-6)
-    judged = fake_frames(prediction, noised.condition, draw=DRAW, mcm=mcm, stream="mcm_student")
+    assert float(step.record["motion_loss"]) == pytest.approx(float(expected), rel=1e-6)
+    judged = fake_frames(prediction, noised.condition, draw=DRAW, settings=HEADS, stream="mcm_student")
     assert judged.frames.shape == (6, 4, 1, 8, 8)
     with torch.no_grad():
-        logits = roles[1].module(teacher_features(judged, setup.teacher, draw=DRAW, mcm=mcm, stream="mcm_student"))
+        logits = roles[1].module(
+            teacher_features(judged, setup.teacher, draw=DRAW, settings=HEADS, stream="mcm_student")
+        )
     assert logits.shape == (6,)
-    assert float(turn.loss.detach()) == pytest.approx(
+    assert float(step.loss.detach()) == pytest.approx(
         float(expected) + 0.7 * float(hinge_generator_loss(logits)), rel=1e-5
     )
     assert all(parameter.grad is None for parameter in roles[1].module.parameters())
@@ -150,17 +151,16 @@ def test_the_discriminator_learns_from_frames_alone(parts: Any) -> None:
     samples = x0.clone().requires_grad_(True)
     heads = setup.mcm.heads_role.module
     real = Judged(x0[:, :, :1], condition)
-    turn = mcm_discriminator_turn(
-        samples, condition, real, heads, teacher=setup.teacher, draw=DRAW, mcm=dataclasses.replace(MCM, frames=1)
-    )
-    turn.loss.backward()
+    one = dataclasses.replace(HEADS, frames=1)
+    step = mcm_discriminator_step(samples, condition, real, heads, teacher=setup.teacher, draw=DRAW, settings=one)
+    step.loss.backward()
     assert samples.grad is None
     moved = {name for name, parameter in heads.named_parameters() if float(parameter.grad.abs().max()) > 0}
     assert {name for name, _ in heads.named_parameters()} - moved == {"heads.0.logit.bias"}
     assert all(parameter.grad is None for parameter in networks.student.parameters())
     # No logit is beyond its margin here, so the hinge is linear.
-    expected = 1 + 0.5 * (float(turn.record["fake_logit"]) - float(turn.record["real_logit"]))
-    assert float(turn.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    expected = 1 + 0.5 * (float(step.record["fake_logit"]) - float(step.record["real_logit"]))
+    assert float(step.loss.detach()) == pytest.approx(expected, rel=1e-5)
     heads.zero_grad(set_to_none=True)
 
 
@@ -174,7 +174,7 @@ def test_at_the_first_time_of_the_grid_the_data_have_no_part(parts: Any) -> None
     assert same[0].item() == 0.0
     assert same[1:].tolist() == pytest.approx([0.25, 0.7], rel=1e-5)
     with torch.no_grad():
-        left, right = (distilled_pair(noised, networks, TIMES) for noised in (one, other))
+        left, right = (distilled_pair(noised, TIMES, networks) for noised in (one, other))
     assert torch.equal(left[0][0], right[0][0])
     assert torch.equal(left[1][0], right[1][0])
 
@@ -199,7 +199,8 @@ def test_pictures_show_how_the_first_frame_is_to_look(videos: VideoInputs, tmp_p
     pictures = sample_noise(4, range(3), (4, 1, 8, 8), stream="pictures")
     LatentDataset(pictures, ("one", "two", "three")).save(tmp_path / "pictures")
     config = tiny_video(videos, tmp_path / "run", "mcm")
-    mcm = dataclasses.replace(MCM, pictures=str(tmp_path / "pictures"))
+    settings = dataclasses.replace(HEADS, pictures=str(tmp_path / "pictures"))
+    mcm = dataclasses.replace(MCM, discriminator=settings)
     assert train_consistency(dataclasses.replace(config, mcm=mcm)) == 0
     found = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
     assert found.step == 4
@@ -207,7 +208,7 @@ def test_pictures_show_how_the_first_frame_is_to_look(videos: VideoInputs, tmp_p
     video = sample_noise(5, range(3), VIDEO_LATENTS, stream="video")
     setup, trainer = start_consistency(dataclasses.replace(tiny_video(videos, tmp_path / "other", "mcm"), mcm=mcm))
     condition = setup.prompts.rows([0, 1, 2])
-    judged = fake_frames(video, condition, draw=DRAW, mcm=mcm, stream="x")
+    judged = fake_frames(video, condition, draw=DRAW, settings=settings, stream="x")
     trainer.close()
     assert torch.equal(judged.frames, video[:, :, :1])
     assert judged.condition.batch_size == 3

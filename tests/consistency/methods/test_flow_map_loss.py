@@ -176,7 +176,7 @@ def test_gradient_of_the_simulation() -> None:
     noise, jumps = fp64(0.4, -1.2), backward_simulation(4, 1)
     free = simulate(function, noise, jumps)
     assert called == [False, True, True]
-    held = simulate(function, noise, jumps, frozen=frozen)
+    held = simulate(function, noise, jumps, frozen_function=frozen)
     assert called == [False, True, True, True]
     torch.testing.assert_close(free, held, rtol=0, atol=1e-14)
     gradient = torch.autograd.grad(held.sum(), network.bias)[0].item()

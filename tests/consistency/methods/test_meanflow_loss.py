@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 from studies.toy_mixture import Mixture
 from torch import Tensor
 
-from fewstep.consistency.methods.flow_map import effective_guidance, folded_velocity, improved_guided_velocity
-from fewstep.consistency.methods.meanflow import (
-    adaptive_weight,
-    cauchy_loss,
-    improved_prediction,
-    meanflow_loss,
-    meanflow_target,
-    random_guidance,
-)
+from fewstep.consistency.methods.dmf import cauchy_loss
+from fewstep.consistency.methods.flow_map import effective_guidance, folded_velocity
+from fewstep.consistency.methods.imf import improved_guided_velocity, improved_prediction, random_guidance
+from fewstep.consistency.methods.meanflow import adaptive_weight, meanflow_loss, meanflow_target
 from fewstep.consistency.methods.scm import flow_tangent
 from fewstep.consistency.tangents import central_derivative, total_derivative
 from fewstep.core.paths import add_noise

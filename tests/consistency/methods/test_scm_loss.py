@@ -120,12 +120,12 @@ def test_placements_of_the_warmup() -> None:
             placement=placement,  # type: ignore[arg-type]
         ).total
 
-    torch.testing.assert_close(tangent("rcm", 1.0), tangent("scm", 1.0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(tangent("state", 1.0), tangent("drift", 1.0), rtol=1e-12, atol=1e-14)
     gap = 0.5 * (network - teacher)
     half = -cos.square() * gap - 0.5 * (cos * sin * x + 0.5 * derivative)
-    torch.testing.assert_close(tangent("scm", 0.5), half, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(tangent("drift", 0.5), half, rtol=1e-13, atol=1e-15)
     rcm = -cos * (1 - 0.25 * sin.square()).sqrt() * gap - 0.5 * cos * sin * x - 0.5 * derivative
-    torch.testing.assert_close(tangent("rcm", 0.5), rcm, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(tangent("state", 0.5), rcm, rtol=1e-13, atol=1e-15)
     assert float((rcm - half).abs().max()) > 0.01
     t = fp64(0.1, 0.4, 0.7, 1.0)
     flow = flow_tangent(network, teacher, derivative, t, warmup=0.3)
@@ -278,7 +278,7 @@ def test_bad_arguments_are_named() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="one shape"):
         trig_tangent(x, x, x, x[:1], torch.zeros(2))
-    with pytest.raises(ValueError, match="choose scm or rcm"):
+    with pytest.raises(ValueError, match="choose drift or state"):
         trig_tangent(x, x, x, x, torch.zeros(2), placement="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         flow_tangent(x, x, x, torch.zeros(2), warmup=1.5)

@@ -1,12 +1,13 @@
 """Drawn guidance, noise levels and judged pairs of SANA-Sprint, and its change of coordinates."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from fewstep.consistency.methods.scm import trig_tangent
-from fewstep.consistency.sana_sprint.config import SprintConfig
+from fewstep.consistency.sana_sprint.config import SprintConfig, SprintConsistencyConfig, SprintDiscriminatorConfig
 from fewstep.consistency.sana_sprint.loss import drawn_guidance, judged_pairs, judged_times
 from fewstep.consistency.tangents import total_derivative
 from fewstep.consistency.times import mix_max_time
@@ -20,9 +21,9 @@ from fewstep.consistency.trigflow import (
     x0_from_trig,
 )
 from fewstep.core.condition import Condition
-from fewstep.core.config import OptimizerConfig
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 from tests.consistency.analytic import Gaussian, fp64
+from tests.consistency.sana_sprint.tiny_sprint_run import HEADS
 
 
 def test_teacher_in_trigflow_is_the_arithmetic_of_the_stock_pipeline() -> None:
@@ -105,15 +106,17 @@ def test_hinge_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("section", "values", "message"),
     [
-        ({"adversarial_weight": -1.0}, "adversarial_weight is -1.0"),
-        ({"max_time_share": 1.5}, "max_time_share 1.5"),
-        ({"guidance_scales": ()}, r"guidance_scales is \(\)"),
-        ({"guidance_scales": (0.5,)}, "scales of 1 or more"),
-        ({"noise_std": 0.0}, "noise_std"),
+        (SprintDiscriminatorConfig, {**HEADS, "max_time_share": 1.5}, "max_time_share: given 1.5"),
+        (SprintDiscriminatorConfig, {**HEADS, "weight": 0.0}, "leave the section out for none"),
+        (SprintDiscriminatorConfig, {**HEADS, "noise_std": 0.0}, "noise_std is 0.0"),
+        (SprintConsistencyConfig, {"weight": -1.0}, "leave the section out for none"),
+        (SprintConsistencyConfig, {"central_step": 0.01}, "central_step: given 0.01, which only tangent 'central'"),
+        (SprintConfig, {"consistency": SprintConsistencyConfig(), "guidance_scales": (0.5,)}, "scales of 1 or more"),
+        (SprintConfig, {"consistency": SprintConsistencyConfig(), "guidance_scales": ()}, r"guidance_scales is \(\)"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(changes, message) -> None:
+def test_values_that_do_not_fit_are_named(section: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SprintConfig(optimizer=OptimizerConfig(learning_rate=1e-3), **changes)
+        section(**values)

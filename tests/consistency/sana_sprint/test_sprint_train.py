@@ -1,4 +1,4 @@
-"""Runs of SANA-Sprint: whose turn it is, what moves, committed numbers, resume, processes, export, and mistakes."""
+"""Runs of SANA-Sprint: who learns when, what moves, committed numbers, resume, processes, export, and mistakes."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.consistency.config import ConsistencyLossConfig
+from fewstep.consistency.sana_sprint.config import SprintConsistencyConfig, SprintDiscriminatorConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.config import save_resolved
@@ -21,8 +21,8 @@ from fewstep.core.training.run_directory import METRICS_FILE, read_metrics
 from fewstep.core.training.watch import Watch
 from fewstep.evaluation.generation import generate, load_pipeline
 from fewstep.evaluation.systems import read_system
-from tests.consistency.sana_sprint.tiny_sprint_run import CASES, OPTIMIZER, tiny_sprint, write_sprint_inputs
-from tests.consistency.tiny_consistency_run import FAKE_SCORE, start_consistency, tiny_consistency
+from tests.consistency.sana_sprint.tiny_sprint_run import CASES, HEADS, OPTIMIZER, tiny_sprint, write_sprint_inputs
+from tests.consistency.tiny_consistency_run import MATCHED, start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_sana import build_sana
@@ -47,7 +47,7 @@ def moved_names(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-def test_student_and_discriminator_take_turns(sana: TinyInputs, tmp_path: Path) -> None:
+def test_steps_of_student_and_discriminator_alternate(sana: TinyInputs, tmp_path: Path) -> None:
     config = tiny_sprint(sana, tmp_path)
     setup, trainer = start_consistency(config)
     teacher = {name: value.clone() for name, value in setup.teacher.denoiser.state_dict().items()}
@@ -110,7 +110,7 @@ def test_steps_give_the_committed_numbers(sana: TinyInputs, tmp_path: Path, name
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(sana: TinyInputs, tmp_path: Path) -> None:
-    """Interrupted after three steps, so that the discriminator's turn comes next."""
+    """Interrupted after three steps, so that the discriminator's step comes next."""
     assert train_consistency(tiny_sprint(sana, tmp_path / "straight")) == 0
     assert train_consistency(tiny_sprint(sana, tmp_path / "resumed", changes={"run.steps": 3})) == 0
     assert train_consistency(tiny_sprint(sana, tmp_path / "resumed", changes={"run.resume": "latest"})) == 0
@@ -124,15 +124,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sana: TinyInputs, tmp_path: P
 @pytest.mark.timeout(600)
 def test_two_processes_train_as_one_does(sana: TinyInputs, tmp_path: Path) -> None:
     """Without misaligned pairs, whose wrong prompts come from the own slice of the batch."""
-    changes = {"sprint.misaligned": False}
+    changes = {"sana_sprint.discriminator": SprintDiscriminatorConfig(**HEADS, misaligned=False)}
     save_resolved(tmp_path / "two.yaml", tiny_sprint(sana, tmp_path / "two", changes=changes))
     assert "2 process(es) on cpu" in launch_two(str(SCRIPT), "--config", str(tmp_path / "two.yaml"))
     assert train_consistency(tiny_sprint(sana, tmp_path / "one", changes=changes)) == 0
     assert_same_run(tmp_path / "two", tmp_path / "one", roles=("student", "student_ema", "heads"))
 
 
-def test_tangent_check_and_grid_tell_the_guidance(sana: TinyInputs, tmp_path: Path) -> None:
-    config = tiny_sprint(sana, tmp_path, changes={"loss.check_tangent": True})
+def test_tangent_check_and_grid_have_the_guidance(sana: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_sprint(sana, tmp_path, changes={"sana_sprint.consistency": SprintConsistencyConfig()})
     setup, trainer = start_consistency(config)
     text = check_tangent(config, setup, trainer)
     assert text is not None
@@ -176,17 +176,12 @@ def test_one_run_is_exported_at_one_two_and_four_steps(sana: TinyInputs, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss.coordinates": "rf"}, "its consistency half is 'scm' in 'trigflow'"),
-        ({"loss.objective": "dcm"}, "loss.objective 'dcm' and loss.coordinates 'trigflow'"),
         ({"student.lora_rank": 2}, r"student\.lora_rank is 2"),
         ({"student.shift": 3.0}, r"student\.shift 3\.0; sana_sprint"),
-        ({"student.sampler": "ode"}, "sampled with 'sde'"),
         ({"teacher.guidance": 2.5}, r"teacher\.guidance is 2\.5.*from 1\.0 to 2\.0"),
-        ({"sprint.max_time_share": 1.5}, r"max_time_share 1\.5"),
-        ({"sprint.adversarial_weight": -1.0}, r"adversarial_weight is -1\.0"),
-        ({"sprint.adversarial_weight": 0.0, "sprint.consistency_weight": 0.0}, "nothing would be learnt"),
-        ({"sprint.guidance_scales": ()}, r"guidance_scales is \(\)"),
-        ({"loss.max_time_share": 0.5}, "tangent is zero"),
+        ({"sana_sprint.discriminator": None, "sana_sprint.consistency": None}, "nothing would be learnt"),
+        ({"sana_sprint.guidance_scales": ()}, r"guidance_scales is \(\)"),
+        ({"sana_sprint.time_std": 0.0}, "time_std: given 0.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(
@@ -198,12 +193,12 @@ def test_settings_that_do_not_fit_are_named(
 
 def test_sections_that_do_not_fit_are_named(sana: TinyInputs, inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_sprint(sana, tmp_path)
-    with pytest.raises(ValueError, match="without the section sprint"):
-        dataclasses.replace(config, sprint=None)
-    with pytest.raises(ValueError, match="method 'scm' with the section sprint"):
-        dataclasses.replace(tiny_consistency(inputs, tmp_path, "scm"), sprint=config.sprint)
-    with pytest.raises(ValueError, match="the others have neither"):
-        dataclasses.replace(config, fake_score=FAKE_SCORE, loss=ConsistencyLossConfig(dmd_weight=0.1))
+    with pytest.raises(ValueError, match="no method is given"):
+        dataclasses.replace(config, sana_sprint=None)
+    with pytest.raises(ValueError, match="the sections scm and sana_sprint are given"):
+        dataclasses.replace(tiny_consistency(inputs, tmp_path, "scm"), sana_sprint=config.sana_sprint)
+    with pytest.raises(ValueError, match="the section matching beside sana_sprint"):
+        dataclasses.replace(config, **MATCHED)
     assert OPTIMIZER.learning_rate == 1e-3
 
 
@@ -220,7 +215,13 @@ def test_teachers_that_do_not_fit_are_named(sana: TinyInputs, inputs: TinyInputs
     with pytest.raises(ValueError, match="calls its network at 1000 t and not at t"):
         start_consistency(tiny_sprint(sana, tmp_path / "slow", changes={"teacher.path": str(slow)}))
     with pytest.raises(ValueError, match="blocks must be distinct numbers from 0 to 2"):
-        start_consistency(tiny_sprint(sana, tmp_path / "blocks", changes={"sprint.blocks": (7,)}))
+        start_consistency(
+            tiny_sprint(
+                sana,
+                tmp_path / "blocks",
+                changes={"sana_sprint.discriminator": SprintDiscriminatorConfig(**HEADS, blocks=(7,))},
+            )
+        )
     export = tmp_path / "export"
     assert train_consistency(tiny_sprint(sana, tmp_path / "run", changes={"run.steps": 1})) == 0
     export_run(tmp_path / "run", output=export)

@@ -4,22 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.consistency.config import ConsistencyConfig, ConsistencyLossConfig
-from fewstep.consistency.sana_sprint.config import SprintConfig
+from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig
+from fewstep.consistency.sana_sprint.config import SprintConfig, SprintConsistencyConfig, SprintDiscriminatorConfig
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import DataConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import StudentConfig, TeacherConfig
 from tests.dmd.tiny_run import PROMPTS, TinyInputs, changed
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_sana import LATENT_SHAPE, build_sana
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
+# Of the discriminator.
+HEADS: dict[str, Any] = {"optimizer": OPTIMIZER, "head_width": 8}
 # Name of a case: what differs from both losses.
 CASES: dict[str, dict[str, Any]] = {
     "both": {},
-    "consistency": {"sprint.adversarial_weight": 0.0},
-    "adversarial": {"sprint.consistency_weight": 0.0},
+    "consistency": {"sana_sprint.discriminator": None},
+    "adversarial": {"sana_sprint.consistency": None},
 }
 
 
@@ -37,9 +39,8 @@ def tiny_sprint(
 ) -> ConsistencyConfig:
     """Settings of a run of one case; `changes` maps dotted keys to other values."""
     config = ConsistencyConfig(
-        method="sana_sprint",
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=1.5),
-        data=DataConfig(prompts=str(inputs.prompts), latents=str(inputs.latents), sample_count=2),
+        data=ConsistencyDataConfig(prompts=str(inputs.prompts), latents=str(inputs.latents), sample_count=2),
         run=RunConfig(
             directory=str(directory),
             seed=5,
@@ -51,7 +52,11 @@ def tiny_sprint(
             log_every=1,
         ),
         student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),
-        loss=ConsistencyLossConfig(time_mean=0.693, check_tangent=False),
-        sprint=SprintConfig(optimizer=OPTIMIZER, guidance_scales=(1.0, 2.0), head_width=8),
+        sana_sprint=SprintConfig(
+            guidance_scales=(1.0, 2.0),
+            time_mean=0.693,
+            consistency=SprintConsistencyConfig(check_tangent=False),
+            discriminator=SprintDiscriminatorConfig(**HEADS),
+        ),
     )
     return changed(config, {**CASES[name], **(changes or {})})
