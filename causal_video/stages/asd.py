@@ -3,7 +3,8 @@
 The method is ASD (arXiv:2511.01419). We know its outline alone, so the form of the losses is our reading: relativistic
 pairing and penalties as in R3GAN (arXiv:2501.05441).
 
-Legend: B batch; logits [B], a large one says that more steps were taken.
+Legend: B batch, C channels, T frames of the teacher; videos [B, C, T, h, w]; logits [B], a large one says that more
+steps were taken.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.core.condition import Condition
 from fewstep.core.discriminator import DiscriminatorHeads
-from fewstep.core.paths import at_least_fp32
+from fewstep.core.fake_score import FakeScore
+from fewstep.core.paths import add_noise, at_least_fp32
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
-from fewstep.dmd.gan_loss import approximate_r1_penalty
+from fewstep.dmd.config import MatchingConfig
+from fewstep.dmd.gan_loss import approximate_r1_penalty, perturb_noised_input
 
 # Of the perturbation that stands for the derivative in the penalties.
 PERTURBATION = 0.05
@@ -88,3 +93,70 @@ def gradient_penalties(logits: Sequence[Tensor], perturbed: Sequence[Tensor]) ->
     """
     pairs = zip(logits, perturbed, strict=True)
     return torch.stack([approximate_r1_penalty(a, b) / PERTURBATION**2 for a, b in pairs]).sum()
+
+
+def asd_student_loss(
+    fewer: Tensor,
+    more: Tensor,
+    condition: Condition,
+    *,
+    steps: int,
+    fake_score: FakeScore,
+    discriminator: StepDiscriminator,
+    draw: Draw,
+    times: MatchingConfig,
+) -> Tensor:
+    """Adversarial loss of a rollout of `steps` (with graph) against one of a step more (ASD, arXiv:2511.01419).
+
+    Both are noised to one time per sample, each with noise of its own, and judged on features of the fake score, whose
+    parameters and those of the discriminator the caller has frozen.
+
+    Args:
+        fewer: [B, C, T, h, w] window of the rollout that exits after `steps` calls.
+        more: the same after steps + 1 calls, without graph.
+        condition: of both.
+        steps: n.
+        fake_score: gives the features.
+        discriminator: judges them.
+        draw: of the slice.
+        times: those of the fake score.
+    """
+    t = draw.times("asd_time", shift=times.fake_shift, interval=times.interval)
+    noises = (draw.noise(tuple(fewer.shape[1:]), f"asd_noise_{name}") for name in ("fewer", "more"))
+    logits = []
+    for video, noise in zip((fewer, more.detach()), noises, strict=True):
+        features = fake_score.denoiser.velocity_and_features(add_noise(video, noise, t), t, condition)[1]
+        logits.append(discriminator(features, steps))
+    return relativistic_generator_loss(*logits)
+
+
+def asd_discriminator_loss(
+    fewer: Tensor,
+    more: Tensor,
+    condition: Condition,
+    *,
+    steps: int,
+    fake_score: FakeScore,
+    discriminator: nn.Module,
+    draw: Draw,
+    times: MatchingConfig,
+    penalty: float,
+) -> Tensor:
+    """The discriminator's loss on two rollouts without graph, with its penalties; the features are constants.
+
+    Arguments as in `asd_student_loss`, and the weight of the penalties; `discriminator` may be a distributed wrapper:
+    it is called once.
+    """
+    shape = tuple(fewer.shape[1:])
+    t = draw.times("asd_critic_time", shift=times.fake_shift, interval=times.interval)
+    states = []
+    for name, video in (("fewer", fewer), ("more", more)):
+        x_t = add_noise(video, draw.noise(shape, f"asd_critic_noise_{name}"), t)
+        moved = perturb_noised_input(x_t, draw.noise(shape, f"asd_moved_{name}"), scale=PERTURBATION)
+        states += [x_t, moved]
+    with torch.no_grad():
+        joined = Condition.cat([condition] * len(states))
+        features = fake_score.denoiser.velocity_and_features(torch.cat(states), torch.cat([t] * len(states)), joined)[1]
+    fewer_logits, fewer_moved, more_logits, more_moved = discriminator(features, steps).chunk(len(states))
+    slopes = gradient_penalties((fewer_logits, more_logits), (fewer_moved, more_moved))
+    return relativistic_discriminator_loss(fewer_logits, more_logits) + penalty * slopes
