@@ -138,11 +138,11 @@ def test_new_channels_begin_as_nothing() -> None:
     x, t, values = latents(), torch.tensor([0.3, 0.8], dtype=torch.float64), controls()
     assert largest(wide.bidirectional(x, t, text(), extra=values), plain.bidirectional(x, t, text())) < 1e-12
     batch = steered_batch(values)
-    told, untold = (
+    steered, plain_velocity = (
         PackedNetwork(network, batch, networks_of(network).packed)(x, t, condition)  # pyright: ignore[reportArgumentType]
         for network, condition in ((wide, batch.condition), (plain, Condition(text())))
     )
-    assert largest(told, untold) < 1e-12
+    assert largest(steered, plain_velocity) < 1e-12
     before = plain.transformer.patch_embedding.weight.clone()
     with torch.no_grad():
         wide.transformer.patch_embedding.weight[:, 4:].normal_(std=0.1)
@@ -206,7 +206,7 @@ def test_every_step_teaches_the_new_channels(step: Any, stage: Any) -> None:
         step(batch, networks, draw=DRAW, stage=stage)
 
 
-def test_guidance_tells_both_sides_and_the_tangent_sees_controls() -> None:
+def test_both_sides_of_guidance_get_the_controls_and_the_tangent_sees_controls() -> None:
     teacher, batch = build_student(extra=3, seed=5).requires_grad_(False), steered_batch(controls())
     networks, t, x = networks_of(teacher, teacher, guidance=2.5), torch.tensor([0.4, 0.8]).double(), latents(seed=4)
     sides = [

@@ -236,13 +236,13 @@ def test_the_state_of_the_penalty_survives(inputs: VideoInputs, tmp_path: Path) 
 
 
 # Calls of a scorer: two windows for the monitor at step 0, one in the first step, two for the monitor after it.
-@pytest.mark.parametrize(("with_nan", "told"), [(False, "the model forgot a token"), (True, "are not finite")])
+@pytest.mark.parametrize(("with_nan", "message"), [(False, "the model forgot a token"), (True, "are not finite")])
 def test_a_failing_scorer_keeps_the_start_of_its_step(
-    inputs: VideoInputs, tmp_path: Path, with_nan: bool, told: str
+    inputs: VideoInputs, tmp_path: Path, with_nan: bool, message: str
 ) -> None:
     config = reward_settings(inputs, tmp_path / "run", {"run.checkpoint_every": 100})
     slant = FrameScore(Slant())
-    with pytest.raises(RewardError, match=told) as raised:
+    with pytest.raises(RewardError, match=message) as raised:
         train_causal_reward(config, scorers=[Brittle(6, with_nan=with_nan, video=True), slant])
     assert str(raised.value).startswith("step 1: the reward failed")
     assert str(raised.value).endswith(f"continue with --resume {tmp_path / 'run' / 'checkpoint-1'}")

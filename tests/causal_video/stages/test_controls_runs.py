@@ -131,9 +131,9 @@ def test_self_forcing_is_judged_with_the_controls(
     assert setup.controls is not None
     rows, _, captions = setup.real.rows(draw.indices, trainer.device)
     assert torch.equal(condition.tokens, captions.tokens)
-    told = controls_of(condition, 3)
-    assert told is not None
-    assert torch.equal(told[:, :, :, 5, 2], setup.controls.values[rows])
+    given = controls_of(condition, 3)
+    assert given is not None
+    assert torch.equal(given[:, :, :, 5, 2], setup.controls.values[rows])
     plan = plan_rollout(config, setup.settings, 0)
     other = setup.controlled(captions, [(row + 1) % 5 for row in rows])
     with torch.no_grad():
@@ -161,11 +161,11 @@ def test_later_stages_are_resumed_and_exported(
     inputs: VideoInputs, controls: Path, forced: Path, judge: Path, tmp_path: Path
 ) -> None:
     """Consistency from the first stage, and self-forcing from that, interrupted and not."""
-    told = {"data.controls": str(controls), "data.image_share": 0.5}
-    first = tiny_causal(inputs, tmp_path / "dcm", "tf_dcm", {**told, "student.init": str(forced), "run.steps": 1})
+    shared = {"data.controls": str(controls), "data.image_share": 0.5}
+    first = tiny_causal(inputs, tmp_path / "dcm", "tf_dcm", {**shared, "student.init": str(forced), "run.steps": 1})
     assert train_causal_video(first) == 0
     for folder, changes in (("straight", {}), ("resumed", {"run.steps": 1}), ("resumed", {"run.resume": "latest"})):
-        given = {**told, "student.init": str(tmp_path / "dcm"), "run.steps": 2, **changes}
+        given = {**shared, "student.init": str(tmp_path / "dcm"), "run.steps": 2, **changes}
         given["self_forcing.steered_teacher"] = str(judge)
         config = tiny_causal(inputs, tmp_path / folder, "self_forcing", given)
         assert train_causal_video(config) == 0
@@ -203,15 +203,15 @@ def test_the_script_writes_what_the_configuration_reads(
 def test_what_does_not_fit_is_named(
     inputs: VideoInputs, controls: Path, forced: Path, judge: Path, tmp_path: Path
 ) -> None:
-    told = {"data.controls": str(controls)}
+    controlled = {"data.controls": str(controls)}
     steered = {"self_forcing.steered_teacher": str(judge)}
     for name, changes, message in (
         ("self_forcing", steered, r"steered_teacher without data\.controls: leave it out"),
-        ("self_forcing", told, "the bidirectional teacher knows no controls"),
-        ("self_forcing", {**told, **steered, "data.latents": None}, r"controls without data\.latents"),
-        ("self_forcing_long", {**told, **steered}, "controls end where their videos do"),
-        ("ode", {**told, "data.latents": str(inputs.latents)}, r"data\.controls is no part of ode"),
-        ("teacher_forcing", {**told, "student.lora_rank": 2}, "would leave the new input channels at zero"),
+        ("self_forcing", controlled, "the bidirectional teacher knows no controls"),
+        ("self_forcing", {**controlled, **steered, "data.latents": None}, r"controls without data\.latents"),
+        ("self_forcing_long", {**controlled, **steered}, "controls end where their videos do"),
+        ("ode", {**controlled, "data.latents": str(inputs.latents)}, r"data\.controls is no part of ode"),
+        ("teacher_forcing", {**controlled, "student.lora_rank": 2}, "would leave the new input channels at zero"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny_causal(inputs, tmp_path, name, changes)
