@@ -17,7 +17,7 @@ from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.rollout import replayed_backward, rollout
 from fewstep.causal_video.schedule import StepSchedule, cycled_exit, random_exit
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.asd import asd_discriminator_loss, asd_student_loss
+from fewstep.causal_video.stages.asd import StepPair, asd_discriminator_loss, asd_student_loss
 from fewstep.causal_video.stages.batch import gives_image
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.setup import CausalSetup
@@ -193,16 +193,10 @@ def student_backward(
         record = {"student_loss": total.detach(), **step.log()}
         if config.asd is not None and scores.discriminator is not None and plan.has_more_steps:
             more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
+            pair = StepPair(window.latents, more, condition, plan.exit_step + 1)
             with frozen(scores.discriminator):
                 adversarial = asd_student_loss(
-                    window.latents,
-                    more,
-                    condition,
-                    steps=plan.exit_step + 1,
-                    fake_score=scores.fake,
-                    discriminator=scores.discriminator,
-                    draw=draw,
-                    times=times,
+                    pair, fake_score=scores.fake, discriminator=scores.discriminator, draw=draw, times=times
                 )
             total = total + config.asd.weight * adversarial
             record["student_asd_loss"] = adversarial.detach()
@@ -238,11 +232,9 @@ def fake_score_backward(
     trainer.backward(step.loss)
     record = {"fake_score_loss": step.flow_loss.detach()}
     if config.asd is not None and scores.discriminator_role is not None and plan.has_more_steps:
+        more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
         adversarial = asd_discriminator_loss(
-            video,
-            rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image),
-            condition,
-            steps=plan.exit_step + 1,
+            StepPair(video, more, condition, plan.exit_step + 1),
             fake_score=scores.fake,
             discriminator=scores.discriminator_role.wrapped,
             draw=draw,
