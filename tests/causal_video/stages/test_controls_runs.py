@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.model.controls import FrameControls, controls_of
@@ -226,7 +226,14 @@ def test_what_does_not_fit_is_named(
     weights = tmp_path / "alone" / "weights.safetensors"
     weights.parent.mkdir()
     shutil.copy(checkpoint / "student_ema.safetensors", weights)
+    # An export says its controls in the folder above its weights.
+    export = tmp_path / "export" / "transformer"
+    export.mkdir(parents=True)
+    plain = {name.removeprefix("transformer."): value for name, value in load_file(weights).items()}
+    save_file(plain, export / "diffusion_pytorch_model.safetensors")
+    shutil.copy(forced / FILE_NAME, export.parent)
     for changes, message in (
+        ({"data.controls": str(files["other"]), "student.init": str(export.parent)}, r"controls \['left', 'right'\]"),
         ({"data.controls": str(tmp_path / "none")}, "is no file: give the controls.safetensors"),
         ({"data.controls": str(files["short"])}, r"data\.controls holds \[5, 2, 2\]"),
         ({"data.controls": str(files["few"])}, r"data\.controls holds \[4, 2, 3\]"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -150,6 +151,20 @@ def test_stages_follow_each_other(inputs: VideoInputs, tmp_path: Path) -> None:
         trainer.close()
     notes = [record["note"] for record in read_metrics(tmp_path / "tf" / "metrics.jsonl") if "note" in record]
     assert "chunks of [1, 2] latent frames at t = 1, " in notes[0]
+
+
+def test_a_student_begins_with_the_weights_of_an_export(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Also with those of a pipeline whose transformer is in several files."""
+    network: Any = WanTransformer3DModel.from_pretrained(inputs.init.parent)
+    network.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="50KB")
+    assert len(list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))) > 1
+    config = tiny_causal(inputs, tmp_path / "run", "tf_dcm", {"student.init": str(tmp_path / "pipeline")})
+    setup, trainer = start_causal(config)
+    stored = load_file(inputs.init)
+    state = setup.student.transformer.state_dict()
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    trainer.close()
 
 
 def test_pairs_are_made_once_and_kept(inputs: VideoInputs, tmp_path: Path) -> None:
