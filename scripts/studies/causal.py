@@ -50,6 +50,8 @@ CHAINS = {
     "astrolabe": ("teacher_forcing", "tf_dcm", "self_forcing", "astrolabe"),
     "steered": ("steered", "steered_dcm"),
 }
+# Stages that have a run for each chain, and those that are judged over long videos, too.
+PER_CHAIN, JUDGED_LONG = ("self_forcing",), ("self_forcing", "astrolabe")
 SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
 # Long videos have each sink for one student, and for the others the one that it was trained with.
 SINKS, SINKS_OF = ("none", "static", "ema"), "self_forcing (dcm)"
@@ -92,7 +94,7 @@ class StudyRow:
 
 def run_directory(folder: Path, chain: str, stage: str, seed: int) -> Path:
     """Where a stage of a chain is trained; chains share their first stage."""
-    name = f"{stage}_{start_of(chain)}" if stage == "self_forcing" else stage
+    name = f"{stage}_{start_of(chain)}" if stage in PER_CHAIN else stage
     return folder / f"{name}_seed{seed}"
 
 
@@ -292,11 +294,11 @@ def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[S
 
     for stage in CHAINS[chain]:
         student = load_student(run_directory(folder, chain, stage, seed))
-        name = f"{stage} ({start_of(chain)})" if stage == "self_forcing" else stage
+        name = f"{stage} ({start_of(chain)})" if stage in PER_CHAIN else stage
         short = ((4, 2),) if student.is_flow else SCHEDULES
         for schedule in short:
             add(name, student, schedule, student.settings.policy.sink, 1)
-        if stage in ("self_forcing", *CausalRewardConfig.METHODS):
+        if stage in JUDGED_LONG:
             for sink in SINKS if name == SINKS_OF else (student.settings.policy.sink,):
                 add(name, student, (4, 2), sink, LONG)
     return rows
