@@ -14,6 +14,7 @@ from fewstep.causal_video.layout import ChunkLayout
 SinkKind = Literal["none", "static", "identity", "ema"]
 PositionKind = Literal["absolute", "slot", "shifted"]
 QuantiseKind = Literal["none", "int8", "fp8"]
+EMA_DECAY = 0.99
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class CachePolicy:
     window_frames: int | None = None
     sink_frames: int = 0
     sink: SinkKind = "none"
-    ema_decay: float = 0.99
+    ema_decay: float = EMA_DECAY
     positions: PositionKind = "shifted"
     noisy_from: int | None = None
     quantise: QuantiseKind = "none"
@@ -80,6 +81,10 @@ class CachePolicy:
             raise ValueError(f"sink={self.sink!r} without window_frames: nothing is ever forgotten, so set a window")
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"ema_decay must lie in [0, 1], got {self.ema_decay}")
+        if self.sink != "ema" and self.ema_decay != EMA_DECAY:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} belongs to sink='ema', and sink is {self.sink!r}: leave it out"
+            )
         if self.noisy_from is not None and self.noisy_from < 0:
             raise ValueError(f"noisy_from is the number of a chunk, at least 0, or None, got {self.noisy_from}")
         if self.sink == "ema" and self.positions == "absolute":

@@ -72,7 +72,7 @@ def read_causal_record(directory: str | Path) -> CausalRecord:
         raise ValueError(f"{path} does not exist: the directory is no export")
     content = json.loads(path.read_text(encoding="utf-8"))
     if "settings" not in content:
-        raise ValueError(f"{path} is of a student of pictures: read it with core.model_card.read_record")
+        raise ValueError(f"{path} is of a student of pictures: read it with core.export.model_card.read_record")
     settings = content["settings"]
     content["settings"] = CausalSettings(
         ChunkLayout(tuple(settings["layout"]["lengths"])),
@@ -137,7 +137,7 @@ def streaming_snippet(record: CausalRecord, directory: str) -> str:
     dtype = "" if record.dtype == "float32" else f", dtype=torch.{record.dtype}"
     lines = ["import torch", ""] if dtype else []
     lines += [
-        "from fewstep.causal_video.pipeline import CausalVideoPipeline",
+        "from fewstep.causal_video.stream.pipeline import CausalVideoPipeline",
         "",
         f'pipe = CausalVideoPipeline.from_pretrained("{directory}"{dtype})',
     ]

@@ -92,14 +92,14 @@ def export_causal_run(
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     output = run / "export" if output is None else Path(output)
     check_output(output, overwrite=overwrite)
-    found = read_causal_run(run)
-    config, settings = found.config, settings_of_run(found.config, steps)
+    config = read_causal_run(run)
+    settings = settings_of_run(config, steps)
     with torch.random.fork_rng(devices=[]):
         teacher = Teacher.load(config.teacher.path, device=device)
         actions = trained_controls(run, config)
         network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
         report = CausalReport(
-            method=found.method,
+            method=config.method,
             base_model=config.teacher.path,
             guidance=config.teacher.guidance,
             step=step,
@@ -259,7 +259,7 @@ def probe_stream(loaded: CausalVideoPipeline) -> Tensor:
 
 
 def probe_controls(pipeline: CausalVideoPipeline, frames: int) -> Tensor | None:
-    """Channels [B, K, F, h, w] that the probe is told, each at its own pace from 0 to 1; None for a student of text."""
+    """Channels [B, K, F, h, w] that the probe gets, each at its own pace from 0 to 1; None for a student of text."""
     channels, (_, height, width) = pipeline.network.extra_channels, pipeline.latent_size()
     if channels == 0:
         return None

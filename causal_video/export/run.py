@@ -6,38 +6,35 @@ Both kinds of runs are read: stages of scripts/train_causal_video.py, and those 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import yaml
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from fewstep.causal_video.reward.config import REWARD_METHODS, CausalRewardConfig
+from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults, load_defaults
 from fewstep.causal_video.stages.batch import causal_settings
-from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
-from fewstep.causal_video.stages.student import build_student, find_weights
+from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.ode import OdePairs
+from fewstep.causal_video.stages.student import build_student
 from fewstep.core.config import load_config
 from fewstep.core.data import LatentDataset
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE
-from fewstep.core.weights import EMA_FILE, LIVE_FILE
+from fewstep.core.weights import EMA_FILE, LIVE_FILE, find_weights
+
+RunOfStudent: TypeAlias = CausalConfig | CausalRewardConfig
+ConfigT = TypeVar("ConfigT")
 
 STUDENT_PREFIX = "transformer."
 
 
-@dataclass(frozen=True)
-class CausalRun:
-    """The method of a run, and its configuration as a stage: that of a reward run without its reward."""
-
-    method: str
-    config: CausalConfig
-
-
-def read_causal_run(run: Path) -> CausalRun:
+def read_causal_run(run: Path) -> RunOfStudent:
     """The resolved configuration of a run. Raises ValueError where there is none, or one of another method."""
     file = run / CONFIG_FILE
     if not file.is_file():
@@ -45,20 +42,27 @@ def read_causal_run(run: Path) -> CausalRun:
             f"{file} does not exist; give the directory of a run of scripts/train_causal_video.py or "
             "train_causal_reward.py"
         )
-    said, arguments = yaml.safe_load(file.read_text(encoding="utf-8")), ["--config", str(file)]
-    if isinstance(said, Mapping) and said.get("method") in REWARD_METHODS:
-        rewarded, _ = load_config(CausalRewardConfig, arguments, prog="export", description="")
-        return CausalRun(rewarded.method, rewarded.as_stage())
-    config, _ = load_config(CausalConfig, arguments, prog="export", description="")
-    return CausalRun(config.method, config)
+    said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    is_reward = isinstance(said, Mapping) and not said.keys().isdisjoint(CausalRewardConfig.METHODS)
+    return read_as(CausalRewardConfig, file) if is_reward else read_as(CausalConfig, file)
 
 
-def trained_controls(run: Path, config: CausalConfig) -> tuple[str, ...]:
+def read_as(config_class: type[ConfigT], file: Path) -> ConfigT:
+    """The configuration that a run wrote. Raises ValueError where it is one of another kind."""
+    return load_config(config_class, ["--config", str(file)], prog="export", description="")[0]
+
+
+def is_flow(config: RunOfStudent) -> bool:
+    """Whether the student of a run takes many steps of an ODE with guidance; others take those of their schedule."""
+    return isinstance(config, CausalConfig) and config.is_flow
+
+
+def trained_controls(run: Path, config: RunOfStudent) -> tuple[str, ...]:
     """Names of the control channels of a run's student, from its causal_video.json; none for a student of text.
 
     Raises ValueError where the run was trained with controls and does not say which.
     """
-    if config.data.controls is None:
+    if not isinstance(config, CausalConfig) or config.data.controls is None:
         return ()
     names = load_defaults(run).actions
     if not names:
@@ -69,12 +73,12 @@ def trained_controls(run: Path, config: CausalConfig) -> tuple[str, ...]:
     return names
 
 
-def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> CausalSettings:
+def settings_of_run(config: RunOfStudent, steps: Sequence[int] | None) -> CausalSettings:
     """Layout, policy and schedule of the export. Raises ValueError for a stage without steps, and none given."""
     settings = causal_settings(config.student)
     if steps is not None:
         return replace(settings, schedule=StepSchedule.steps(list(steps), shift=config.student.shift))
-    if config.method in FLOW_METHODS:
+    if is_flow(config):
         raise ValueError(
             f"the stage {config.method} trains a many-step student of a flow, which has no schedule: export a later "
             "stage, or give steps (such as --steps 20), which stream without guidance"
@@ -83,7 +87,7 @@ def settings_of_run(config: CausalConfig, steps: Sequence[int] | None) -> Causal
 
 
 def load_run_network(
-    config: CausalConfig, teacher: Teacher, checkpoint: Path, weights: str, controls: int = 0
+    config: RunOfStudent, teacher: Teacher, checkpoint: Path, weights: str, controls: int = 0
 ) -> tuple[WanTransformer3DModel, int]:
     """The student's transformer with the weights of a checkpoint, adapters unmerged, and the step they are of.
 
@@ -124,20 +128,34 @@ def load_trained(network: nn.Module, tensors: Mapping[str, Tensor], *, source: s
         )
 
 
-def stream_defaults(config: CausalConfig, teacher: Teacher) -> StreamDefaults:
-    """The size that the student was trained at: the configured one, or that of the videos.
+def stream_defaults(config: RunOfStudent, teacher: Teacher) -> StreamDefaults:
+    """The size that the student was trained at: the configured one, or that of its videos; else the teacher's own.
 
     Raises:
-        ValueError: neither says it.
+        ValueError: the videos that say it are no longer there.
     """
     height, width = config.data.height, config.data.width
-    if height is None and width is None:
-        source = config.data.latents or config.data.pairs
-        if source is None or not Path(source).is_dir():
-            raise ValueError(
-                f"the run does not say its size: data.height and width are empty, and data.latents ({source}) is no "
-                "folder here any more. Bring it back, or write the size into config.yaml of the run"
-            )
-        factor = teacher.pipeline.components["vae"].config["scale_factor_spatial"]
-        height, width = (int(side) * factor for side in LatentDataset.load(source).latents.shape[-2:])
+    if height is None and width is None and isinstance(config, CausalConfig):
+        stored = trained_videos(config)
+        if stored is not None:
+            factor = teacher.pipeline.components["vae"].config["scale_factor_spatial"]
+            height, width = (int(side) * factor for side in stored.shape[-2:])
     return StreamDefaults(height, width, STOCK_RATE)
+
+
+def trained_videos(config: CausalConfig) -> Tensor | None:
+    """The stored latents [N, C, F, h, w] that a stage learned from, None where it learned from none.
+
+    Raises:
+        ValueError: their folder is no longer there.
+    """
+    pairs = None if config.ode is None else config.ode.pairs
+    for key, folder in (("data.latents", config.data.latents), ("ode.pairs", pairs)):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(
+                f"the run does not say its size: data.height and width are empty, and {key} ({folder}) is no folder "
+                "here any more. Bring it back, or write the size into config.yaml of the run"
+            )
+    if pairs is not None:
+        return OdePairs.load(pairs).latents
+    return None if config.data.latents is None else LatentDataset.load(config.data.latents).latents

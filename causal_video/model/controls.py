@@ -1,8 +1,8 @@
-"""What a video is told frame by frame beside its text: actions, features of sound, or other numbers per latent frame.
+"""Controls, numbers per latent frame that a video follows beside its text: actions, features of sound, or others.
 
 A steered network takes them as conditioning channels. Between modules they travel in `Condition.control`, which is a
 batch of pictures [B, C, h, w]: K channels of F frames lie there as K F pictures, all frames of a channel together. So
-guidance tells both of its sides the same, and joining or choosing samples takes the channels along.
+both sides of guidance get the same, and joining or choosing samples takes the channels along.
 
 Legend: N videos, B batch, K control channels, F latent frames, h x w latent pixels.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,7 +110,7 @@ class FrameControls:
 
 def with_controls(condition: Condition, values: Tensor) -> Condition:
     """The condition with controls [B, K, F, h, w]."""
-    return condition.with_control(values.flatten(1, 2))
+    return condition.with_control(rearrange(values, "b k f h w -> b (k f) h w"))
 
 
 def controls_of(condition: Condition, frames: int) -> Tensor | None:
@@ -122,7 +123,7 @@ def controls_of(condition: Condition, frames: int) -> Tensor | None:
         return None
     if condition.control.shape[1] % frames:
         raise ValueError(f"{condition.control.shape[1]} control pictures do not divide into {frames} latent frames")
-    return condition.control.unflatten(1, (-1, frames))
+    return rearrange(condition.control, "b (k f) h w -> b k f h w", f=frames)
 
 
 class SteeredWanFamily(WanFamily):

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,7 @@ from fewstep.causal_video.model.rope import FrameGrid, rotary_angles
 from fewstep.core.paths import at_least_fp32
 from fewstep.kernels.mask import AttentionMask
 
-# Wan is told 1000 t.
+# Wan takes 1000 t.
 TIME_SCALE = 1000.0
 
 
@@ -222,6 +223,5 @@ class CausalWan(nn.Module):
         shift, scale = table.chunk(2, dim=2)
         hidden = (layer_norm(transformer.norm_out, hidden) * (1 + scale) + shift).to(hidden.dtype)
         _, high, wide = transformer.config["patch_size"]
-        patches = transformer.proj_out(hidden).unflatten(-1, (high, wide, -1))
-        patches = patches.unflatten(2, (grid.height, grid.width))  # [B, F, rows, columns, high, wide, C]
-        return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        pattern = "b f (rows columns) (high wide c) -> b c f (rows high) (columns wide)"
+        return rearrange(transformer.proj_out(hidden), pattern, rows=grid.height, high=high, wide=wide)

@@ -1,6 +1,6 @@
 """Astrolabe's regularisation (arXiv:2603.17051): a penalty on suspicious samples alone, and a reference that moves.
 
-Its policy loss is `forward_rl.nft_loss` on x0 predictions, its advantages are centred in the group. Legend: P
+Its policy loss is `nft_loss` on x0 predictions, its advantages are centred in the group. Legend: P
 prompts, K samples of each, A auxiliary rewards, B = P K.
 """
 

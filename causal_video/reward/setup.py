@@ -12,18 +12,33 @@ from diffusers import AutoencoderKLWan
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.stages.batch import causal_settings
-from fewstep.causal_video.stages.forcing import ForcingNetworks
-from fewstep.causal_video.stages.setup import CausalData, CausalSetup, latent_shape
+from fewstep.causal_video.stages.setup import CausalSetup, latent_shape
 from fewstep.causal_video.stages.student import build_student
 from fewstep.causal_video.vae_stream import check_vae
-from fewstep.core.data import PromptConditions
-from fewstep.core.teacher import Teacher
+from fewstep.core.data import PromptConditions, read_prompts
+from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
+from fewstep.core.weights import StoredWeights, find_weights
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.scores import RewardModel
 from fewstep.evaluation.scorers.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class CausalRewardData:
+    """What is read from disk, before any network is loaded: a mistake here costs seconds."""
+
+    prompts: tuple[str, ...]
+    init: StoredWeights
+
+    @classmethod
+    def read(cls, config: CausalRewardConfig) -> CausalRewardData:
+        """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
+        check_teacher_path(config.teacher.path)
+        assert config.student.init is not None
+        return cls(read_prompts(config.data.prompts), find_weights(config.student.init))
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class CausalRewardSetup:
 
 
 def build_setup(
-    config: CausalRewardConfig, data: CausalData, trainer: Trainer, *, scorers: Sequence[Scorer] | None = None
+    config: CausalRewardConfig, data: CausalRewardData, trainer: Trainer, *, scorers: Sequence[Scorer] | None = None
 ) -> CausalRewardSetup:
     """Load teacher, student and scorers, copy the student into the older policy and the reference.
 
@@ -61,11 +76,11 @@ def build_setup(
     vae = teacher.pipeline.components["vae"]
     check_vae(vae)
     settings = causal_settings(config.student)
-    shape = latent_shape(config.as_stage(), data, teacher, settings)
+    shape = latent_shape((config.data.height, config.data.width), None, teacher, settings)
     student = build_student(config.student, teacher, data.init, seed=config.run.seed)
     # Copies are made before the trainer wraps the call of the network.
     old = CausalWan(copy.deepcopy(student.transformer))
-    reference = CausalWan(copy.deepcopy(student.transformer)) if config.penalty.weight > 0 else None
+    reference = CausalWan(copy.deepcopy(student.transformer)) if config.section.penalty is not None else None
     student_role = trainer.add_role(
         "student",
         student,
@@ -80,14 +95,6 @@ def build_setup(
         settings=settings,
         prompts=PromptConditions(teacher, data.prompts, cache=config.data.cache_prompts),
         latent_shape=shape,
-        real=None,
-        controls=None,
-        networks=ForcingNetworks(student, student_role.wrapped, settings.layout, None, None),
-        pairs=None,
-        fake_score=None,
-        fake_role=None,
-        discriminator=None,
-        discriminator_role=None,
     )
     return CausalRewardSetup(
         causal=causal,

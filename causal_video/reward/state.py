@@ -1,4 +1,4 @@
-"""What Astrolabe's penalty remembers from step to step, and whom it holds back."""
+"""The state of Astrolabe's penalty from step to step, and the candidates that it applies to."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class PenaltyState:
 
     @classmethod
     def start(cls, config: CausalRewardConfig) -> PenaltyState:
-        """That of the first step."""
-        return cls(RiskShare(config.penalty.share, lowest=LOWEST_SHARE, highest=HIGHEST_SHARE))
+        """That of the first step; a run without penalty carries it unread."""
+        penalty = config.section.penalty
+        share = LOWEST_SHARE if penalty is None else penalty.share
+        return cls(RiskShare(share, lowest=LOWEST_SHARE, highest=HIGHEST_SHARE))
 
     def state(self) -> dict[str, Any]:
         """JSON data for `loaded`."""
@@ -38,7 +40,8 @@ class PenaltyState:
 
     def is_stale(self, config: CausalRewardConfig, penalty: float) -> bool:
         """Whether the reference is to become the student after one more step that measured this penalty."""
-        bounds = config.penalty
+        bounds = config.section.penalty
+        assert bounds is not None
         return reference_is_stale(
             penalty, self.reference_age + 1, max_penalty=bounds.max_penalty, max_epochs=bounds.max_steps
         )
@@ -61,7 +64,9 @@ def judge_risk(config: CausalRewardConfig, rewards: StepRewards, state: PenaltyS
 
     A prompt's candidates are neighbours. Computed from the whole step, so every process finds the same.
     """
-    names, penalty, size = [entry.name for entry in config.reward.scorers], config.penalty, config.reward.group_size
+    names, size = [entry.name for entry in config.reward.scorers], config.reward.group_size
+    penalty = config.section.penalty
+    assert penalty is not None
     values = rewards.values.double().cpu()
     primary = rewards.total.double().cpu() if penalty.primary is None else values[names.index(penalty.primary)]
     auxiliary = values[[names.index(name) for name in penalty.auxiliary]]

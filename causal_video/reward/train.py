@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from fewstep.causal_video.reward.config import CausalRewardConfig
-from fewstep.causal_video.reward.setup import CausalRewardSetup, build_setup
+from fewstep.causal_video.reward.setup import CausalRewardData, CausalRewardSetup, build_setup
 from fewstep.causal_video.reward.state import PenaltyState, Risk, judge_risk, no_risk
 from fewstep.causal_video.reward.watch import CausalRewardWatch, describe_run
 from fewstep.causal_video.reward.window import (
     Candidates,
-    ChunkTurn,
+    ChunkStep,
     WindowPlan,
     chunk_loss,
     draw_candidates,
     plan_window,
     prepare,
 )
-from fewstep.causal_video.stages.setup import CausalData
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role, inject_student
 from fewstep.core.training.run import open_run
@@ -46,7 +45,7 @@ def train_causal_reward(config: CausalRewardConfig, *, scorers: Sequence[Scorer]
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
         RewardError: a scorer failed; where no weight had changed yet, the step's start is saved first.
     """
-    data = CausalData.read(config.as_stage())
+    data = CausalRewardData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         require_whole_groups(config.reward.group_size, config.run, trainer)
@@ -71,7 +70,7 @@ def train_step(
     plan, role = plan_window(config, trainer.step), setup.causal.student_role
     slices: list[Candidates] = []
     pending: list[Pending] = []
-    prepared: list[tuple[ChunkTurn, ...]] = []
+    prepared: list[tuple[ChunkStep, ...]] = []
     for indices in trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size)):
         candidates, answer = sample(config, setup, trainer, indices, plan)
         slices.append(candidates)
@@ -81,15 +80,15 @@ def train_step(
     # Nothing has changed up to here: a reward that fails leaves the state at the start of the step.
     risk = no_risk(config.run.batch_size) if setup.reference is None else judge_risk(config, rewards, state)
     records = []
-    for place, (candidates, turns) in enumerate(zip(slices, prepared, strict=True)):
+    for place, (candidates, steps) in enumerate(zip(slices, prepared, strict=True)):
         task = slice_task(rewards, risk, trainer.rank * len(slices) + place, slices=len(slices) * trainer.world_size)
         last = place == len(slices) - 1
-        records.append(slice_backward(config, setup, trainer, candidates, turns=turns, task=task, last=last))
+        records.append(slice_backward(config, setup, trainer, candidates, steps=steps, task=task, last=last))
     found = mean_records(records)
     metrics: Metrics = {**found, **rewards.log([scorer.card.name for scorer in setup.reward.scorers])}
     metrics["student_grad_norm"] = trainer.update(role)
     metrics["window_start"] = float(plan.start)
-    follow(setup.old_role, role, decay=decay_now(config.policy.old, role.updates))
+    follow(setup.old_role, role, decay=decay_now(config.section.old, role.updates))
     if setup.reference_role is None:
         return metrics, state
     stale = state.is_stale(config, setup.processes.mean(found["reference_penalty"]).item())
@@ -156,24 +155,25 @@ def slice_backward(
     trainer: Trainer,
     candidates: Candidates,
     *,
-    turns: Sequence[ChunkTurn],
+    steps: Sequence[ChunkStep],
     task: SliceTask,
     last: bool,
 ) -> dict[str, Tensor]:
     """Add the student's gradients of one slice, chunk by chunk in the memory of one; returns what to log."""
-    policy, role = config.policy, setup.causal.student_role
+    section, role = config.section, setup.causal.student_role
+    weight = 0.0 if section.penalty is None else section.penalty.weight
     advantages, risky = task.advantages.to(setup.device), task.risky.to(setup.device)
-    probability = optimality_probability(advantages, max_advantage=policy.max_advantage)
+    probability = optimality_probability(advantages, max_advantage=section.max_advantage)
     record: dict[str, Tensor] = {}
-    for number, turn in enumerate(turns):
-        with trainer.sync(role, last and number == len(turns) - 1):
-            prediction = turn.call.predict(role.wrapped, candidates.window.tokens).x0
-            parts = chunk_loss(turn, prediction, probability, risky, nft_beta=policy.nft_beta)
+    for number, step in enumerate(steps):
+        with trainer.sync(role, last and number == len(steps) - 1):
+            prediction = step.call.predict(role.wrapped, candidates.window.tokens).x0
+            parts = chunk_loss(step, prediction, probability, risky, nft_beta=section.nft_beta)
             penalty = task.penalty_factor * parts.penalty
-            loss = parts.policy + config.penalty.weight * penalty
+            loss = parts.policy + weight * penalty
             trainer.check_finite("student loss", loss)
             trainer.backward(loss)
-        moved = turn.share * (prediction - turn.old_x0).detach().square().mean()
+        moved = step.share * (prediction - step.old_x0).detach().square().mean()
         found = {"student_loss": loss, "policy_loss": parts.policy, "old_policy_distance": moved}
         if setup.reference is not None:
             found["reference_penalty"] = penalty

@@ -31,7 +31,8 @@ class CausalRewardWatch:
 
     def __init__(self, config: CausalRewardConfig, setup: CausalRewardSetup, trainer: Trainer) -> None:
         self.config, self.setup = config, setup
-        self.watch = VideoWatch(config.as_stage(), setup.causal, trainer)
+        samples, guidance = config.data.sample_count, config.teacher.guidance
+        self.watch = VideoWatch(setup.causal, trainer, sample_count=samples, guidance=guidance, is_flow=False)
         self.monitor = RewardMonitor(config.monitor, setup.reward, setup.held_out, trainer, self.samples())
         self.penalty = PenaltyState.start(config)
 
@@ -71,7 +72,7 @@ class CausalRewardWatch:
     @torch.no_grad()
     def windows(self) -> list[Window]:
         """The first and the last window of the averaged student's streams, one where they are the same."""
-        causal, monitor, chunks = self.setup.causal, self.config.monitor, self.config.window.chunks
+        causal, monitor, chunks = self.setup.causal, self.config.monitor, self.config.section.chunks
         rows, each = list(range(len(self.prompts))), monitor.samples_per_prompt
         channels, _, height, width = causal.latent_shape
         frame, role = (channels, height, width), causal.student_role
@@ -103,9 +104,9 @@ class CausalRewardWatch:
 def describe_run(config: CausalRewardConfig, setup: CausalRewardSetup, trainer: Trainer) -> str:
     """The resolved settings, the times of each chunk, the scorers, and parameters and memory of networks, as text."""
     causal, frozen = setup.causal, {"teacher": setup.causal.teacher.denoiser}
-    told = (
-        f"{config.method}: windows of {config.window.chunks} chunks in streams of up to {config.longest_chunks}; "
+    text = (
+        f"{config.method}: windows of {config.section.chunks} chunks in streams of up to {config.longest_chunks}; "
         f"{causal.settings.text}; {reward_text(config.reward, setup.reward, setup.held_out)}; "
         f"{len(causal.prompts)} prompts"
     )
-    return run_text(config, trainer, told, frozen=frozen)
+    return run_text(config, trainer, text, frozen=frozen)

@@ -48,7 +48,7 @@ class WindowPlan:
 
 def plan_window(config: CausalRewardConfig, step: int) -> WindowPlan:
     """The window of a step: anywhere in the longest stream, a function of (seed, step), the same on all processes."""
-    chunks = config.window.chunks
+    chunks = config.section.chunks
     places = config.longest_chunks - chunks + 1
     return WindowPlan(shared_integer(config.run.seed, step, "reward_window", places), chunks)
 
@@ -198,7 +198,7 @@ def draw_candidates(
 
 
 @dataclass(frozen=True, eq=False)
-class ChunkTurn:
+class ChunkStep:
     """What the loss on one chunk needs beside the student's prediction.
 
     Attributes:
@@ -217,7 +217,7 @@ class ChunkTurn:
 
 
 @torch.no_grad()
-def prepare(setup: CausalRewardSetup, candidates: Candidates) -> tuple[ChunkTurn, ...]:
+def prepare(setup: CausalRewardSetup, candidates: Candidates) -> tuple[ChunkStep, ...]:
     """Noise the candidates anew and call older policy and reference on them; no reward enters.
 
     Each candidate draws one place in the schedule, and every chunk takes its own time there: the warped times that the
@@ -230,7 +230,7 @@ def prepare(setup: CausalRewardSetup, candidates: Candidates) -> tuple[ChunkTurn
     parts = zip(window.latents.split(lengths, dim=2), noises.split(lengths, dim=2), strict=True)
     old_text = setup.old.prompt(window.tokens)
     reference_text = None if setup.reference is None else setup.reference.prompt(window.tokens)
-    turns = []
+    steps = []
     for number, (x0, noise) in enumerate(parts):
         times = torch.tensor(settings.schedule.of(candidates.plan.start + number), device=u.device)
         t = times[(u * len(times)).long().clamp(max=len(times) - 1)]
@@ -240,8 +240,8 @@ def prepare(setup: CausalRewardSetup, candidates: Candidates) -> tuple[ChunkTurn
         if setup.reference is not None and reference_text is not None:
             reference_x0 = call.predict(setup.reference, reference_text).x0
         old_x0 = call.predict(setup.old, old_text).x0
-        turns.append(ChunkTurn(call, x0, old_x0, reference_x0, lengths[number] / sum(lengths)))
-    return tuple(turns)
+        steps.append(ChunkStep(call, x0, old_x0, reference_x0, lengths[number] / sum(lengths)))
+    return tuple(steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +253,7 @@ class ChunkLoss:
 
 
 def chunk_loss(
-    turn: ChunkTurn, prediction: Tensor, probability: Tensor, risky: Tensor, *, nft_beta: float
+    step: ChunkStep, prediction: Tensor, probability: Tensor, risky: Tensor, *, nft_beta: float
 ) -> ChunkLoss:
     """Policy loss and selective penalty of the student's x0 prediction on one chunk (Astrolabe, arXiv:2603.17051).
 
@@ -261,7 +261,7 @@ def chunk_loss(
     gradient: one chunk's graph is alive at a time.
 
     Args:
-        turn: see there.
+        step: see there.
         prediction: [n, C, f, h, w], with graph.
         probability: [n] r in [0, 1].
         risky: [n] bool, the candidates that are held back.
@@ -270,8 +270,8 @@ def chunk_loss(
     Raises:
         ValueError: as `nft_loss` and `selective_penalty`.
     """
-    policy = nft_loss(prediction, turn.old_x0, turn.x0, probability, nft_beta=nft_beta)
+    policy = nft_loss(prediction, step.old_x0, step.x0, probability, nft_beta=nft_beta)
     penalty = torch.zeros_like(policy)
-    if turn.reference_x0 is not None:
-        penalty = selective_penalty(prediction, turn.reference_x0, risky)
-    return ChunkLoss(turn.share * policy, turn.share * penalty)
+    if step.reference_x0 is not None:
+        penalty = selective_penalty(prediction, step.reference_x0, risky)
+    return ChunkLoss(step.share * policy, step.share * penalty)

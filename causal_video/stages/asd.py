@@ -3,21 +3,27 @@
 The method is ASD (arXiv:2511.01419). We know its outline alone, so the form of the losses is our reading: relativistic
 pairing and penalties as in R3GAN (arXiv:2501.05441).
 
-Legend: B batch; logits [B], a large one says that more steps were taken.
+Legend: B batch, C channels, T frames of the teacher; videos [B, C, T, h, w]; logits [B], a large one says that more
+steps were taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.core.condition import Condition
 from fewstep.core.discriminator import DiscriminatorHeads
-from fewstep.core.paths import at_least_fp32
+from fewstep.core.fake_score import FakeScore
+from fewstep.core.paths import add_noise, at_least_fp32
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
-from fewstep.dmd.gan_loss import approximate_r1_penalty
+from fewstep.dmd.config import MatchingConfig
+from fewstep.dmd.gan_loss import approximate_r1_penalty, perturb_noised_input
 
 # Of the perturbation that stands for the derivative in the penalties.
 PERTURBATION = 0.05
@@ -88,3 +94,67 @@ def gradient_penalties(logits: Sequence[Tensor], perturbed: Sequence[Tensor]) ->
     """
     pairs = zip(logits, perturbed, strict=True)
     return torch.stack([approximate_r1_penalty(a, b) / PERTURBATION**2 for a, b in pairs]).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class StepPair:
+    """Windows [B, C, T, h, w] of two rollouts from the same noise: `fewer` exits after `steps` = n calls, `more` after
+    n + 1. `condition` is that of both."""
+
+    fewer: Tensor
+    more: Tensor
+    condition: Condition
+    steps: int
+
+
+def asd_student_loss(
+    pair: StepPair, *, fake_score: FakeScore, discriminator: StepDiscriminator, draw: Draw, times: MatchingConfig
+) -> Tensor:
+    """Adversarial loss of the rollout of n steps (with graph) against that of a step more (ASD, arXiv:2511.01419).
+
+    Both are noised to one time per sample, each with noise of its own, and judged on features of the fake score, whose
+    parameters and those of the discriminator the caller has frozen.
+
+    Args:
+        pair: the rollouts; no gradient reaches the one of more steps.
+        fake_score: gives the features.
+        discriminator: judges them.
+        draw: of the slice.
+        times: those of the fake score.
+    """
+    t = draw.times("asd_time", shift=times.fake_shift, interval=times.interval)
+    noises = (draw.noise(tuple(pair.fewer.shape[1:]), f"asd_noise_{name}") for name in ("fewer", "more"))
+    logits = []
+    for video, noise in zip((pair.fewer, pair.more.detach()), noises, strict=True):
+        features = fake_score.denoiser.velocity_and_features(add_noise(video, noise, t), t, pair.condition)[1]
+        logits.append(discriminator(features, pair.steps))
+    return relativistic_generator_loss(*logits)
+
+
+def asd_discriminator_loss(
+    pair: StepPair,
+    *,
+    fake_score: FakeScore,
+    discriminator: nn.Module,
+    draw: Draw,
+    times: MatchingConfig,
+    penalty: float,
+) -> Tensor:
+    """The discriminator's loss on two rollouts without graph, with its penalties; the features are constants.
+
+    Arguments as in `asd_student_loss`, and the weight of the penalties; `discriminator` may be a distributed wrapper:
+    it is called once.
+    """
+    shape = tuple(pair.fewer.shape[1:])
+    t = draw.times("asd_critic_time", shift=times.fake_shift, interval=times.interval)
+    states = []
+    for name, video in (("fewer", pair.fewer), ("more", pair.more)):
+        x_t = add_noise(video, draw.noise(shape, f"asd_critic_noise_{name}"), t)
+        moved = perturb_noised_input(x_t, draw.noise(shape, f"asd_moved_{name}"), scale=PERTURBATION)
+        states += [x_t, moved]
+    with torch.no_grad():
+        joined = Condition.cat([pair.condition] * len(states))
+        features = fake_score.denoiser.velocity_and_features(torch.cat(states), torch.cat([t] * len(states)), joined)[1]
+    fewer_logits, fewer_moved, more_logits, more_moved = discriminator(features, pair.steps).chunk(len(states))
+    slopes = gradient_penalties((fewer_logits, more_logits), (fewer_moved, more_moved))
+    return relativistic_discriminator_loss(fewer_logits, more_logits) + penalty * slopes

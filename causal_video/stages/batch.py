@@ -1,4 +1,4 @@
-"""What the training stages of a causal student share: a batch of videos, the causal teacher, times per chunk.
+"""What the training stages of a causal student share: a batch of videos, the calls on it, times per chunk.
 
 Legend: B batch, C channels, F latent frames, N text tokens; videos [B, C, F, h, w]; t [B] or [B, F].
 """
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call
+from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call, whole_call
 from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.config import CausalStudentConfig
+from fewstep.causal_video.stages.sections import CausalStudentConfig, FrameReduction
+from fewstep.consistency.sample_loss import ConsistencyLoss
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import guided_velocity
+from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw, sample_uniform, shared_integer
 from fewstep.kernels.mask import AttentionMask
 
@@ -122,6 +124,51 @@ class CausalTeacher:
         return guided_velocity(packed, x, t, batch.condition, self.null_condition, self.guidance)
 
 
+@dataclass(frozen=True, eq=False)
+class ForcingNetworks:
+    """The student bare and wrapped, the masks of its calls, and the frozen causal teacher of the stages that have one.
+
+    Forward mode does not pass through the hooks of a distributed wrapper: `student` is called for what has no gradient,
+    `wrapped` for what has one.
+    """
+
+    student: nn.Module
+    wrapped: nn.Module
+    layout: ChunkLayout
+    packed: AttentionMask
+    causal: AttentionMask
+    teacher: CausalTeacher | None = None
+
+    def on_context(self, batch: VideoBatch, *, bare: bool = False) -> PackedNetwork:
+        """The student on a batch's clean context, wrapped for gradients unless `bare`."""
+        return PackedNetwork(self.student if bare else self.wrapped, batch, self.packed)
+
+    def causal_velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The wrapped student's velocity under the block-causal mask, with graph."""
+        extra = controls_of(condition, x.shape[2])
+        output = self.wrapped(whole_call(x, t, condition.tokens, mask=self.causal, extra=extra))
+        assert isinstance(output, CallOutput)
+        return output.velocity
+
+
+@dataclass(frozen=True, eq=False)
+class ForcingStep:
+    """The student's loss on given videos, and what to log of it; 0-dim tensors without graph."""
+
+    loss: Tensor
+    record: dict[str, Tensor]
+
+
+def frame_factor(batch: VideoBatch, frames: FrameReduction) -> float:
+    """What makes the configured reduction of a mean over frames."""
+    return float(batch.x0.shape[2]) if frames == "sum" else 1.0
+
+
+def isolated(found: ConsistencyLoss) -> dict[str, Tensor]:
+    """How many samples were not finite."""
+    return {"isolated_samples": found.isolated_count.float()}
+
+
 def chunk_uniform(draw: Draw, layout: ChunkLayout, stream: str) -> Tensor:
     """A uniform number per sample and chunk, [B, chunks]."""
     return sample_uniform(draw.seed, draw.indices, (layout.chunks,), stream=stream, device=draw.device)
@@ -135,3 +182,11 @@ def over_frames(values: Tensor, layout: ChunkLayout) -> Tensor:
 def gives_image(share: float, seed: int, step: int) -> bool:
     """Whether a step's samples have their first frame given: a share of the steps, the same in every process."""
     return shared_integer(seed, step, "image", IMAGE_PARTS) < share * IMAGE_PARTS
+
+
+def context_of_batch(x0: Tensor, draw: Draw, largest: float) -> tuple[Tensor, Tensor | None]:
+    """The clean half of a packed call, noised to a uniform time up to `largest`, and that time [B] (None for 0)."""
+    if largest == 0:
+        return x0, None
+    t = largest * draw.uniform("context_time")
+    return add_noise(x0, draw.noise(tuple(x0.shape[1:]), "context_noise"), t), t

@@ -1,73 +1,89 @@
+"""Consistency on clean context, discrete (tf_dcm) and in continuous time (tf_scm), and the check of its tangent.
+
+Legend: B batch, C channels, F latent frames; videos [B, C, F, h, w]; t [B].
+"""
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fewstep.causal_video.stages.batch import VideoBatch
-from fewstep.causal_video.stages.config import CausalLossConfig
-from fewstep.causal_video.stages.forcing import ForcingNetworks, ForcingTurn, frame_factor, isolated, packed_network
+from fewstep.causal_video.stages.batch import (
+    ForcingNetworks,
+    ForcingStep,
+    PackedNetwork,
+    VideoBatch,
+    frame_factor,
+    isolated,
+)
+from fewstep.causal_video.stages.sections import TfDcmConfig, TfScmConfig
+from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.consistency.methods.dcm import consistency_distillation_loss, teacher_step
 from fewstep.consistency.methods.scm import Tangent, flow_tangent, normalise_tangent, scm_loss, tangent_warmup
 from fewstep.consistency.tangents import central_derivative, total_derivative
 from fewstep.consistency.times import grid_times, logit_normal, mix_max_time
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
+from fewstep.core.training.trainer import Trainer
+from fewstep.kernels.check_jvp import check_jvp
+
+# Of the two samples on which the tangent is checked before the first step.
+CHECKED_TIMES = (0.3, 0.7)
 
 
-def tf_dcm_turn(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, loss: CausalLossConfig) -> ForcingTurn:
+def tf_dcm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, stage: TfDcmConfig) -> ForcingStep:
     """Discrete consistency on clean context: x0 before and after one Euler step of the causal teacher (Causal-rCM)."""
-    times = grid_times(draw.uniform("consistency_grid"), steps=loss.grid_steps, shift=loss.grid_shift)
+    times = grid_times(draw.uniform("consistency_grid"), steps=stage.grid_steps, shift=stage.grid_shift)
     x_t = add_noise(batch.x0, batch.eps, times.t)
     x_r = teacher_step(x_t, teacher_velocity(networks, x_t, times.t, batch), times.t, times.r)
-    student = packed_network(networks, batch, bare=True)
-    wrapped = packed_network(networks, batch)
+    student = networks.on_context(batch, bare=True)
+    wrapped = networks.on_context(batch)
     with torch.no_grad():
         target = x0_from_velocity(x_r, student(x_r, times.r, batch.condition), times.r)
     prediction = x0_from_velocity(x_t, wrapped(x_t, times.t, batch.condition), times.t)
     # The velocity of a given frame is nothing, and so would be its prediction here.
     counts = batch.frame_counts[:, None, :, None, None]
     found = consistency_distillation_loss(torch.where(counts, prediction, 0.0), torch.where(counts, target, 0.0))
-    return ForcingTurn(found.loss * frame_factor(batch, loss), {"jump": found.error.mean(), **isolated(found)})
+    return ForcingStep(found.loss * frame_factor(batch, stage.frames), {"jump": found.error.mean(), **isolated(found)})
 
 
-def tf_scm_turn(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, loss: CausalLossConfig) -> ForcingTurn:
+def tf_scm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, stage: TfScmConfig) -> ForcingStep:
     """Continuous-time consistency on clean context, in rectified flow's coordinates (Causal-rCM, arXiv:2606.25473).
 
     The clean half is a constant of the tangent: g = -(v - v_T) - r t dv/dt, with dv/dt through the packed mask.
     """
-    t = logit_normal(draw.noise((), "consistency_time"), mean=loss.time_mean, std=loss.time_std)
-    t = mix_max_time(t, draw.uniform("consistency_max_time"), share=loss.max_time_share)
+    t = logit_normal(draw.noise((), "consistency_time"), mean=stage.time_mean, std=stage.time_std)
+    t = mix_max_time(t, draw.uniform("consistency_max_time"), share=stage.max_time_share)
     x_t = add_noise(batch.x0, batch.eps, t)
     target = teacher_velocity(networks, x_t, t, batch)
-    velocity = packed_network(networks, batch)(x_t, t, batch.condition)
-    derivative = path_derivative(batch, networks, x_t, t, dx=target, loss=loss)
-    warmup = tangent_warmup(batch.step, loss.tangent_warmup)
+    velocity = networks.on_context(batch)(x_t, t, batch.condition)
+    derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=stage)
+    warmup = tangent_warmup(batch.step, stage.tangent_warmup)
     tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
     counts = batch.frame_counts[:, None, :, None, None]
-    direction = normalise_tangent(torch.where(counts, tangent.total, 0.0), constant=loss.normalizer)
+    direction = normalise_tangent(torch.where(counts, tangent.total, 0.0), constant=stage.normalizer)
     found = scm_loss(velocity, direction)
-    return ForcingTurn(found.loss * frame_factor(batch, loss), {**tangent_record(tangent), **isolated(found)})
+    return ForcingStep(found.loss * frame_factor(batch, stage.frames), {**tangent_record(tangent), **isolated(found)})
 
 
 def path_derivative(
-    batch: VideoBatch, networks: ForcingNetworks, x_t: Tensor, t: Tensor, *, dx: Tensor, loss: CausalLossConfig
+    batch: VideoBatch, networks: ForcingNetworks, x_t: Tensor, t: Tensor, *, dx: Tensor, stage: TfScmConfig
 ) -> Tensor:
     """d velocity / dt [B, C, F, h, w] of the noisy half along (dx, 1), by the configured method."""
-    packed = packed_network(networks, batch, bare=True)
+    packed = networks.on_context(batch, bare=True)
 
     def function(x: Tensor, time: Tensor) -> Tensor:
         return packed(x, time, batch.condition)
 
-    if loss.tangent == "jvp":
+    if stage.tangent == "jvp":
         return total_derivative(function, x_t, t, dx, torch.ones_like(t)).derivative
-    step = loss.central_step
+    step = stage.central_step
     return central_derivative(function, x_t, t, dx, torch.ones_like(t), step=step, interval=(0.0, 1.0))
 
 
 def teacher_velocity(networks: ForcingNetworks, x_t: Tensor, t: Tensor, batch: VideoBatch) -> Tensor:
     """The causal teacher's guided velocity; a given frame stands still."""
     assert networks.teacher is not None
-    assert networks.packed is not None
     velocity = networks.teacher.velocity(x_t, t, batch, networks.packed)
     return torch.where(batch.frame_counts[:, None, :, None, None], velocity, 0.0)
 
@@ -76,3 +92,32 @@ def tangent_record(tangent: Tangent) -> dict[str, Tensor]:
     """Lengths of the tangent and of its two parts, means over the batch."""
     lengths = {"tangent": tangent.total, "tangent_gap": tangent.gap, "tangent_drift": tangent.drift}
     return {name: part.flatten(1).norm(dim=1).mean() for name, part in lengths.items()}
+
+
+def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> str | None:
+    """Compare the packed network's tangent with differences; what was found, as text, or None where none is asked for.
+
+    Raises:
+        ValueError: the tangent is not the derivative of the network.
+    """
+    if stage.tangent != "jvp" or not stage.check_tangent:
+        return None
+    assert setup.networks is not None
+    x0, condition = setup.videos(list(range(len(CHECKED_TIMES))), trainer.device)
+    t = torch.tensor(CHECKED_TIMES, device=trainer.device)
+    batch = VideoBatch(x0, x0, condition, x0, None, None, 0)
+    packed = PackedNetwork(setup.student, batch, setup.networks.packed)
+    found = []
+    # Steps of time are small, since the network gets a thousand times as much.
+    for name, tangents, step, halvings in (
+        ("the state", (x0.flip(0), None), 2.0**-3, 12),
+        ("time", (None, torch.ones_like(t)), 2.0**-8, 10),
+    ):
+        try:
+            check = check_jvp(
+                lambda x, time: packed(x, time, condition), (x0, t), tangents, largest_step=step, halvings=halvings
+            )
+        except ValueError as error:
+            raise ValueError(f"along {name}: {error}: set tf_scm.tangent to 'central'") from error
+        found.append(f"{check.error:.1e} along {name}")
+    return f"tangent of the packed network against differences: off by {', '.join(found)}"

@@ -1,28 +1,18 @@
-"""Losses of causal students on given videos, a frame at a time.
+"""The squared error of causal students, a frame at a time, and the weight of frames that count.
 
-Legend: B batch, C channels, F latent frames; videos [B, C, F, h, w]; t [B] or [B, F]; weights [B, F]. Arithmetic in
+Legend: B batch, C channels, F latent frames; videos [B, C, F, h, w]; weights [B, F]. Arithmetic in
 fp32, fp64 where an input is fp64.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from fewstep.causal_video.stages.sections import FrameReduction
 from fewstep.consistency.sample_loss import ConsistencyLoss, finite_samples, keep_samples
 from fewstep.core.paths import at_least_fp32
 from fewstep.core.shapes import require_same_shape
-
-FrameReduction = Literal["mean", "sum"]
-
-
-def bell_weight(t: Tensor) -> Tensor:
-    """exp(-2 (t - 1/2)^2) - exp(-1/2): 0 at t = 0 and 1 (teacher forcing in Causal-rCM, arXiv:2606.25473)."""
-    t = at_least_fp32(t)
-    return torch.exp(-2 * (t - 0.5).square()) - math.exp(-0.5)
 
 
 def frame_loss(
@@ -55,18 +45,6 @@ def frame_loss(
     weighted = keep_samples(at_least_fp32(weight.detach()), usable) * error
     total = weighted.sum(dim=1) if frames == "sum" else weighted.mean(dim=1)
     return ConsistencyLoss(total.mean(), error.detach().mean(dim=1), ~usable)
-
-
-def forcing_loss(
-    velocity: Tensor, x0: Tensor, eps: Tensor, weight: Tensor, *, frames: FrameReduction = "mean"
-) -> ConsistencyLoss:
-    """Flow matching of a causal network: `frame_loss` of the velocity against eps - x0.
-
-    Teacher forcing with one time per sample and `bell_weight`, diffusion forcing (arXiv:2407.01392) with one per chunk
-    and none, both as in Causal-rCM (arXiv:2606.25473). Arguments and errors as there.
-    """
-    require_same_shape(velocity=velocity, x0=x0, eps=eps)
-    return frame_loss(velocity, at_least_fp32(eps) - at_least_fp32(x0), weight, frames=frames)
 
 
 def counted_weight(counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trajectories of a teacher's ODE at the times of a student's schedule, and batches of them for regression.
+"""Regression on trajectories of a teacher's ODE, at the times of the student's schedule, and how these are made.
 
 Legend: N trajectories, K times, B batch, C channels, F latent frames; videos [B, C, F, h, w], states
 [N, K, C, F, h, w].
@@ -16,23 +16,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.batch import CausalTeacher, VideoBatch, chunk_uniform, over_frames
-from fewstep.causal_video.stages.config import CausalLossConfig
-from fewstep.causal_video.stages.forcing import ForcingNetworks, ForcingTurn, causal_velocity, isolated, packed_network
+from fewstep.causal_video.stages.batch import (
+    CausalTeacher,
+    ForcingNetworks,
+    ForcingStep,
+    VideoBatch,
+    chunk_uniform,
+    isolated,
+    over_frames,
+)
 from fewstep.causal_video.stages.losses import counted_weight, frame_loss
+from fewstep.causal_video.stages.sections import OdeConfig
 from fewstep.core.condition import Condition
 from fewstep.core.data import PROMPTS_FILE, LatentSource, PromptConditions, read_prompts, rows_of_samples
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.randomness import Draw, sample_noise
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.trainer import Trainer
 from fewstep.kernels.mask import AttentionMask
 
-PAIRS_FILE = "ode_pairs.safetensors"
-
-
+# The folder in the run directory, and the file in it.
+PAIRS_FOLDER, PAIRS_FILE = "ode_pairs", "ode_pairs.safetensors"
+# Trajectories that are made at a time.
 BATCH = 16
-
-
 # Times are stored in fp64 and compared with those of a schedule.
 SAME_TIME = 1e-9
 
@@ -87,7 +93,7 @@ class OdePairs:
         """Read a folder that `save` wrote. Raises ValueError that names what is missing or broken."""
         file = Path(folder) / PAIRS_FILE
         if not file.is_file():
-            raise ValueError(f"{file} does not exist; leave data.pairs empty to make trajectories in the run directory")
+            raise ValueError(f"{file} does not exist; leave ode.pairs empty to make trajectories in the run directory")
         try:
             tensors = load_file(file)
         except SafetensorError as error:
@@ -255,7 +261,68 @@ def causal_pairs(
     return OdePairs(wanted, states, latents, tuple(prompts), context)
 
 
-def ode_turn(batch: OdeBatch, networks: ForcingNetworks, *, loss: CausalLossConfig) -> ForcingTurn:
+@dataclass(frozen=True, eq=False)
+class PairSources:
+    """What trajectories are made from.
+
+    Attributes:
+        teacher: the bidirectional one.
+        guidance: its scale.
+        networks: with the causal teacher, where there is one.
+        real: videos for the context of causal trajectories.
+        prompts: of bidirectional ones.
+        settings: whose schedule says the times.
+        shape: (C, F, h, w).
+        seed: of the noise.
+    """
+
+    teacher: Teacher
+    guidance: float
+    networks: ForcingNetworks
+    real: LatentSource | None
+    prompts: PromptConditions
+    settings: CausalSettings
+    shape: tuple[int, int, int, int]
+    seed: int
+
+
+def pairs_of_run(stage: OdeConfig, sources: PairSources, trainer: Trainer) -> OdePairs:
+    """The trajectories in the run directory, made by process 0 if they are not there."""
+    folder = trainer.directory.path / PAIRS_FOLDER
+    if trainer.is_main and not folder.is_dir():
+        make_pairs(stage, sources).save(folder)
+    trainer.accelerator.wait_for_everyone()
+    return OdePairs.load(folder)
+
+
+def make_pairs(stage: OdeConfig, sources: PairSources) -> OdePairs:
+    """Trajectories of the teacher that `source` names."""
+    teacher, networks = sources.teacher, sources.networks
+    if stage.source == "bidirectional":
+        return bidirectional_pairs(
+            teacher,
+            sources.prompts,
+            sources.settings,
+            shape=sources.shape,
+            count=stage.count,
+            steps=stage.steps,
+            guidance=sources.guidance,
+            seed=sources.seed,
+        )
+    assert networks.teacher is not None
+    assert sources.real is not None
+    return causal_pairs(
+        networks.teacher,
+        sources.real,
+        sources.settings,
+        grid=teacher.family.teacher_grid(teacher.pipeline, stage.steps),
+        mask=networks.packed,
+        count=stage.count,
+        seed=sources.seed,
+    )
+
+
+def ode_step(batch: OdeBatch, networks: ForcingNetworks, stage: OdeConfig) -> ForcingStep:
     """Regression on the end of trajectories, every chunk at a random step of its own.
 
     From the bidirectional teacher: block-causal, chunks at t = 0 are context and do not count (CausVid,
@@ -263,10 +330,10 @@ def ode_turn(batch: OdeBatch, networks: ForcingNetworks, *, loss: CausalLossConf
     were made on (after Causal Forcing, arXiv:2602.02214; the packed form is our reading).
     """
     if batch.context is None:
-        velocity = causal_velocity(networks, batch.x, batch.t, batch.condition)
+        velocity = networks.causal_velocity(batch.x, batch.t, batch.condition)
     else:
         held = VideoBatch(batch.x0, batch.x, batch.condition, batch.context, None, None, 0)
-        velocity = packed_network(networks, held)(batch.x, batch.t, batch.condition)
+        velocity = networks.on_context(held)(batch.x, batch.t, batch.condition)
     prediction = x0_from_velocity(batch.x, velocity, batch.t)
-    found = frame_loss(prediction, batch.x0, counted_weight(batch.t > 0), frames=loss.frames)
-    return ForcingTurn(found.loss, {"regression_error": found.error.mean(), **isolated(found)})
+    found = frame_loss(prediction, batch.x0, counted_weight(batch.t > 0), frames=stage.frames)
+    return ForcingStep(found.loss, {"regression_error": found.error.mean(), **isolated(found)})

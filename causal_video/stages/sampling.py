@@ -34,8 +34,8 @@ def euler_rollout(
 
     Args:
         network: a causal student.
-        condition: text [B, N, width], with image and conditioning channels if given; the channels are told to both
-            sides of guidance.
+        condition: text [B, N, width], with image and conditioning channels if given; both sides of guidance get the
+            channels.
         noise: its first draw of each chunk is used.
         settings: layout, all listed chunks of it, and policy; the schedule has no part here.
         times: falling, of every chunk.

@@ -1,4 +1,6 @@
-"""Rollouts that a causal student is trained on, and the adversarial term between rollouts of n and n + 1 steps.
+"""Self-forcing: distribution matching on what the student rolls out itself (arXiv:2506.08009).
+
+The bidirectional teacher and the fake score judge the whole video at one time.
 
 Legend: B batch, C channels, F latent frames, n frames that learn, T frames of the teacher; videos [B, C, F, h, w].
 """
@@ -12,26 +14,19 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.denoise import ChunkNoise, ExitStep, VideoCondition
 from fewstep.causal_video.model.controls import controls_of
-from fewstep.causal_video.rollout import rollout
+from fewstep.causal_video.rollout import replayed_backward, rollout
 from fewstep.causal_video.schedule import StepSchedule, cycled_exit, random_exit
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.asd import (
-    PERTURBATION,
-    StepDiscriminator,
-    gradient_penalties,
-    relativistic_discriminator_loss,
-    relativistic_generator_loss,
-)
+from fewstep.causal_video.stages.asd import StepPair, asd_discriminator_loss, asd_student_loss
 from fewstep.causal_video.stages.batch import gives_image
-from fewstep.causal_video.stages.config import CausalConfig, new_frames
+from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.causal_video.stages.teacher_window import TeacherWindow, image_latent, teacher_window
 from fewstep.core.condition import Condition
-from fewstep.core.fake_score import FakeScore
-from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw, shared_integer
-from fewstep.dmd.config import LossConfig
-from fewstep.dmd.gan_loss import perturb_noised_input
+from fewstep.core.training.roles import frozen
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.matching import Scores, fake_score_step, student_step
 
 
 @dataclass(frozen=True)
@@ -39,16 +34,28 @@ class RolloutPlan:
     """What one step rolls out: the same in every process, a function of the step.
 
     Attributes:
-        student_due: whose turn it is.
+        student_due: whether the student is updated in this step, or else the fake score.
         schedule: of the rollout.
         exit_step: where its chunks stop, see `StepSchedule.exits`.
         extra_chunks: chunks beyond those of the layout.
+        learning_frames: frames at the end of a rollout with extra chunks that learn.
     """
 
     student_due: bool
     schedule: StepSchedule
     exit_step: int
     extra_chunks: int
+    learning_frames: int
+
+    @property
+    def has_more_steps(self) -> bool:
+        """Whether some chunk of the schedule has a step after the exit."""
+        return self.exit_step + 1 < self.schedule.longest
+
+    @property
+    def of_one_step_more(self) -> RolloutPlan:
+        """The same rollout with the next exit."""
+        return replace(self, exit_step=self.exit_step + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +89,21 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
     Student and fake score count their own rollouts, so that each of them meets every exit of a cycle (Causal-rCM,
     arXiv:2606.25473); with equal counters the student would stop at a few of them alone.
     """
+    stage, seed = config.self_forcing, config.run.seed
+    assert stage is not None
     assert config.fake_score is not None
-    loss, seed, cycle = config.loss, config.run.seed, config.fake_score.updates_per_student_update
-    turns, place = divmod(step, cycle)
-    count = turns if place == 0 else step - turns - 1
+    cycles, place = divmod(step, config.fake_score.updates_per_student_update)
+    count = cycles if place == 0 else step - cycles - 1
     schedule = settings.schedule
-    if loss.rollout_schedules:
-        chosen = shared_integer(seed, step, "rollout_schedule", len(loss.rollout_schedules))
-        schedule = StepSchedule.steps(loss.rollout_schedules[chosen], shift=config.student.shift)
-    exit_step = cycled_exit(schedule, count) if loss.exit == "cycled" else random_exit(schedule, seed, step)
+    if stage.rollout_schedules:
+        chosen = shared_integer(seed, step, "rollout_schedule", len(stage.rollout_schedules))
+        schedule = StepSchedule.steps(stage.rollout_schedules[chosen], shift=config.student.shift)
+    exit_step = cycled_exit(schedule, count) if stage.exit == "cycled" else random_exit(schedule, seed, step)
     extra = 0
-    if loss.longest_frames is not None:
-        most = (loss.longest_frames - settings.layout.frames) // settings.layout.lengths[-1]
+    if stage.longest_frames is not None:
+        most = (stage.longest_frames - settings.layout.frames) // settings.layout.lengths[-1]
         extra = shared_integer(seed, step, "rollout_chunks", most + 1)
-    return RolloutPlan(place == 0, schedule, exit_step, extra)
+    return RolloutPlan(place == 0, schedule, exit_step, extra, stage.learning_frames(settings.layout))
 
 
 def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> tuple[Condition, Tensor | None]:
@@ -111,7 +119,6 @@ def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: i
 
 
 def generate(
-    config: CausalConfig,
     setup: CausalSetup,
     plan: RolloutPlan,
     *,
@@ -132,7 +139,7 @@ def generate(
     noise = ChunkNoise(draw.seed, tuple(draw.indices), (channels, height, width), stream="rollout")
     before, cache, fixed, learning = None, None, 0, layout.chunks
     if plan.extra_chunks > 0:
-        learning = new_frames(config.loss, layout) // layout.lengths[-1]
+        learning = plan.learning_frames // layout.lengths[-1]
         fixed = layout.chunks + plan.extra_chunks - learning
         with torch.no_grad():
             exits = plan.schedule.exits(plan.schedule.longest - 1, fixed)
@@ -154,72 +161,87 @@ def generate(
     return Generated(before, done.video, done.exits, first, length)
 
 
-def has_more_steps(plan: RolloutPlan) -> bool:
-    """Whether some chunk of the plan's schedule has a step after the exit."""
-    return plan.exit_step + 1 < plan.schedule.longest
+def student_backward(
+    config: CausalConfig, setup: CausalSetup, trainer: Trainer, *, plan: RolloutPlan, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the student's gradients of distribution matching on a rollout for one slice; returns what to log.
 
-
-def asd_student_loss(
-    fewer: Tensor,
-    more: Tensor,
-    condition: Condition,
-    *,
-    steps: int,
-    fake_score: FakeScore,
-    discriminator: StepDiscriminator,
-    draw: Draw,
-    matching: LossConfig,
-) -> Tensor:
-    """Adversarial loss of a rollout of `steps` (with graph) against one of a step more (ASD, arXiv:2511.01419).
-
-    Both are noised to one time per sample, each with noise of its own, and judged on features of the fake score, whose
-    parameters and those of the discriminator the caller has frozen.
-
-    Args:
-        fewer: [B, C, T, h, w] window of the rollout that exits after `steps` calls.
-        more: the same after steps + 1 calls, without graph.
-        condition: of both.
-        steps: n.
-        fake_score: gives the features.
-        discriminator: judges them.
-        draw: of the slice.
-        matching: times of the fake score.
+    With `replay` the rollout has no graph; the loss gives a gradient of the video, which goes back through each exit
+    call, made again.
     """
-    t = draw.times("asd_time", shift=matching.fake_shift, interval=matching.interval)
-    noises = (draw.noise(tuple(fewer.shape[1:]), f"asd_noise_{name}") for name in ("fewer", "more"))
-    logits = []
-    for video, noise in zip((fewer, more.detach()), noises, strict=True):
-        features = fake_score.denoiser.velocity_and_features(add_noise(video, noise, t), t, condition)[1]
-        logits.append(discriminator(features, steps))
-    return relativistic_generator_loss(*logits)
+    stage, scores, times = config.self_forcing, setup.scores, config.matching
+    assert stage is not None
+    assert scores is not None
+    assert times is not None
+    replay, wrapped = stage.replay, setup.student_role.wrapped
+    condition, image = rollout_inputs(config, setup, draw, trainer.step)
+    with torch.set_grad_enabled(not replay):
+        done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
+    new = done.new.detach().requires_grad_() if replay else done.new
+    window = done.window(new)
+    with frozen(scores.fake):
+        step = student_step(
+            window.latents,
+            condition,
+            scores=Scores(setup.teacher, scores.fake, config.teacher.guidance),
+            draw=draw,
+            times=times,
+            objective=config.objective,
+        )
+        # The frames that learn are to weigh what they would in a mean over them alone.
+        total = step.loss / window.counts.float().mean()
+        record = {"student_loss": total.detach(), **step.log()}
+        if config.asd is not None and scores.discriminator is not None and plan.has_more_steps:
+            more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
+            pair = StepPair(window.latents, more, condition, plan.exit_step + 1)
+            with frozen(scores.discriminator):
+                adversarial = asd_student_loss(
+                    pair, fake_score=scores.fake, discriminator=scores.discriminator, draw=draw, times=times
+                )
+            total = total + config.asd.weight * adversarial
+            record["student_asd_loss"] = adversarial.detach()
+        trainer.check_finite("student loss", total)
+        trainer.backward(total)
+    if replay:
+        assert new.grad is not None
+        replayed_backward(wrapped, done.exits, condition.tokens, new.grad)
+    return record
 
 
-def asd_discriminator_loss(
-    fewer: Tensor,
-    more: Tensor,
-    condition: Condition,
-    *,
-    steps: int,
-    fake_score: FakeScore,
-    discriminator: nn.Module,
-    draw: Draw,
-    config: CausalConfig,
+@torch.no_grad()
+def rollout_of_one_step_more(
+    setup: CausalSetup, plan: RolloutPlan, *, draw: Draw, condition: Condition, image: Tensor | None
 ) -> Tensor:
-    """The discriminator's loss on two rollouts without graph, with its penalties; the features are constants.
+    """The window [B, C, T, h, w] of the rollout of one step more from the same noise, without graph."""
+    done = generate(setup, plan.of_one_step_more, draw=draw, condition=condition, image=image)
+    return done.window().latents
 
-    Arguments as in `asd_student_loss`; `discriminator` may be a distributed wrapper: it is called once.
-    """
-    matching, shape = config.matching, tuple(fewer.shape[1:])
-    t = draw.times("asd_critic_time", shift=matching.fake_shift, interval=matching.interval)
-    states = []
-    for name, video in (("fewer", fewer), ("more", more)):
-        x_t = add_noise(video, draw.noise(shape, f"asd_critic_noise_{name}"), t)
-        moved = perturb_noised_input(x_t, draw.noise(shape, f"asd_moved_{name}"), scale=PERTURBATION)
-        states += [x_t, moved]
+
+def fake_score_backward(
+    config: CausalConfig, setup: CausalSetup, trainer: Trainer, *, plan: RolloutPlan, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the gradients of fake score and discriminator for one slice, on fresh rollouts; returns what to log."""
+    scores, times = setup.scores, config.matching
+    assert scores is not None
+    assert times is not None
+    condition, image = rollout_inputs(config, setup, draw, trainer.step)
     with torch.no_grad():
-        joined = Condition.cat([condition] * len(states))
-        x_t, times = torch.cat(states), torch.cat([t] * len(states))
-        features = fake_score.denoiser.velocity_and_features(x_t, times, joined)[1]
-    fewer_logits, fewer_moved, more_logits, more_moved = discriminator(features, steps).chunk(len(states))
-    penalty = gradient_penalties((fewer_logits, more_logits), (fewer_moved, more_moved))
-    return relativistic_discriminator_loss(fewer_logits, more_logits) + config.loss.asd_penalty * penalty
+        video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
+    step = fake_score_step(video, condition, fake_score=scores.fake_role.wrapped, draw=draw, times=times)
+    trainer.check_finite("fake score loss", step.loss)
+    trainer.backward(step.loss)
+    record = {"fake_score_loss": step.flow_loss.detach()}
+    if config.asd is not None and scores.discriminator_role is not None and plan.has_more_steps:
+        more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
+        adversarial = asd_discriminator_loss(
+            StepPair(video, more, condition, plan.exit_step + 1),
+            fake_score=scores.fake,
+            discriminator=scores.discriminator_role.wrapped,
+            draw=draw,
+            times=times,
+            penalty=config.asd.penalty,
+        )
+        trainer.check_finite("discriminator loss", adversarial)
+        trainer.backward(adversarial)
+        record["discriminator_loss"] = adversarial.detach()
+    return record

@@ -16,11 +16,11 @@ from fewstep.causal_video.model.controls import FrameControls, with_controls
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages.asd import StepDiscriminator
-from fewstep.causal_video.stages.batch import CausalTeacher, PackedNetwork, VideoBatch, causal_settings
+from fewstep.causal_video.stages.batch import CausalTeacher, ForcingNetworks, causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
-from fewstep.causal_video.stages.forcing import ForcingNetworks
-from fewstep.causal_video.stages.ode import OdePairs, OdeSource, bidirectional_pairs, causal_pairs
-from fewstep.causal_video.stages.student import build_student, check_names, find_weights, steer_teacher
+from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
+from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig
+from fewstep.causal_video.stages.student import build_student, check_names, steer_teacher
 from fewstep.core.condition import Condition
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.fake_score import FakeScore
@@ -28,11 +28,7 @@ from fewstep.core.networks import HEAD_WIDTH, build_fake_score
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
-from fewstep.kernels.check_jvp import check_jvp
-
-PAIRS_FOLDER = "ode_pairs"
-# Of the two samples on which the tangent is checked before the first step.
-CHECKED_TIMES = (0.3, 0.7)
+from fewstep.core.weights import StoredWeights, find_weights
 
 
 @dataclass(frozen=True)
@@ -42,43 +38,45 @@ class CausalData:
     prompts: tuple[str, ...]
     real: LatentDataset | None
     pairs: OdePairs | None
-    init: Path | None
+    init: StoredWeights | None
     controls: FrameControls | None
-    steered_teacher: Path | None
+    steered_teacher: StoredWeights | None
 
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
-        data, settings = config.data, causal_settings(config.student)
+        data, stage, settings = config.data, config.stage, causal_settings(config.student)
         real = None if data.latents is None else LatentDataset.load(data.latents)
         if real is not None:
             if real.latents.ndim != 5:
                 raise ValueError(f"data.latents holds {tuple(real.latents.shape)}; videos are [N, C, F, h, w]")
             check_frames("data.latents", real.latents, settings)
-        pairs = OdePairs.load(data.pairs) if config.method == "ode" and data.pairs is not None else None
-        if pairs is not None:
-            check_frames("data.pairs", pairs.latents, settings)
-            if (pairs.context is None) != (config.loss.ode_source == "bidirectional"):
-                raise ValueError(f"data.pairs were not made by the {config.loss.ode_source} teacher of loss.ode_source")
+        pairs = read_pairs(stage, settings) if isinstance(stage, OdeConfig) else None
         init = None if config.student.init is None else find_weights(config.student.init)
-        controls, steered = read_controls(config, real), None
-        if config.steered_teacher is not None:
-            steered = find_weights(config.steered_teacher, "steered_teacher")
+        steered = None
+        if isinstance(stage, SelfForcingConfig) and stage.steered_teacher is not None:
+            steered = find_weights(stage.steered_teacher, "self_forcing.steered_teacher")
+        controls = None
+        if data.controls is not None:
+            assert real is not None
+            controls = FrameControls.load(data.controls)
+            controls.check(real.latents)
+            for weights in (init, steered):
+                if weights is not None:
+                    check_names(weights, controls.names)
         return cls(read_prompts(data.prompts), real, pairs, init, controls, steered)
 
 
-def read_controls(config: CausalConfig, real: LatentDataset | None) -> FrameControls | None:
-    """What the settings name, checked against the videos and the stages before. Raises ValueError."""
-    if config.data.controls is None:
+def read_pairs(stage: OdeConfig, settings: CausalSettings) -> OdePairs | None:
+    """The trajectories that the settings name, if they do. Raises ValueError for those of another teacher."""
+    if stage.pairs is None:
         return None
-    assert real is not None
-    controls = FrameControls.load(config.data.controls)
-    controls.check(real.latents)
-    for key, source in (("student.init", config.student.init), ("steered_teacher", config.steered_teacher)):
-        if source is not None:
-            check_names(source, controls.names, key)
-    return controls
+    pairs = OdePairs.load(stage.pairs)
+    check_frames("ode.pairs", pairs.latents, settings)
+    if (pairs.context is None) != (stage.source == "bidirectional"):
+        raise ValueError(f"ode.pairs were not made by the {stage.source} teacher of ode.source")
+    return pairs
 
 
 def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
@@ -91,10 +89,31 @@ def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
 
 
 @dataclass(frozen=True)
-class CausalSetup:
-    """Everything the loop calls. `latent_shape` is (C, F, h, w); the last four belong to self_forcing alone.
+class ScoreNetworks:
+    """What self-forcing trains beside the student: the fake score, and the discriminator of ASD where there is one."""
 
-    `controls` are those of the videos of `real`, row for row.
+    fake: FakeScore
+    fake_role: Role
+    discriminator: StepDiscriminator | None
+    discriminator_role: Role | None
+
+
+@dataclass(frozen=True)
+class CausalSetup:
+    """What the loop of a causal student calls, in the stages and in rewards of streams.
+
+    Attributes:
+        teacher: the bidirectional one.
+        student: bare.
+        student_role: as the trainer has it.
+        settings: layout, policy and schedule.
+        prompts: of rollouts and of the contact sheet.
+        latent_shape: (C, F, h, w).
+        real: videos with captions, where the stage reads some.
+        controls: those of the videos of `real`, row for row.
+        networks: calls and masks of the stages on given videos.
+        pairs: trajectories, in ode.
+        scores: in self_forcing.
     """
 
     teacher: Teacher
@@ -103,14 +122,11 @@ class CausalSetup:
     settings: CausalSettings
     prompts: PromptConditions
     latent_shape: tuple[int, int, int, int]
-    real: LatentSource | None
-    controls: FrameControls | None
-    networks: ForcingNetworks
-    pairs: OdeSource | None
-    fake_score: FakeScore | None
-    fake_role: Role | None
-    discriminator: StepDiscriminator | None
-    discriminator_role: Role | None
+    real: LatentSource | None = None
+    controls: FrameControls | None = None
+    networks: ForcingNetworks | None = None
+    pairs: OdeSource | None = None
+    scores: ScoreNetworks | None = None
 
     def save_settings(self, directory: Path) -> None:
         """Write what must be known beside the weights, with the names of the controls if there are any."""
@@ -136,9 +152,10 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
 
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
+    stage, settings = config.stage, causal_settings(config.student)
     teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
-    settings = causal_settings(config.student)
-    shape = latent_shape(config, data, teacher, settings)
+    stored = data.real.latents if data.real is not None else data.pairs.latents if data.pairs is not None else None
+    shape = latent_shape((config.data.height, config.data.width), stored, teacher, settings)
     channels = 0 if data.controls is None else data.controls.channels
     student = build_student(config.student, teacher, data.init, seed=config.run.seed, controls=channels)
     if data.steered_teacher is not None:
@@ -155,52 +172,47 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
     def embed(prompts: Sequence[str]) -> PromptConditions:
         return PromptConditions(teacher, prompts, cache=config.data.cache_prompts)
 
-    real = None
+    prompts, real, pairs, networks, scores = embed(data.prompts), None, None, None, None
     if data.real is not None:
         real = LatentSource(data.real, embed(data.real.prompts), config.run.seed + REAL_SEED)
-    networks = forcing_networks(config, student_role, student, teacher, settings, shape=shape)
-    pairs = None
-    if config.method == "ode":
-        found = data.pairs
-        if found is None:
-            sources = PairSources(teacher, networks, real, embed(data.prompts), shape)
-            found = pairs_of_run(config, settings, sources, trainer)
-        pairs = OdeSource(found, embed(found.prompts), config.run.seed + PAIR_SEED)
-    fake_score = fake_role = discriminator = discriminator_role = None
-    if config.fake_score is not None:
-        fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=False)
-        fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
-        if config.loss.asd_weight > 0:
-            discriminator = build_discriminator(config, fake_score, settings)
-            discriminator_role = trainer.add_role("discriminator", discriminator, config.fake_score.optimizer)
+    if isinstance(stage, SelfForcingConfig):
+        scores = build_scores(config, teacher, settings, trainer)
+    else:
+        networks = forcing_networks(config, student_role, student, teacher, settings, shape=shape)
+        if isinstance(stage, OdeConfig):
+            guidance, seed = config.teacher.guidance, config.run.seed
+            sources = PairSources(teacher, guidance, networks, real, prompts, settings, shape, seed)
+            found = pairs_of_run(stage, sources, trainer) if data.pairs is None else data.pairs
+            pairs = OdeSource(found, embed(found.prompts), seed + PAIR_SEED)
     return CausalSetup(
         teacher=teacher,
         student=student,
         student_role=student_role,
         settings=settings,
-        prompts=embed(data.prompts),
+        prompts=prompts,
         latent_shape=shape,
         real=real,
         controls=data.controls,
         networks=networks,
         pairs=pairs,
-        fake_score=fake_score,
-        fake_role=fake_role,
-        discriminator=discriminator,
-        discriminator_role=discriminator_role,
+        scores=scores,
     )
 
 
 def latent_shape(
-    config: CausalConfig, data: CausalData, teacher: Teacher, settings: CausalSettings
+    size: tuple[int | None, int | None], stored: Tensor | None, teacher: Teacher, settings: CausalSettings
 ) -> tuple[int, int, int, int]:
-    """(C, F, h, w) of the training videos: that of the data, else that of the layout and the configured size.
+    """(C, F, h, w) of the training videos: that of stored ones, else that of the layout and the configured size.
 
-    Raises ValueError where both are known and differ, or the data are not the network's.
+    Args:
+        size: (height, width) in pixels; None is not configured.
+        stored: latents [N, C, F, h, w] of videos, or None.
+        teacher: says how many channels there are, and its own size.
+        settings: whose layout says F.
+
+    Raises ValueError where both sizes are known and differ, or the videos are not the network's.
     """
     frames = 1 + TEMPORAL_STRIDE * (settings.layout.frames - 1)
-    stored = data.real.latents if data.real is not None else data.pairs.latents if data.pairs is not None else None
-    size = (config.data.height, config.data.width)
     if stored is None or size != (None, None):
         channels, count, height, width = teacher.latent_shape(*size, frames=frames)
         if stored is not None and tuple(stored.shape[1:]) != (channels, count, height, width):
@@ -227,109 +239,31 @@ def forcing_networks(
 ) -> ForcingNetworks:
     """Masks of the layout, and where the stage distils a causal teacher, a frozen copy of the student as it starts.
 
-    Raises ValueError for a policy that no mask expresses, in stages that need one.
+    Raises ValueError for a policy that no mask expresses.
     """
     height, width = shape[2:]
     tokens = student.tokens_per_frame(torch.empty(0, shape[0], 1, height, width))
-    policy, device = settings.policy, role_device(student)
-    if config.method == "self_forcing":
-        return ForcingNetworks(student, role.wrapped, settings.layout, None, None)
+    policy, device = settings.policy, student.transformer.patch_embedding.weight.device
     packed = masks.teacher_forcing(settings.layout, tokens, policy, clean_is_constant=True, device=device)
     causal = masks.block_causal(settings.layout, tokens, policy, device=device)
     frozen = None
-    if config.method in ("tf_dcm", "tf_scm") or (config.method == "ode" and config.loss.ode_source == "causal"):
+    if config.has_causal_teacher:
         # Adapters start at zero, so the copy is the stage before, with or without them.
         network = copy.deepcopy(student.transformer).requires_grad_(False)
         frozen = CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
     return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen)
 
 
-def role_device(student: CausalWan) -> torch.device:
-    """Where the student's weights are."""
-    return student.transformer.patch_embedding.weight.device
-
-
-def build_discriminator(config: CausalConfig, fake_score: FakeScore, settings: CausalSettings) -> StepDiscriminator:
-    """Heads for every n with an n + 1, on the middle block of the fake score."""
-    trunk = fake_score.denoiser
-    channels = trunk.family.feature_channels(trunk.network, None)
-    longest = max([settings.schedule.longest, *(max(counts) for counts in config.loss.rollout_schedules)])
-    return StepDiscriminator(channels, width=HEAD_WIDTH, pairs=longest - 1, seed=config.run.seed)
-
-
-@dataclass(frozen=True, eq=False)
-class PairSources:
-    """What trajectories are made from; `shape` is (C, F, h, w)."""
-
-    teacher: Teacher
-    networks: ForcingNetworks
-    real: LatentSource | None
-    prompts: PromptConditions
-    shape: tuple[int, int, int, int]
-
-
-def pairs_of_run(config: CausalConfig, settings: CausalSettings, sources: PairSources, trainer: Trainer) -> OdePairs:
-    """The trajectories in the run directory, made by process 0 if they are not there."""
-    folder = trainer.directory.path / PAIRS_FOLDER
-    if trainer.is_main and not folder.is_dir():
-        make_pairs(config, settings, sources).save(folder)
-    trainer.accelerator.wait_for_everyone()
-    return OdePairs.load(folder)
-
-
-def make_pairs(config: CausalConfig, settings: CausalSettings, sources: PairSources) -> OdePairs:
-    """Trajectories of the teacher that `loss.ode_source` names."""
-    loss, teacher = config.loss, sources.teacher
-    if loss.ode_source == "bidirectional":
-        return bidirectional_pairs(
-            teacher,
-            sources.prompts,
-            settings,
-            shape=sources.shape,
-            count=loss.ode_pairs,
-            steps=loss.ode_steps,
-            guidance=config.teacher.guidance,
-            seed=config.run.seed,
-        )
-    networks = sources.networks
-    assert networks.teacher is not None
-    assert networks.packed is not None
-    assert sources.real is not None
-    return causal_pairs(
-        networks.teacher,
-        sources.real,
-        settings,
-        grid=teacher.family.teacher_grid(teacher.pipeline, loss.ode_steps),
-        mask=networks.packed,
-        count=loss.ode_pairs,
-        seed=config.run.seed,
-    )
-
-
-def check_tangent(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> str | None:
-    """Compare the packed network's tangent with differences; what was found, as text, or None where none is taken.
-
-    Raises:
-        ValueError: the tangent is not the derivative of the network.
-    """
-    if config.method != "tf_scm" or config.loss.tangent != "jvp" or not config.loss.check_tangent:
-        return None
-    assert setup.networks.packed is not None
-    x0, condition = setup.videos(list(range(len(CHECKED_TIMES))), trainer.device)
-    t = torch.tensor(CHECKED_TIMES, device=trainer.device)
-    batch = VideoBatch(x0, x0, condition, x0, None, None, 0)
-    packed = PackedNetwork(setup.student, batch, setup.networks.packed)
-    found = []
-    # Steps of time are small, since the network is told a thousand times as much.
-    for name, tangents, step, halvings in (
-        ("the state", (x0.flip(0), None), 2.0**-3, 12),
-        ("time", (None, torch.ones_like(t)), 2.0**-8, 10),
-    ):
-        try:
-            check = check_jvp(
-                lambda x, time: packed(x, time, condition), (x0, t), tangents, largest_step=step, halvings=halvings
-            )
-        except ValueError as error:
-            raise ValueError(f"along {name}: {error}: set loss.tangent to 'central'") from error
-        found.append(f"{check.error:.1e} along {name}")
-    return f"tangent of the packed network against differences: off by {', '.join(found)}"
+def build_scores(config: CausalConfig, teacher: Teacher, settings: CausalSettings, trainer: Trainer) -> ScoreNetworks:
+    """The fake score, and with ASD heads for every n with an n + 1 on the middle block of it."""
+    assert config.fake_score is not None
+    assert config.self_forcing is not None
+    seed, optimizer = config.run.seed, config.fake_score.optimizer
+    fake = build_fake_score(config.fake_score, teacher, seed=seed, with_heads=False)
+    fake_role = trainer.add_role("fake_score", fake, optimizer)
+    if config.asd is None:
+        return ScoreNetworks(fake, fake_role, None, None)
+    channels = fake.denoiser.family.feature_channels(fake.denoiser.network, None)
+    longest = max([settings.schedule.longest, *map(max, config.self_forcing.rollout_schedules)])
+    discriminator = StepDiscriminator(channels, width=HEAD_WIDTH, pairs=longest - 1, seed=seed)
+    return ScoreNetworks(fake, fake_role, discriminator, trainer.add_role("discriminator", discriminator, optimizer))

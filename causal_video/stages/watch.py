@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.rollout import rollout
-from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
+from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.sampling import euler_rollout
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.core.condition import Condition
@@ -32,14 +32,19 @@ class VideoWatch:
     """Fixed prompts and seeds for the contact sheet, the teacher's videos beside it, and the health monitor.
 
     Args:
-        config: of the run.
         setup: what to look at.
         trainer: the run.
+        sample_count: prompts of the sheet, the first ones.
+        guidance: of the teacher.
+        is_flow: whether the student takes many steps of an ODE with that guidance, or those of its schedule.
     """
 
-    def __init__(self, config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> None:
-        self.config, self.setup, self.trainer, self.monitor = config, setup, trainer, HealthMonitor()
-        self.rows = list(range(min(config.data.sample_count, len(setup.prompts))))
+    def __init__(
+        self, setup: CausalSetup, trainer: Trainer, *, sample_count: int, guidance: float, is_flow: bool
+    ) -> None:
+        self.setup, self.trainer, self.monitor = setup, trainer, HealthMonitor()
+        self.guidance, self.flow_guidance = guidance, guidance if is_flow else None
+        self.rows = list(range(min(sample_count, len(setup.prompts))))
         self.teacher_latents: Tensor | None = None
         self.pictures = HealthStatistics()
 
@@ -66,7 +71,7 @@ class VideoWatch:
             setup = self.setup
             noise = sample_noise(GRID_SEED, self.rows, setup.latent_shape, stream="sheet", device=self.trainer.device)
             self.teacher_latents = setup.teacher.sample(
-                noise, sheet_condition(setup, self.rows), steps=TEACHER_STEPS, guidance=self.config.teacher.guidance
+                noise, sheet_condition(setup, self.rows), steps=TEACHER_STEPS, guidance=self.guidance
             )
         return self.teacher_latents
 
@@ -82,7 +87,7 @@ class VideoWatch:
         setup, role = self.setup, self.setup.student_role
         assert role.ema is not None
         with role.ema.applied(role.module):
-            latents = student_videos(self.config, setup, self.rows)
+            latents = student_videos(setup, self.rows, flow_guidance=self.flow_guidance)
         self.trainer.check_finite("teacher's sample videos", self._reference())
         self.trainer.check_finite("student's sample videos", latents)
         teacher_pixels, pixels = setup.teacher.decode(self._reference()), setup.teacher.decode(latents)
@@ -108,23 +113,24 @@ class VideoWatch:
             self.trainer.note(f"health: {message.text}")
 
 
-def student_videos(config: CausalConfig, setup: CausalSetup, rows: list[int]) -> Tensor:
+def student_videos(setup: CausalSetup, rows: list[int], *, flow_guidance: float | None) -> Tensor:
     """Latents [B, C, F, h, w] of these prompts with fixed seeds, from the weights as they are.
 
-    Students of a flow take 20 Euler steps a chunk on the teacher's grid with its guidance, others their schedule.
+    With `flow_guidance` the student takes 20 Euler steps a chunk on the teacher's grid, as those of a flow do; without
+    it the steps of its schedule.
     """
     channels, _, height, width = setup.latent_shape
     noise = ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet")
     asked, student = sheet_condition(setup, rows), setup.student
     condition = VideoCondition(asked.tokens, extra=controls_of(asked, setup.latent_shape[1]))
-    if config.method in FLOW_METHODS:
+    if flow_guidance is not None:
         return euler_rollout(
             student,
             condition,
             noise,
             setup.settings,
             times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, FLOW_STEPS),
-            guidance=config.teacher.guidance,
+            guidance=flow_guidance,
             null_text=setup.teacher.null_condition.tokens,
         )
     schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
@@ -141,9 +147,9 @@ def sheet_condition(setup: CausalSetup, rows: list[int]) -> Condition:
 def describe_run(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> str:
     """The resolved settings, the times of each chunk, and parameters and memory of each network, as text."""
     held: dict[str, nn.Module] = {"teacher": setup.teacher.denoiser}
-    if setup.networks.teacher is not None:
+    if setup.networks is not None and setup.networks.teacher is not None:
         held["causal teacher"] = setup.networks.teacher.network
     data = "no videos" if setup.real is None else f"{len(setup.real.dataset.prompts)} videos"
     data += "" if setup.controls is None else f" with controls {', '.join(setup.controls.names)}"
-    told = f"{setup.settings.text}; latents {setup.latent_shape}; {data}, {len(setup.prompts)} prompts"
-    return run_text(config, trainer, told, frozen=held)
+    text = f"{setup.settings.text}; latents {setup.latent_shape}; {data}, {len(setup.prompts)} prompts"
+    return run_text(config, trainer, text, frozen=held)

@@ -126,7 +126,7 @@ class World:
             if self._space is not None:
                 output = self._session.step(action)
             else:
-                self._turn(action)
+                self._say(action)
                 output = self._session.step()
             return WorldChunk(output.chunk, tuple(map(png, output.images())), output.seconds.total)
 
@@ -174,8 +174,8 @@ class World:
             return "actions"
         return "prompt" if PLACEHOLDER in self._prompt else "none"
 
-    def _turn(self, action: str) -> None:
-        """Say the action in the prompt, where it is another one than before."""
+    def _say(self, action: str) -> None:
+        """Put the action into the prompt, where it is another one than before."""
         if action in (NONE, self._action) or PLACEHOLDER not in self._prompt:
             return
         self._session.set_prompt(self._worded(self._prompt, action), self.mode)

@@ -19,21 +19,21 @@ from studies.dmd import LAUNCH, show_and_run
 from torch import Tensor
 
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
-from fewstep.causal_video.export.run import read_causal_run
+from fewstep.causal_video.export.run import RunOfStudent, is_flow, read_causal_run
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.reward.config import REWARD_METHODS
+from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings, load_defaults
 from fewstep.causal_video.stages.batch import causal_settings
-from fewstep.causal_video.stages.config import FLOW_METHODS, CausalConfig
 from fewstep.causal_video.stages.sampling import euler_rollout
-from fewstep.causal_video.stages.student import build_student, find_weights
+from fewstep.causal_video.stages.student import build_student
 from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint, load_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE
+from fewstep.core.weights import find_weights
 from fewstep.embedded.digits.clip_judges import VideoJudges, load_judges
 from fewstep.embedded.digits.clip_measures import VideoReference, VideoResult, measure_clips, video_reference
 from fewstep.embedded.digits.clips import balanced_clip_prompt, moving_digits
@@ -50,6 +50,8 @@ CHAINS = {
     "astrolabe": ("teacher_forcing", "tf_dcm", "self_forcing", "astrolabe"),
     "steered": ("steered", "steered_dcm"),
 }
+# Stages that have a run for each chain, and those that are judged over long videos, too.
+PER_CHAIN, JUDGED_LONG = ("self_forcing",), ("self_forcing", "astrolabe")
 SCHEDULES = ((4,), (2,), (1,), (4, 2), (4, 1))
 # Long videos have each sink for one student, and for the others the one that it was trained with.
 SINKS, SINKS_OF = ("none", "static", "ema"), "self_forcing (dcm)"
@@ -70,7 +72,12 @@ class StudyStudent:
     weights: Path
     network: CausalWan
     settings: CausalSettings
-    config: CausalConfig
+    config: RunOfStudent
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it takes many Euler steps with guidance."""
+        return is_flow(self.config)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class StudyRow:
 
 def run_directory(folder: Path, chain: str, stage: str, seed: int) -> Path:
     """Where a stage of a chain is trained; chains share their first stage."""
-    name = f"{stage}_{start_of(chain)}" if stage == "self_forcing" else stage
+    name = f"{stage}_{start_of(chain)}" if stage in PER_CHAIN else stage
     return folder / f"{name}_seed{seed}"
 
 
@@ -105,14 +112,14 @@ def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] =
     for stage in CHAINS[chain]:
         run = run_directory(folder, chain, stage, seed)
         done = run / CONFIG_FILE
-        if done.is_file() and latest_step(run) >= read_causal_run(run).config.run.steps:
+        if done.is_file() and latest_step(run) >= read_causal_run(run).run.steps:
             print(f"{run} is trained already")
         else:
             resume = ("--resume", "latest") if latest_checkpoint(run) is not None else ()
             start = () if before is None else ("--student.init", str(before))
             where = ("--run.directory", str(run), "--run.seed", str(seed))
             config = ("--config", f"configs/digits_video/{stage}.yaml")
-            script = f"scripts/train_causal_{'reward' if stage in REWARD_METHODS else 'video'}.py"
+            script = f"scripts/train_causal_{'reward' if stage in CausalRewardConfig.METHODS else 'video'}.py"
             show_and_run(*LAUNCH, script, *config, *where, *start, *changes, *resume)
         before = run
 
@@ -130,12 +137,14 @@ def fingerprint(weights: Path) -> str:
 
 def load_student(run: Path) -> StudyStudent:
     """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
-    config = read_causal_run(run).config
+    config = read_causal_run(run)
     teacher = Teacher.load(config.teacher.path)
     names = load_defaults(run).actions
     weights = find_weights(str(run))
     network = build_student(config.student, teacher, weights, seed=0, controls=len(names))
-    return StudyStudent(teacher, weights, network.requires_grad_(False), causal_settings(config.student), config)
+    return StudyStudent(
+        teacher, weights.files[0], network.requires_grad_(False), causal_settings(config.student), config
+    )
 
 
 def with_sink(policy: CachePolicy, sink: str) -> CachePolicy:
@@ -172,7 +181,7 @@ def sample_student(
         extra = None if controls is None else controls[start : numbers.stop]
         condition = VideoCondition(text, extra=extra)
         noise = ChunkNoise(SEED, tuple(numbers), (channels, height, width), stream="study")
-        if student.config.method in FLOW_METHODS:
+        if student.is_flow:
             latents = euler_rollout(
                 student.network,
                 condition,
@@ -274,7 +283,7 @@ def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[S
         chunks = student.settings.layout.chunks * times
         grid = StepSchedule.steps(schedule, shift=student.config.student.shift)
         asked = prompts if times == 1 else prompts[::LONG_SHARE]
-        said = f"{FLOW_STEPS} Euler" if student.config.method in FLOW_METHODS else str(list(schedule))
+        said = f"{FLOW_STEPS} Euler" if student.is_flow else str(list(schedule))
         frames, weights = student.settings.layout.extended(chunks).frames, fingerprint(student.weights)
 
         def pixels() -> Tensor:
@@ -285,11 +294,11 @@ def judge_seed(folder: Path, chain: str, seed: int, judge: StudyJudge) -> list[S
 
     for stage in CHAINS[chain]:
         student = load_student(run_directory(folder, chain, stage, seed))
-        name = f"{stage} ({start_of(chain)})" if stage == "self_forcing" else stage
-        short = ((4, 2),) if student.config.method in FLOW_METHODS else SCHEDULES
+        name = f"{stage} ({start_of(chain)})" if stage in PER_CHAIN else stage
+        short = ((4, 2),) if student.is_flow else SCHEDULES
         for schedule in short:
             add(name, student, schedule, student.settings.policy.sink, 1)
-        if stage in ("self_forcing", *REWARD_METHODS):
+        if stage in JUDGED_LONG:
             for sink in SINKS if name == SINKS_OF else (student.settings.policy.sink,):
                 add(name, student, (4, 2), sink, LONG)
     return rows

@@ -1,4 +1,4 @@
-"""How well a teacher of moving digits does what it is told, as a JSON record and a sheet of frames.
+"""How well clips of a teacher of moving digits show what their prompts say, as a JSON record and a sheet of frames.
 
 Run `python -m studies.clip_evaluation --teacher assets/digits_video --output DIR`.
 """

@@ -29,7 +29,6 @@ from studies.steered_clips import action_channels, encode_steered_digits
 from torch import Tensor
 
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.stages.config import FLOW_METHODS
 from fewstep.causal_video.stream.world import spread as spread_over_frame
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import save_grid
@@ -103,7 +102,7 @@ def judge_seed(folder: Path, seed: int, samples: int, judges: VideoJudges) -> li
     rows = []
     for stage in ("steered", "steered_dcm"):
         student = load_student(run_directory(folder, "steered", stage, seed))
-        is_flow, frames = student.config.method in FLOW_METHODS, student.settings.layout.frames
+        is_flow, frames = student.is_flow, student.settings.layout.frames
         cases = [(schedule, frames, samples) for schedule in (SCHEDULES[-1:] if is_flow else SCHEDULES)]
         if not is_flow:
             cases.append((SCHEDULES[-1], frames * LONG, max(2, samples // 3)))

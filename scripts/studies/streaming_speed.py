@@ -187,21 +187,21 @@ def prefix_costs(system: System, *, chunks: int, repeats: int) -> PrefixResult:
         draws = [noise.draw(chunk, step, length, system.text) for step in range(len(times))]
         layout = settings.layout.extended(chunk + 1)
         mask = masks.block_causal(layout, network.tokens_per_frame(draws[0]), KEEP_ALL, device=past.device)
-        turns = [
-            timed_turn(network, prompt, draws, times, window=window, whole=whole, past=past, mask=mask)
+        timings = [
+            timed_chunk(network, prompt, draws, times, window=window, whole=whole, past=past, mask=mask)
             for _ in range(repeats)
         ]
-        last = turns[-1]
+        last = timings[-1]
         window, whole = last.window, last.whole
         past = torch.cat([past, last.made], dim=2)
         difference = float((last.made - last.again).abs().max() / last.again.abs().max())
-        seconds = zip(*(turn.seconds for turn in turns), strict=True)
+        seconds = zip(*(timing.seconds for timing in timings), strict=True)
         costs.append(ChunkCost(chunk, layout.frames, *(median(part) for part in seconds)))
     return prefix_result(costs, settings, difference)
 
 
 @dataclass(frozen=True, eq=False)
-class TimedTurn:
+class TimedChunk:
     """One chunk made three ways: the caches after it, the chunk from the whole cache and without one, and seconds."""
 
     window: RollingCache
@@ -211,7 +211,7 @@ class TimedTurn:
     seconds: tuple[float, ...]
 
 
-def timed_turn(
+def timed_chunk(
     network: CausalWan,
     prompt: Prompt,
     draws: Sequence[Tensor],
@@ -221,7 +221,7 @@ def timed_turn(
     whole: RollingCache,
     past: Tensor,
     mask: AttentionMask,
-) -> TimedTurn:
+) -> TimedChunk:
     """Make a chunk with the rolling cache, with a whole one and without, one after the other."""
     marks = [time.perf_counter()]
     _, next_window = cached_chunk(network, prompt, draws, times, window)
@@ -231,7 +231,7 @@ def timed_turn(
     again = recomputed_chunk(network, prompt, draws, times, past=past, mask=mask)
     marks.append(time.perf_counter())
     seconds = tuple(after - before for before, after in itertools.pairwise(marks))
-    return TimedTurn(next_window, next_whole, made, again, seconds)
+    return TimedChunk(next_window, next_whole, made, again, seconds)
 
 
 def cached_chunk(

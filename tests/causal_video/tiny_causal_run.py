@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.stages.config import CausalConfig, CausalDataConfig, CausalLossConfig, CausalStudentConfig
+from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.sections import (
+    AsdConfig,
+    CausalDataConfig,
+    CausalStudentConfig,
+    DiffusionForcingConfig,
+    OdeConfig,
+    SelfForcingConfig,
+    TeacherForcingConfig,
+    TfDcmConfig,
+    TfScmConfig,
+)
 from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_setup
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
@@ -14,7 +25,7 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import FakeScoreConfig, TeacherConfig
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.config import LossConfig
+from fewstep.dmd.config import MatchingConfig, SidObjective
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_videos import VIDEO_LATENTS, build_video_pipeline
 
@@ -26,29 +37,43 @@ NOISY = {"student.policy": CachePolicy(noisy_from=0)}
 LONG = {
     "student.layout": (1, 1, 1),
     "student.policy": CachePolicy(2, 1, "static"),
-    "loss.longest_frames": 5,
-    "loss.new_frames": 2,
-    "loss.exit": "random",
+    "self_forcing.longest_frames": 5,
+    "self_forcing.new_frames": 2,
+    "self_forcing.exit": "random",
 }
-# Name of a case: its method and settings by dotted key.
+PAIRS = {"ode.count": 5, "ode.steps": 4}
+STAGES: dict[str, type[Any]] = {
+    "teacher_forcing": TeacherForcingConfig,
+    "diffusion_forcing": DiffusionForcingConfig,
+    "tf_dcm": TfDcmConfig,
+    "tf_scm": TfScmConfig,
+    "ode": OdeConfig,
+    "self_forcing": SelfForcingConfig,
+}
+SCORED = ("self_forcing",)
+FLOWS = ("teacher_forcing", "diffusion_forcing")
+# Name of a case: its stage and settings by dotted key, or sections by name.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher_forcing": ("teacher_forcing", {}),
-    "teacher_forcing_context": ("teacher_forcing", {"loss.context_noise": 0.3, "data.image_share": 0.5}),
-    "diffusion_forcing": ("diffusion_forcing", {"loss.weight": "none", "loss.frames": "sum"}),
-    "tf_dcm": ("tf_dcm", {"loss.grid_steps": 8}),
-    "tf_scm": ("tf_scm", {"loss.tangent_warmup": 4, "loss.time_mean": 0.0}),
-    "tf_scm_central": ("tf_scm", {"loss.tangent": "central", "loss.time_mean": 0.0}),
-    "ode": ("ode", {"loss.ode_pairs": 5, "loss.ode_steps": 4}),
-    "ode_causal": ("ode", {"loss.ode_pairs": 5, "loss.ode_steps": 4, "loss.ode_source": "causal"}),
+    "teacher_forcing_context": ("teacher_forcing", {"teacher_forcing.context_noise": 0.3, "data.image_share": 0.5}),
+    "diffusion_forcing": (
+        "diffusion_forcing",
+        {"diffusion_forcing.weight": "none", "diffusion_forcing.frames": "sum"},
+    ),
+    "tf_dcm": ("tf_dcm", {"tf_dcm.grid_steps": 8}),
+    "tf_scm": ("tf_scm", {"tf_scm.tangent_warmup": 4, "tf_scm.time_mean": 0.0, "tf_scm.check_tangent": False}),
+    "tf_scm_central": ("tf_scm", {"tf_scm.tangent": "central", "tf_scm.time_mean": 0.0}),
+    "ode": ("ode", PAIRS),
+    "ode_causal": ("ode", {**PAIRS, "ode.source": "causal"}),
     "self_forcing": ("self_forcing", {}),
-    "self_forcing_noisy": ("self_forcing", {**NOISY, "loss.exit": "random"}),
-    "self_forcing_replay": ("self_forcing", {"loss.replay": True}),
+    "self_forcing_noisy": ("self_forcing", {**NOISY, "self_forcing.exit": "random"}),
+    "self_forcing_replay": ("self_forcing", {"self_forcing.replay": True}),
     "self_forcing_lora": ("self_forcing", {"student.lora_rank": 2, "data.image_share": 0.6}),
-    "self_forcing_mixture": ("self_forcing", {"loss.rollout_schedules": ((2, 1), (1, 1), (3, 2))}),
-    "self_forcing_sid": ("self_forcing", {"matching.objective": "sid"}),
+    "self_forcing_mixture": ("self_forcing", {"self_forcing.rollout_schedules": ((2, 1), (1, 1), (3, 2))}),
+    "self_forcing_sid": ("self_forcing", {"sid": SidObjective()}),
     "self_forcing_long": ("self_forcing", LONG),
-    "self_forcing_long_replay": ("self_forcing", {**LONG, "loss.replay": True}),
-    "self_forcing_asd": ("self_forcing", {"loss.asd_weight": 0.1}),
+    "self_forcing_long_replay": ("self_forcing", {**LONG, "self_forcing.replay": True}),
+    "self_forcing_asd": ("self_forcing", {"asd": AsdConfig(weight=0.1)}),
 }
 
 
@@ -75,19 +100,23 @@ def write_inputs(folder: Path) -> VideoInputs:
 
 
 def tiny_causal(
-    inputs: VideoInputs,
-    directory: Path,
-    name: str,
-    changes: Mapping[str, Any] | None = None,
-    *,
-    steered_teacher: str | None = None,
+    inputs: VideoInputs, directory: Path, name: str, changes: Mapping[str, Any] | None = None
 ) -> CausalConfig:
-    """Settings of a run of one case; `changes` maps dotted keys to other values."""
-    method, settings = CASES[name]
-    causal_teacher = method in ("tf_dcm", "tf_scm") or settings.get("loss.ode_source") == "causal"
+    """Settings of a run of one case; `changes` maps dotted keys to other values, or names to other sections.
+
+    Videos are given where the stage reads some, else their size.
+    """
+    stage, settings = CASES[name]
+    given = {**settings, **(changes or {})}
+    causal_teacher = stage in ("tf_dcm", "tf_scm") or given.get("ode.source") == "causal"
+    if stage == "ode":
+        reads_videos = causal_teacher and "ode.pairs" not in given
+    else:
+        reads_videos = stage != "self_forcing" or given.get("data.image_share", 0) > 0 or "data.controls" in given
+    data = {"latents": str(inputs.latents)} if reads_videos else {"height": 32, "width": 32}
     base: dict[str, dict[str, Any]] = {
         "teacher": {"path": str(inputs.teacher), "guidance": 2.0},
-        "data": {"prompts": str(inputs.prompts), "latents": str(inputs.latents), "sample_count": 1},
+        "data": {"prompts": str(inputs.prompts), "sample_count": 1, **data},
         "run": {
             "directory": str(directory),
             "seed": 5,
@@ -101,27 +130,23 @@ def tiny_causal(
         "student": {
             "optimizer": OPTIMIZER,
             "layout": LAYOUT,
-            "steps": (3, 2),
             "ema_decay": 0.8,
             "init": str(inputs.init) if causal_teacher else None,
+            **({} if stage in FLOWS else {"steps": (3, 2)}),
         },
-        "loss": {"check_tangent": False},
-        "matching": {},
+        stage: {},
     }
-    for key, value in {**settings, **(changes or {})}.items():
-        section, _, field = key.partition(".")
-        base[section][field] = value
-    return CausalConfig(
-        method=method,  # pyright: ignore[reportArgumentType]
-        teacher=TeacherConfig(**base["teacher"]),
-        data=CausalDataConfig(**base["data"]),
-        run=RunConfig(**base["run"]),
-        student=CausalStudentConfig(**base["student"]),
-        loss=CausalLossConfig(**base["loss"]),
-        fake_score=FAKE_SCORE if method == "self_forcing" else None,
-        matching=LossConfig(**base["matching"]),
-        steered_teacher=steered_teacher,
-    )
+    sections: dict[str, Any] = {"fake_score": FAKE_SCORE, "matching": MatchingConfig()} if stage in SCORED else {}
+    for key, value in given.items():
+        section, dot, field = key.partition(".")
+        if dot:
+            base[section][field] = value
+        else:
+            sections[section] = value
+    classes = {**STAGES, "teacher": TeacherConfig, "data": CausalDataConfig, "run": RunConfig}
+    classes["student"] = CausalStudentConfig
+    made = {section: classes[section](**values) for section, values in base.items()}
+    return CausalConfig(**made, **sections)
 
 
 def start_causal(config: CausalConfig) -> tuple[CausalSetup, Trainer]:

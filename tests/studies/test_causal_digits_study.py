@@ -16,10 +16,22 @@ from fewstep.embedded.digits.clip_judges import load_judges
 from fewstep.embedded.digits.clip_measures import VideoReference, VideoResult, video_reference
 from fewstep.embedded.digits.clips import direction_of_prompt, moving_digits, speed_of_prompt
 from fewstep.embedded.digits.images import label_of_prompt
-from tests.causal_video.tiny_causal_run import VideoInputs, tiny_causal
+from tests.causal_video.tiny_causal_run import FLOWS, VideoInputs, tiny_causal, write_inputs
 
 POLICY = CachePolicy(2, 1, "static")
 PROMPTS = ("a red cat", "two dogs")
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of these tests are those of a CPU, also on a machine with a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> VideoInputs:
+    """A tiny teacher, videos and weights on disk."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def result_of(accuracy: float) -> VideoResult:
@@ -47,6 +59,7 @@ def test_a_finished_run_streams_at_any_schedule_and_length(inputs: VideoInputs, 
         assert study.latest_step(tmp_path / name) == 1
         student = study.load_student(tmp_path / name)
         assert student.config == config
+        assert student.is_flow == (name in FLOWS)
         for sink, chunks in (("static", 3), ("none", 3), ("none", 6), ("ema", 6)):
             schedule = StepSchedule.steps([2, 1])
             videos.append(study.sample_student(student, PROMPTS, schedule=schedule, sink=sink, chunks=chunks))

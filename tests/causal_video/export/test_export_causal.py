@@ -92,7 +92,7 @@ def test_adapters_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:
     assert train_causal_video(tiny_causal(inputs, folder, "self_forcing_lora", changes)) == 0
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    config = read_causal_run(folder).config
+    config = read_causal_run(folder)
     with_adapters, step = load_run_network(config, Teacher.load(config.teacher.path), checkpoint, "live")
     assert step == 3
     _, record = export_causal_run(folder, weights="live")

@@ -20,16 +20,16 @@ from fewstep.causal_video.model.controls import FrameControls, controls_of, with
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.batch import CausalTeacher, PackedNetwork, VideoBatch
-from fewstep.causal_video.stages.config import CausalLossConfig
-from fewstep.causal_video.stages.consistency import path_derivative, teacher_velocity, tf_dcm_turn, tf_scm_turn
-from fewstep.causal_video.stages.forcing import (
-    ForcingNetworks,
-    diffusion_forcing_turn,
-    drop_captions,
-    teacher_forcing_turn,
-)
+from fewstep.causal_video.stages.batch import CausalTeacher, ForcingNetworks, PackedNetwork, VideoBatch
+from fewstep.causal_video.stages.consistency import path_derivative, teacher_velocity, tf_dcm_step, tf_scm_step
+from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
 from fewstep.causal_video.stages.sampling import euler_rollout
+from fewstep.causal_video.stages.sections import (
+    DiffusionForcingConfig,
+    TeacherForcingConfig,
+    TfDcmConfig,
+    TfScmConfig,
+)
 from fewstep.causal_video.stages.student import widened
 from fewstep.causal_video.stream.session import StreamSession
 from fewstep.causal_video.stream.world import ActionSpace, latent_actions, spread
@@ -44,7 +44,7 @@ from tests.tiny_networks import draw
 
 LAYOUT = ChunkLayout((1, 2, 2, 2))
 NAMES = ("left", "right", "up")
-LOSS = CausalLossConfig(condition_drop=0.0, time_mean=0.0, grid_steps=4)
+SCM = TfScmConfig(time_mean=0.0)
 DRAW = Draw(3, [0, 1], torch.device("cpu"))
 NULL = Condition(text(1, seed=8))
 
@@ -138,11 +138,11 @@ def test_new_channels_begin_as_nothing() -> None:
     x, t, values = latents(), torch.tensor([0.3, 0.8], dtype=torch.float64), controls()
     assert largest(wide.bidirectional(x, t, text(), extra=values), plain.bidirectional(x, t, text())) < 1e-12
     batch = steered_batch(values)
-    told, untold = (
+    steered, plain_velocity = (
         PackedNetwork(network, batch, networks_of(network).packed)(x, t, condition)  # pyright: ignore[reportArgumentType]
         for network, condition in ((wide, batch.condition), (plain, Condition(text())))
     )
-    assert largest(told, untold) < 1e-12
+    assert largest(steered, plain_velocity) < 1e-12
     before = plain.transformer.patch_embedding.weight.clone()
     with torch.no_grad():
         wide.transformer.patch_embedding.weight[:, 4:].normal_(std=0.1)
@@ -184,22 +184,29 @@ def test_training_and_stream_tell_the_same() -> None:
         StreamSession(build_student(), text(), noise(), settings).step(values[:, :, :1])
 
 
-@pytest.mark.parametrize("turn", [teacher_forcing_turn, diffusion_forcing_turn, tf_dcm_turn, tf_scm_turn])
-def test_every_turn_teaches_the_new_channels(turn: Any) -> None:
+@pytest.mark.parametrize(
+    ("step", "stage"),
+    [
+        (teacher_forcing_step, TeacherForcingConfig()),
+        (diffusion_forcing_step, DiffusionForcingConfig()),
+        (tf_dcm_step, TfDcmConfig(grid_steps=4)),
+        (tf_scm_step, SCM),
+    ],
+)
+def test_every_step_teaches_the_new_channels(step: Any, stage: Any) -> None:
     student = CausalWan(widened(build_student().transformer, 3))
     networks = networks_of(student, build_student(extra=3, seed=5).requires_grad_(False), guidance=2.0)
-    found = turn(steered_batch(controls()), networks, draw=DRAW, loss=LOSS)
+    found = step(steered_batch(controls()), networks, draw=DRAW, stage=stage)
     found.loss.backward()
     grad = student.transformer.patch_embedding.weight.grad
     assert grad is not None
     assert float(grad[:, 4:].abs().max()) > 1e-6
+    batch = dataclasses.replace(steered_batch(controls()), condition=Condition(text()))
     with pytest.raises(ValueError, match="takes 7 channels, 4 of latents and 3 of conditioning"):
-        turn(
-            dataclasses.replace(steered_batch(controls()), condition=Condition(text())), networks, draw=DRAW, loss=LOSS
-        )
+        step(batch, networks, draw=DRAW, stage=stage)
 
 
-def test_guidance_tells_both_sides_and_the_tangent_sees_controls() -> None:
+def test_both_sides_of_guidance_get_the_controls_and_the_tangent_sees_controls() -> None:
     teacher, batch = build_student(extra=3, seed=5).requires_grad_(False), steered_batch(controls())
     networks, t, x = networks_of(teacher, teacher, guidance=2.5), torch.tensor([0.4, 0.8]).double(), latents(seed=4)
     sides = [
@@ -207,10 +214,10 @@ def test_guidance_tells_both_sides_and_the_tangent_sees_controls() -> None:
         for tokens in (NULL.tokens.expand(2, -1, -1), text())
     ]
     assert largest(teacher_velocity(networks, x, t, batch), sides[0] + 2.5 * (sides[1] - sides[0])) < 1e-12
-    central = dataclasses.replace(LOSS, tangent="central", central_step=1e-6)
+    central = dataclasses.replace(SCM, tangent="central", central_step=1e-6)
     with Float64Inside():
         exact, difference = (
-            path_derivative(batch, networks, x, t, dx=latents(seed=6), loss=loss) for loss in (LOSS, central)
+            path_derivative(batch, networks, x, t, dx=latents(seed=6), stage=stage) for stage in (SCM, central)
         )
     assert largest(difference, exact) < 1e-5 * float(exact.abs().max())
     assert joined(x, controls()).shape == (2, 7, 7, 4, 4)

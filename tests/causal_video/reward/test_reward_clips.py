@@ -117,14 +117,14 @@ def test_scorers_of_pictures_are_lifted(clips: MovingDigits) -> None:
 
 
 def test_scorers_that_do_not_fit_are_named(clips: MovingDigits) -> None:
-    for entry, told in (
+    for entry, message in (
         (ScorerConfig(name="clip_digit"), "clip_digit takes a folder of judges as weights"),
         (ScorerConfig(name="clip_light", weights="x"), "clip_light takes no weights"),
         (ScorerConfig(name="clip_light", frames=0.5), "no share of frames"),
         (ScorerConfig(name="clip_taste"), "scorer is 'clip_taste'; use one of stroke_weight"),
         (ScorerConfig(name="clip_speed", weights="nowhere"), "no weights of judges at nowhere"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_scorers([entry], device=CPU, videos=True)
     with pytest.raises(
         ValueError, match=r"clip_speed judges 25 frames, and the clips have 24: make window\.chunks larger"

@@ -1,4 +1,4 @@
-"""The loop of Astrolabe on a tiny student: what moves, golden numbers, resume, failures, and who is held back."""
+"""The loop of Astrolabe on a tiny student: what moves, golden numbers, resume, failures, candidates held back."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,9 @@ from fewstep.causal_video.reward.state import PenaltyState, judge_risk, no_risk
 from fewstep.causal_video.reward.train import slice_task, train_causal_reward, train_step
 from fewstep.causal_video.reward.watch import CausalRewardWatch
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stages.student import find_weights
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.run_directory import read_metrics
+from fewstep.core.weights import find_weights
 from fewstep.dmd.reward.config import DecayConfig
 from fewstep.dmd.reward.groups import group_advantages
 from fewstep.dmd.reward.scores import RewardError, StepRewards
@@ -137,7 +137,7 @@ def test_a_run_is_seen_and_goes_on_as_a_stage(finished: Path) -> None:
     sheets = sorted(path.name for path in (finished / "samples").iterdir())
     assert sheets == ["step-0000000.png", "step-0000002.png"]
     assert CausalSettings.load(finished).layout.lengths == (1, 1, 1)
-    assert find_weights(str(finished)).parent.name == "checkpoint-2"
+    assert find_weights(str(finished)).checkpoint == finished / "checkpoint-2"
     records = read_metrics(finished / "metrics.jsonl")
     monitored = {record["step"]: record for record in records if "monitor_reward" in record}
     assert sorted(monitored) == [0, 1, 2]
@@ -168,13 +168,13 @@ def test_the_first_and_the_last_window_are_watched(inputs: VideoInputs, tmp_path
         assert (first.after.cache.next_chunk, last.after.cache.next_chunk) == (2, 5)
         # Two prompts with two candidates, one frame less at the beginning of a video's first chunk.
         assert (tuple(first.pixels.shape), tuple(last.pixels.shape)) == ((4, 3, 5, 32, 32), (4, 3, 8, 32, 32))
-        short = dataclasses.replace(config, window=dataclasses.replace(config.window, longest_chunks=2))
+        short = dataclasses.replace(config, astrolabe=dataclasses.replace(config.section, longest_chunks=2))
         assert len(CausalRewardWatch(short, setup, trainer).windows()) == 1
 
 
 def test_two_slices_equal_one(inputs: VideoInputs, tmp_path: Path) -> None:
     """Groups, advantages, ranks and the penalty's mean do not know how a step is cut."""
-    changes: dict[str, Any] = {"penalty.weight": 1.0, "penalty.share": 0.2, "policy.old": DecayConfig()}
+    changes: dict[str, Any] = {"penalty.weight": 1.0, "penalty.share": 0.2, "astrolabe.old": DecayConfig()}
     whole, expected = run_steps(reward_settings(inputs, tmp_path / "whole", changes), 2)
     changes |= {"run.gradient_accumulation": 2, "reward.overlap": False}
     parts, found = run_steps(reward_settings(inputs, tmp_path / "parts", changes), 2)
@@ -185,7 +185,7 @@ def test_two_slices_equal_one(inputs: VideoInputs, tmp_path: Path) -> None:
 
 
 def test_without_penalty_there_is_no_reference(inputs: VideoInputs, tmp_path: Path) -> None:
-    config = reward_settings(inputs, tmp_path, {"penalty.weight": 0.0, "penalty.auxiliary": ()})
+    config = reward_settings(inputs, tmp_path, {"astrolabe.penalty": None})
     with started(config) as (setup, trainer):
         assert setup.reference is setup.reference_role is None
         metrics, state = train_step(config, setup, trainer, PenaltyState.start(config))
@@ -236,13 +236,13 @@ def test_the_state_of_the_penalty_survives(inputs: VideoInputs, tmp_path: Path) 
 
 
 # Calls of a scorer: two windows for the monitor at step 0, one in the first step, two for the monitor after it.
-@pytest.mark.parametrize(("with_nan", "told"), [(False, "the model forgot a token"), (True, "are not finite")])
+@pytest.mark.parametrize(("with_nan", "message"), [(False, "the model forgot a token"), (True, "are not finite")])
 def test_a_failing_scorer_keeps_the_start_of_its_step(
-    inputs: VideoInputs, tmp_path: Path, with_nan: bool, told: str
+    inputs: VideoInputs, tmp_path: Path, with_nan: bool, message: str
 ) -> None:
     config = reward_settings(inputs, tmp_path / "run", {"run.checkpoint_every": 100})
     slant = FrameScore(Slant())
-    with pytest.raises(RewardError, match=told) as raised:
+    with pytest.raises(RewardError, match=message) as raised:
         train_causal_reward(config, scorers=[Brittle(6, with_nan=with_nan, video=True), slant])
     assert str(raised.value).startswith("step 1: the reward failed")
     assert str(raised.value).endswith(f"continue with --resume {tmp_path / 'run' / 'checkpoint-1'}")
@@ -266,7 +266,7 @@ def test_a_failing_measurement_goes_back_to_the_last_checkpoint(inputs: VideoInp
 
 def test_what_does_not_fit_is_named_before_anything_is_trained(inputs: VideoInputs, tmp_path: Path) -> None:
     for changes, message in (
-        ({"student.init": str(tmp_path / "none")}, "is no file, no checkpoint and no run directory"),
+        ({"student.init": str(tmp_path / "none")}, "is no .safetensors file, no run directory or checkpoint"),
         ({"data.prompts": str(tmp_path / "none.txt")}, "does not exist"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -21,7 +21,7 @@ from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.reward.setup import CausalRewardSetup
 from fewstep.causal_video.reward.window import (
     Candidates,
-    ChunkTurn,
+    ChunkStep,
     StreamPoint,
     WindowPlan,
     branched,
@@ -34,7 +34,7 @@ from fewstep.causal_video.reward.window import (
 )
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.vae_stream import decode_stream
-from fewstep.core.config import load_config, save_resolved
+from fewstep.core.config import ConfigError, load_config, save_resolved
 from fewstep.dmd.reward.config import DecayConfig
 from fewstep.dmd.reward.inputs import reference_penalty
 from fewstep.dmd.reward.methods.nft import nft_loss
@@ -63,14 +63,14 @@ def drawn(parts: tuple[CausalRewardConfig, CausalRewardSetup]) -> Candidates:
     return draw_candidates(*parts, INDICES, PLAN)
 
 
-def window_loss(setup: CausalRewardSetup, candidates: Candidates, turns: tuple[ChunkTurn, ...]) -> Tensor:
+def window_loss(setup: CausalRewardSetup, candidates: Candidates, steps: tuple[ChunkStep, ...]) -> Tensor:
     """The loss of the student on all chunks, and of the penalty on every second candidate."""
     probability = torch.linspace(0, 1, len(candidates.prompts))
     risky = torch.arange(len(candidates.prompts)) % 2 == 0
     total = torch.zeros(())
-    for turn in turns:
-        prediction = turn.call.predict(setup.causal.student, candidates.window.tokens).x0
-        found = chunk_loss(turn, prediction, probability, risky, nft_beta=NFT_BETA)
+    for step in steps:
+        prediction = step.call.predict(setup.causal.student, candidates.window.tokens).x0
+        found = chunk_loss(step, prediction, probability, risky, nft_beta=NFT_BETA)
         total = total + found.policy + found.penalty
     return total
 
@@ -80,7 +80,7 @@ def test_a_window_lies_in_the_stream(seed: int, step: int, chunks: int, more: in
     config = reward_settings(
         VideoInputs(*[Path("x")] * 4),
         Path("x"),
-        {"run.seed": seed, "window.chunks": chunks, "window.longest_chunks": chunks + more},
+        {"run.seed": seed, "astrolabe.chunks": chunks, "astrolabe.longest_chunks": chunks + more},
     )
     plan = plan_window(config, step)
     assert plan.chunks == chunks
@@ -156,18 +156,18 @@ def test_what_comes_after_the_window_changes_nothing(
 ) -> None:
     """Streams that go on write to caches of their own, and a chunk's loss does not see later chunks of the window."""
     _, setup = parts
-    turns = prepare(setup, drawn)
+    steps = prepare(setup, drawn)
     with torch.no_grad():
-        before = window_loss(setup, drawn, turns)
+        before = window_loss(setup, drawn, steps)
         noise = ChunkNoise(77, tuple(INDICES), (4, 8, 8))
         text, after = setup.old.prompt(drawn.window.tokens), drawn.window.after
         full_rollout(setup.old, text, noise, setup.causal.settings, cache=after.cache, chunks=3)
-        assert torch.equal(window_loss(setup, drawn, turns), before)
+        assert torch.equal(window_loss(setup, drawn, steps), before)
         other = drawn.window.latents.clone()
         other[:, :, 1:] += 1.0
         changed = dataclasses.replace(drawn, window=dataclasses.replace(drawn.window, latents=other))
         moved = prepare(setup, changed)
-        first, second = ([window_loss(setup, drawn, (turn,)) for turn in all_] for all_ in (turns, moved))
+        first, second = ([window_loss(setup, drawn, (step,)) for step in all_] for all_ in (steps, moved))
     assert torch.equal(first[0], second[0])
     assert float((first[1] - second[1]).abs()) > 1e-3
 
@@ -176,8 +176,8 @@ def test_no_gradient_enters_what_came_before(
     parts: tuple[CausalRewardConfig, CausalRewardSetup], drawn: Candidates
 ) -> None:
     _, setup = parts
-    turns = prepare(setup, drawn)
-    window_loss(setup, drawn, turns).backward()
+    steps = prepare(setup, drawn)
+    window_loss(setup, drawn, steps).backward()
     grads = [p.grad for p in setup.causal.student.parameters()]
     assert all(grad is not None for grad in grads)
     assert max(float(grad.abs().max()) for grad in grads if grad is not None) > 1e-3
@@ -201,22 +201,22 @@ def test_at_the_old_policy_loss_and_gradient_have_closed_forms(
 ) -> None:
     """Student = old = reference: both branches are old, the loss |old - x0|^2 whatever r is, the penalty 0."""
     _, setup = parts
-    turns, probability = prepare(setup, drawn), torch.linspace(0, 1, 8)
+    steps, probability = prepare(setup, drawn), torch.linspace(0, 1, 8)
     policy = penalty = 0.0
-    for turn in turns:
-        prediction = turn.call.predict(setup.causal.student, drawn.window.tokens).x0
-        assert turn.reference_x0 is not None
-        assert torch.equal(turn.old_x0, turn.reference_x0)
+    for step in steps:
+        prediction = step.call.predict(setup.causal.student, drawn.window.tokens).x0
+        assert step.reference_x0 is not None
+        assert torch.equal(step.old_x0, step.reference_x0)
         # Text is embedded in the call, not before it: the same numbers up to rounding.
-        assert float((prediction - turn.old_x0).detach().abs().max()) < 1e-4
-        leaf = turn.old_x0.clone().requires_grad_()
-        found = chunk_loss(turn, leaf, probability, torch.ones(8, dtype=torch.bool), nft_beta=NFT_BETA)
+        assert float((prediction - step.old_x0).detach().abs().max()) < 1e-4
+        leaf = step.old_x0.clone().requires_grad_()
+        found = chunk_loss(step, leaf, probability, torch.ones(8, dtype=torch.bool), nft_beta=NFT_BETA)
         (grad,) = torch.autograd.grad(found.policy, leaf)
-        expected = 2 * NFT_BETA * (2 * probability - 1).view(-1, 1, 1, 1, 1) * (turn.old_x0 - turn.x0)
+        expected = 2 * NFT_BETA * (2 * probability - 1).view(-1, 1, 1, 1, 1) * (step.old_x0 - step.x0)
         # A mean over 8 candidates and the numbers of both chunks.
         assert float((grad * 8 * 2 * leaf[0].numel() - expected).abs().max()) < 1e-4
         policy, penalty = policy + float(found.policy.detach()), penalty + float(found.penalty.detach())
-    old = torch.cat([turn.old_x0 for turn in turns], dim=2)
+    old = torch.cat([step.old_x0 for step in steps], dim=2)
     assert policy == pytest.approx(float((old - drawn.window.latents).square().mean()), rel=1e-5)
     assert penalty == 0.0
 
@@ -229,8 +229,8 @@ def test_chunks_add_up_to_the_window() -> None:
     call: Any = None
     total = [0.0, 0.0]
     for part in (slice(0, 1), slice(1, 3)):
-        turn = ChunkTurn(call, x0[:, :, part], old[:, :, part], reference[:, :, part], (part.stop - part.start) / 3)
-        found = chunk_loss(turn, student[:, :, part], probability, risky, nft_beta=0.3)
+        step = ChunkStep(call, x0[:, :, part], old[:, :, part], reference[:, :, part], (part.stop - part.start) / 3)
+        found = chunk_loss(step, student[:, :, part], probability, risky, nft_beta=0.3)
         total = [total[0] + float(found.policy), total[1] + float(found.penalty)]
     assert total[0] == pytest.approx(float(nft_loss(student, old, x0, probability, nft_beta=0.3)), rel=1e-12)
     assert total[1] == pytest.approx(float(reference_penalty(student, reference)[risky].mean()), rel=1e-12)
@@ -296,19 +296,33 @@ def refused(match: str, **changes: Any) -> None:
 
 def test_settings_that_do_not_fit_are_named() -> None:
     refused(r"student\.init is empty", student__init=None)
-    refused(r"data\.image_share, data\.controls", data__image_share=0.5)
-    refused(r"student\.policy: window_frames=3", student__layout=(2, 2), student__policy=CachePolicy(3))
-    refused(r"window\.chunks is 6; it must be from 1 to the 5 chunks", window__chunks=6)
-    refused(r"window\.chunks is 4; it must be from 1 to the 3 chunks", window__chunks=4, window__longest_chunks=None)
+    refused(r"policy: window_frames=3", student__layout=(2, 2), student__policy=CachePolicy(3))
+    refused(r"astrolabe\.chunks is 6; it must be from 1 to the 5 chunks", astrolabe__chunks=6)
+    refused(
+        r"astrolabe\.chunks is 4; it must be from 1 to the 3 chunks",
+        astrolabe__chunks=4,
+        astrolabe__longest_chunks=None,
+    )
     refused("or the cache grows with the stream", student__policy=CachePolicy())
     refused(r"reward\.group_size 4 does not divide run\.batch_size 6", run__batch_size=6)
     refused(r"batch_size 8 cut into 4 slices", run__gradient_accumulation=4)
-    refused(r"policy\.nft_beta is 0", policy__nft_beta=0.0)
-    refused(r"penalty\.share is 0\.5; it must lie in \[0\.02, 0\.2\]", penalty__share=0.5)
-    refused(r"penalty\.auxiliary is empty", penalty__auxiliary=())
-    refused(r"penalty\.auxiliary \['taste'\] must be different entries", penalty__auxiliary=("taste",))
+    refused(r"nft_beta is 0", astrolabe__nft_beta=0.0)
+    refused(r"share is 0\.5; it must lie in \[0\.02, 0\.2\]", penalty__share=0.5)
+    refused(r"auxiliary is empty", penalty__auxiliary=())
+    refused(r"auxiliary \['taste'\] must be different entries", penalty__auxiliary=("taste",))
     refused("must be different entries", penalty__primary="slant")
-    refused("max_penalty positive", penalty__max_penalty=0.0)
+    refused("max_penalty must be positive", penalty__max_penalty=0.0)
+    refused("leave the section out for no penalty", penalty__weight=0.0)
+    refused("old needs 0 <= start", astrolabe__old=DecayConfig(start=0.9, ceiling=0.5))
+
+
+def test_what_streams_of_prompts_do_not_read_is_no_setting(repository: Path) -> None:
+    file = ("--config", str(repository / "configs" / "digits_video" / "astrolabe.yaml"))
+    for key in ("data.image_share", "data.latents", "data.controls", "self_forcing.exit", "fake_score.lora_rank"):
+        with pytest.raises(ConfigError, match=f"unknown key {key} on the command line"):
+            load_config(CausalRewardConfig, [*file, f"--{key}", "1"], prog="x", description="x")
+    with pytest.raises(ValueError, match="no method is given: add one of the sections astrolabe"):
+        dataclasses.replace(load_config(CausalRewardConfig, file, prog="x", description="x")[0], astrolabe=None)
 
 
 def test_settings_are_read_as_they_were_written(inputs: VideoInputs, tmp_path: Path) -> None:
@@ -317,12 +331,16 @@ def test_settings_are_read_as_they_were_written(inputs: VideoInputs, tmp_path: P
     again, _ = load_config(CausalRewardConfig, ["--config", str(tmp_path / "config.yaml")], prog="x", description="x")
     assert again == config
     root = Path(__file__).resolve().parents[3]
-    shipped = ["--config", str(root / "configs" / "causal_video" / "digits_astrolabe.yaml")]
+    shipped = ["--config", str(root / "configs" / "digits_video" / "astrolabe.yaml")]
     digits, _ = load_config(CausalRewardConfig, shipped, prog="x", description="x")
-    assert (digits.longest_chunks, digits.window.chunks, digits.penalty.auxiliary) == (14, 7, ("clip_digit",))
+    assert digits.method == "astrolabe"
+    assert digits.section.penalty is not None
+    assert (digits.longest_chunks, digits.section.chunks) == (14, 7)
+    assert digits.section.penalty.auxiliary == ("clip_digit",)
     # A section that is not given keeps the paper's average.
     content = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
-    del content["policy"]
+    del content["astrolabe"]["old"], content["astrolabe"]["penalty"]
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     short, _ = load_config(CausalRewardConfig, ["--config", str(tmp_path / "short.yaml")], prog="x", description="x")
-    assert short.policy.old == DecayConfig(start=0.9, slope=0.0, ceiling=0.9)
+    assert short.section.old == DecayConfig(start=0.9, slope=0.0, ceiling=0.9)
+    assert short.section.penalty is None

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.reward.config import CausalRewardConfig, PenaltyConfig, PolicyConfig, WindowConfig
-from fewstep.causal_video.reward.setup import CausalRewardSetup, build_setup
-from fewstep.causal_video.stages.config import CausalDataConfig, CausalStudentConfig
-from fewstep.causal_video.stages.setup import CausalData
+from fewstep.causal_video.reward.config import AstrolabeConfig, CausalRewardConfig, PenaltyConfig
+from fewstep.causal_video.reward.setup import CausalRewardData, CausalRewardSetup, build_setup
+from fewstep.causal_video.stages.sections import CausalStudentConfig, PromptsConfig
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.settings import TeacherConfig
 from fewstep.core.training.run_directory import RunDirectory
@@ -27,14 +26,17 @@ SLANT = ScorerConfig(name="slant", weight=0.5, std=0.1)
 def reward_settings(
     inputs: VideoInputs, directory: Path, changes: Mapping[str, Any] | None = None
 ) -> CausalRewardConfig:
-    """Windows of two chunks in streams of five, a cache that forgets; `changes` maps dotted keys to other values."""
+    """Windows of two chunks in streams of five, a cache that forgets.
+
+    `changes` maps dotted keys to other values; those of "penalty" are fields of astrolabe.penalty.
+    """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in (changes or {}).items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
     parts: dict[str, Any] = {
         "teacher": TeacherConfig(path=str(inputs.teacher), guidance=2.0),
-        "data": CausalDataConfig(prompts=str(inputs.prompts), height=32, width=32, sample_count=1),
+        "data": PromptsConfig(prompts=str(inputs.prompts), height=32, width=32, sample_count=1),
         "run": RunConfig(
             directory=str(directory),
             seed=5,
@@ -54,11 +56,14 @@ def reward_settings(
             init=str(inputs.init),
         ),
         "reward": RewardSettings(scorers=(INK, SLANT), held_out=(ScorerConfig(name="clip_light"),), group_size=4),
-        "window": WindowConfig(chunks=2, longest_chunks=5),
-        "policy": PolicyConfig(),
-        "penalty": PenaltyConfig(weight=0.1, auxiliary=("slant",)),
+        "astrolabe": AstrolabeConfig(
+            chunks=2, longest_chunks=5, penalty=PenaltyConfig(weight=0.1, auxiliary=("slant",))
+        ),
         "monitor": MonitorConfig(every=1, prompts=2, samples_per_prompt=2),
     }
+    if "penalty" in sections:
+        penalty = dataclasses.replace(parts["astrolabe"].penalty, **sections["penalty"])
+        sections.setdefault("astrolabe", {})["penalty"] = penalty
     changed = {name: dataclasses.replace(part, **sections.get(name, {})) for name, part in parts.items()}
     return CausalRewardConfig(**changed)
 
@@ -68,7 +73,7 @@ def started(
     config: CausalRewardConfig, scorers: Sequence[Scorer] | None = None
 ) -> Iterator[tuple[CausalRewardSetup, Trainer]]:
     """The parts of a run, ready for `train_step`."""
-    data = CausalData.read(config.as_stage())
+    data = CausalRewardData.read(config)
     trainer = Trainer(config.run, RunDirectory(config.run.directory), cpu=True)
     setup = build_setup(config, data, trainer, scorers=scorers)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.model.controls import FrameControls, controls_of
@@ -111,7 +111,7 @@ def test_contact_sheets_follow_the_controls(inputs: VideoInputs, controls: Path,
         assert setup.controls is not None
         if folder == "b":
             setup.controls.values[1] += 1.0
-        videos.append(student_videos(config, setup, [0, 1, 3]))
+        videos.append(student_videos(setup, [0, 1, 3], flow_guidance=config.teacher.guidance))
         trainer.close()
     assert torch.equal(videos[0][[0, 2]], videos[1][[0, 2]])
     assert largest(videos[0][1], videos[1][1]) > 1e-3
@@ -121,8 +121,8 @@ def test_contact_sheets_follow_the_controls(inputs: VideoInputs, controls: Path,
 def test_self_forcing_is_judged_with_the_controls(
     inputs: VideoInputs, controls: Path, forced: Path, judge: Path, tmp_path: Path, name: str
 ) -> None:
-    changes = {"data.controls": str(controls), "student.init": str(forced)}
-    config = tiny_causal(inputs, tmp_path, name, changes, steered_teacher=str(judge))
+    changes = {"data.controls": str(controls), "student.init": str(forced), "self_forcing.steered_teacher": str(judge)}
+    config = tiny_causal(inputs, tmp_path, name, changes)
     setup, trainer = start_causal(config)
     draw = Draw(5, [0, 1, 2], trainer.device)
     condition, image = rollout_inputs(config, setup, draw, 0)
@@ -131,18 +131,18 @@ def test_self_forcing_is_judged_with_the_controls(
     assert setup.controls is not None
     rows, _, captions = setup.real.rows(draw.indices, trainer.device)
     assert torch.equal(condition.tokens, captions.tokens)
-    told = controls_of(condition, 3)
-    assert told is not None
-    assert torch.equal(told[:, :, :, 5, 2], setup.controls.values[rows])
+    given = controls_of(condition, 3)
+    assert given is not None
+    assert torch.equal(given[:, :, :, 5, 2], setup.controls.values[rows])
     plan = plan_rollout(config, setup.settings, 0)
     other = setup.controlled(captions, [(row + 1) % 5 for row in rows])
     with torch.no_grad():
-        videos = [generate(config, setup, plan, draw=draw, condition=c, image=None).new for c in (condition, other)]
+        videos = [generate(setup, plan, draw=draw, condition=c, image=None).new for c in (condition, other)]
         assert largest(videos[0], videos[1]) > 1e-5
-        assert setup.fake_score is not None
+        assert setup.scores is not None
         t = torch.tensor([0.3, 0.6, 0.9])
         scores = [setup.teacher.velocity(videos[0], t, c, 2.0) for c in (condition, other)]
-        fakes = [setup.fake_score(videos[0], t, c).velocity for c in (condition, other)]
+        fakes = [setup.scores.fake(videos[0], t, c).velocity for c in (condition, other)]
     average = load_file(list_checkpoints(judge)[-1] / "student_ema.safetensors")[PATCHES]
     network: Any = setup.teacher.denoiser.network
     assert torch.equal(network.patch_embedding.weight, average)
@@ -161,12 +161,13 @@ def test_later_stages_are_resumed_and_exported(
     inputs: VideoInputs, controls: Path, forced: Path, judge: Path, tmp_path: Path
 ) -> None:
     """Consistency from the first stage, and self-forcing from that, interrupted and not."""
-    told = {"data.controls": str(controls), "data.image_share": 0.5}
-    first = tiny_causal(inputs, tmp_path / "dcm", "tf_dcm", {**told, "student.init": str(forced), "run.steps": 1})
+    shared = {"data.controls": str(controls), "data.image_share": 0.5}
+    first = tiny_causal(inputs, tmp_path / "dcm", "tf_dcm", {**shared, "student.init": str(forced), "run.steps": 1})
     assert train_causal_video(first) == 0
     for folder, changes in (("straight", {}), ("resumed", {"run.steps": 1}), ("resumed", {"run.resume": "latest"})):
-        given = {**told, "student.init": str(tmp_path / "dcm"), "run.steps": 2, **changes}
-        config = tiny_causal(inputs, tmp_path / folder, "self_forcing", given, steered_teacher=str(judge))
+        given = {**shared, "student.init": str(tmp_path / "dcm"), "run.steps": 2, **changes}
+        given["self_forcing.steered_teacher"] = str(judge)
+        config = tiny_causal(inputs, tmp_path / folder, "self_forcing", given)
         assert train_causal_video(config) == 0
     left, right = (load_checkpoint(list_checkpoints(tmp_path / folder)[-1]) for folder in ("straight", "resumed"))
     assert left.step == 2
@@ -187,13 +188,14 @@ def test_the_script_writes_what_the_configuration_reads(
     dataset, controls = LatentDataset.load(folder), FrameControls.load(folder / "controls.safetensors")
     controls.check(dataset.latents)
     assert controls.values.shape == (2, 4, 7)
-    file = ["--config", str(repository / "configs" / "causal_video" / "digits_steered.yaml")]
+    file = ["--config", str(repository / "configs" / "digits_video" / "steered.yaml")]
     config, _ = load_config(CausalConfig, file, prog="x", description="x")
     assert config.data.controls == f"{config.data.latents}/controls.safetensors"
     assert sum(config.student.layout) == 7
-    judged = ("--method", "diffusion_forcing", "--student.layout", "[7]", "--student.policy.window_frames", "null")
-    free = ("--student.policy.sink", "none", "--student.policy.sink_frames", "0")
-    config, _ = load_config(CausalConfig, [*file, *judged, *free], prog="x", description="x")
+    # The bidirectional teacher of self-forcing: the whole video as one chunk, which sees no earlier one.
+    judge = ["--config", str(repository / "configs" / "digits_video" / "steered_teacher.yaml")]
+    config, _ = load_config(CausalConfig, judge, prog="x", description="x")
+    assert config.method == "diffusion_forcing"
     assert config.student.layout == (7,)
     assert config.student.policy == CachePolicy()
 
@@ -201,18 +203,18 @@ def test_the_script_writes_what_the_configuration_reads(
 def test_what_does_not_fit_is_named(
     inputs: VideoInputs, controls: Path, forced: Path, judge: Path, tmp_path: Path
 ) -> None:
-    told = {"data.controls": str(controls)}
-    for name, changes, steered, message in (
-        ("teacher_forcing", told, str(judge), "belongs to method 'self_forcing'"),
-        ("self_forcing", {}, str(judge), "belongs to method 'self_forcing'"),
-        ("self_forcing", told, None, "the bidirectional teacher knows no controls"),
-        ("self_forcing", {**told, "data.latents": None}, str(judge), r"data\.controls without data\.latents"),
-        ("self_forcing_long", told, str(judge), "controls end where their videos do"),
-        ("ode", told, None, r"data\.controls is no part of ode"),
-        ("teacher_forcing", {**told, "student.lora_rank": 2}, None, "would leave the new input channels at zero"),
+    controlled = {"data.controls": str(controls)}
+    steered = {"self_forcing.steered_teacher": str(judge)}
+    for name, changes, message in (
+        ("self_forcing", steered, r"steered_teacher without data\.controls: leave it out"),
+        ("self_forcing", controlled, "the bidirectional teacher knows no controls"),
+        ("self_forcing", {**controlled, **steered, "data.latents": None}, r"controls without data\.latents"),
+        ("self_forcing_long", {**controlled, **steered}, "controls end where their videos do"),
+        ("ode", {**controlled, "data.latents": str(inputs.latents)}, r"data\.controls is no part of ode"),
+        ("teacher_forcing", {**controlled, "student.lora_rank": 2}, "would leave the new input channels at zero"),
     ):
         with pytest.raises(ValueError, match=message):
-            tiny_causal(inputs, tmp_path, name, changes, steered_teacher=steered)
+            tiny_causal(inputs, tmp_path, name, changes)
     values = torch.zeros(5, 2, 3)
     files = {
         "short": FrameControls(values[:, :, :2], NAMES).save(tmp_path / "short"),
@@ -224,7 +226,14 @@ def test_what_does_not_fit_is_named(
     weights = tmp_path / "alone" / "weights.safetensors"
     weights.parent.mkdir()
     shutil.copy(checkpoint / "student_ema.safetensors", weights)
+    # An export says its controls in the folder above its weights.
+    export = tmp_path / "export" / "transformer"
+    export.mkdir(parents=True)
+    plain = {name.removeprefix("transformer."): value for name, value in load_file(weights).items()}
+    save_file(plain, export / "diffusion_pytorch_model.safetensors")
+    shutil.copy(forced / FILE_NAME, export.parent)
     for changes, message in (
+        ({"data.controls": str(files["other"]), "student.init": str(export.parent)}, r"controls \['left', 'right'\]"),
         ({"data.controls": str(tmp_path / "none")}, "is no file: give the controls.safetensors"),
         ({"data.controls": str(files["short"])}, r"data\.controls holds \[5, 2, 2\]"),
         ({"data.controls": str(files["few"])}, r"data\.controls holds \[4, 2, 3\]"),

@@ -13,7 +13,8 @@ from fewstep.causal_video.stages.asd import (
     relativistic_discriminator_loss,
     relativistic_generator_loss,
 )
-from fewstep.causal_video.stages.losses import bell_weight, counted_weight, forcing_loss, frame_loss
+from fewstep.causal_video.stages.forcing import bell_weight, forcing_loss
+from fewstep.causal_video.stages.losses import counted_weight, frame_loss
 from tests.tiny_networks import draw
 
 VIDEO = (2, 3, 4, 2, 2)

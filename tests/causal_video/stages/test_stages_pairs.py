@@ -86,7 +86,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert (again.context is None) != context
     with pytest.raises(ValueError, match=r"no state at t = 0\.9,"):
         pairs_of().place_of(0.9)
-    with pytest.raises(ValueError, match=r"leave data\.pairs empty"):
+    with pytest.raises(ValueError, match=r"leave ode\.pairs empty"):
         OdePairs.load(tmp_path / "none")
     (tmp_path / "a" / "ode_pairs.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""Whose turn it is, where rollouts stop, longer ones, and the adversarial term."""
+"""Which network is updated when, where rollouts stop, longer ones, and the adversarial term."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fewstep.causal_video.stages.batch import causal_settings
-from fewstep.causal_video.stages.self_forcing import generate, has_more_steps, plan_rollout, rollout_inputs
+from fewstep.causal_video.stages.self_forcing import generate, plan_rollout, rollout_inputs
 from fewstep.causal_video.stages.teacher_window import image_latent
 from fewstep.core.randomness import Draw
 from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
@@ -26,11 +26,11 @@ def test_student_and_fake_score_count_their_own_cycles(inputs: VideoInputs) -> N
     assert [plan.exit_step for plan in found if plan.student_due] == [0, 1, 2, 0, 1, 2]
     assert [plan.exit_step for plan in found if not plan.student_due] == [0, 1, 2] * 4
     assert {plan.extra_chunks for plan in found} == {0}
-    assert [has_more_steps(plan) for plan in found[:4:3]] == [True, True]
+    assert [plan.has_more_steps for plan in found[:4:3]] == [True, True]
 
 
 def test_random_exits_and_mixtures_take_each_choice(inputs: VideoInputs) -> None:
-    found = plans(inputs, "self_forcing", 60, {"loss.exit": "random"})
+    found = plans(inputs, "self_forcing", 60, {"self_forcing.exit": "random"})
     assert {plan.exit_step for plan in found} == {0, 1, 2}
     mixed = plans(inputs, "self_forcing_mixture", 60)
     assert {tuple(map(len, plan.schedule.times)) for plan in mixed} == {(2, 1), (1, 1), (3, 2)}
@@ -47,7 +47,7 @@ def test_longer_rollouts_end_in_the_teachers_window(inputs: VideoInputs, tmp_pat
     found = plans(inputs, "self_forcing_long", 60)
     assert {plan.extra_chunks for plan in found} == {0, 1, 2}
     plan = dataclasses.replace(found[0], extra_chunks=2, exit_step=0)
-    done = generate(config, setup, plan, draw=draw, condition=condition, image=None)
+    done = generate(setup, plan, draw=draw, condition=condition, image=None)
     assert done.before is not None
     assert (done.before.shape[2], done.new.shape[2], len(done.exits)) == (3, 2, 2)
     assert done.new.requires_grad
@@ -61,7 +61,7 @@ def test_longer_rollouts_end_in_the_teachers_window(inputs: VideoInputs, tmp_pat
     # What was before is the rollout of the same noise without a window.
     short = dataclasses.replace(plan, extra_chunks=0, exit_step=2)
     with torch.no_grad():
-        whole = generate(config, setup, short, draw=draw, condition=condition, image=None)
+        whole = generate(setup, short, draw=draw, condition=condition, image=None)
     assert whole.before is None
     assert whole.window().counts.tolist() == [True] * 3
     assert torch.allclose(whole.new, done.before)
@@ -81,6 +81,6 @@ def test_a_given_image_comes_with_its_caption(inputs: VideoInputs, tmp_path: Pat
     assert len(set(rows)) == 3
     plan = plan_rollout(config, setup.settings, 1)
     with torch.no_grad():
-        video = generate(config, setup, plan, draw=draw, condition=condition, image=image).window().latents
+        video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
     assert torch.equal(video[:, :, :1], image)
     trainer.close()

@@ -6,20 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.config import CausalConfig
-from fewstep.causal_video.stages.setup import CausalData, CausalSetup, check_tangent
+from fewstep.causal_video.stages.consistency import check_tangent
+from fewstep.causal_video.stages.sections import TfScmConfig
+from fewstep.causal_video.stages.setup import CausalData, CausalSetup
 from fewstep.causal_video.stages.train import train_causal_video, train_step
-from fewstep.core.config import load_config, save_resolved
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run_directory import read_metrics
 from fewstep.core.training.trainer import Trainer
-from tests.causal_video.tiny_causal_run import CASES, FAKE_SCORE, VideoInputs, start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import CASES, VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
 
 
@@ -41,26 +43,28 @@ def gradients_of_first_step(config: CausalConfig, setup: CausalSetup, trainer: T
     return found
 
 
-def test_turns_of_self_forcing_with_a_discriminator(inputs: VideoInputs, tmp_path: Path) -> None:
+def test_steps_of_self_forcing_with_a_discriminator(inputs: VideoInputs, tmp_path: Path) -> None:
     config = tiny_causal(inputs, tmp_path, "self_forcing_asd")
     setup, trainer = start_causal(config)
+    scores = setup.scores
+    assert scores is not None
+    roles = (setup.student_role, scores.fake_role, scores.discriminator_role)
     moved, calls = [], []
     handles = [
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
         for name, module in (
             ("student", setup.student.transformer.patch_embedding),
             ("teacher", setup.teacher.denoiser),
-            ("fake", setup.fake_score),
+            ("fake", scores.fake),
         )
-        if module is not None
     ]
     counts = []
     for _ in range(5):
         calls.clear()
-        before = [weights_of(r) for r in (setup.student_role, setup.fake_role, setup.discriminator_role)]
+        before = [weights_of(role) for role in roles]
         train_step(config, setup, trainer)
         trainer.advance()
-        after = [weights_of(r) for r in (setup.student_role, setup.fake_role, setup.discriminator_role)]
+        after = [weights_of(role) for role in roles]
         moved.append(tuple(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
         counts.append(tuple(calls.count(name) for name in ("student", "teacher", "fake")))
     for handle in handles:
@@ -82,7 +86,7 @@ def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, t
     found = []
     for replay in (False, True):
         folder = tmp_path / str(replay)
-        config = tiny_causal(inputs, folder, name, {**changes, "loss.replay": replay})
+        config = tiny_causal(inputs, folder, name, {**changes, "self_forcing.replay": replay})
         setup, trainer = start_causal(config)
         trainer.step = 3
         found.append(gradients_of_first_step(config, setup, trainer))
@@ -128,6 +132,7 @@ def test_stages_follow_each_other(inputs: VideoInputs, tmp_path: Path) -> None:
     average = load_file(last / "student_ema.safetensors")
     second = tiny_causal(inputs, tmp_path / "scm", "tf_scm", {"student.init": str(tmp_path / "tf")})
     setup, trainer = start_causal(dataclasses.replace(second))
+    assert setup.networks is not None
     teacher = setup.networks.teacher
     assert teacher is not None
     for network in (setup.student, teacher.network):
@@ -148,6 +153,20 @@ def test_stages_follow_each_other(inputs: VideoInputs, tmp_path: Path) -> None:
     assert "chunks of [1, 2] latent frames at t = 1, " in notes[0]
 
 
+def test_a_student_begins_with_the_weights_of_an_export(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Also with those of a pipeline whose transformer is in several files."""
+    network: Any = WanTransformer3DModel.from_pretrained(inputs.init.parent)
+    network.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="50KB")
+    assert len(list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))) > 1
+    config = tiny_causal(inputs, tmp_path / "run", "tf_dcm", {"student.init": str(tmp_path / "pipeline")})
+    setup, trainer = start_causal(config)
+    stored = load_file(inputs.init)
+    state = setup.student.transformer.state_dict()
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    trainer.close()
+
+
 def test_pairs_are_made_once_and_kept(inputs: VideoInputs, tmp_path: Path) -> None:
     for name in ("ode", "ode_causal"):
         config = tiny_causal(inputs, tmp_path / name, name)
@@ -157,20 +176,24 @@ def test_pairs_are_made_once_and_kept(inputs: VideoInputs, tmp_path: Path) -> No
         assert ("context" in tensors) == (name == "ode_causal")
         # Steps [3, 2] at shift 5: thirds and a half.
         assert tensors["times"].tolist() == pytest.approx([1.0, 10 / 11, 5 / 6, 5 / 7])
-    again = tiny_causal(inputs, tmp_path / "again", "ode", {"data.pairs": str(tmp_path / "ode" / "ode_pairs")})
+    # Trajectories that are there already have no settings of how to make them.
+    given = {"ode.count": 64, "ode.steps": 48}
+    again = tiny_causal(inputs, tmp_path / "again", "ode", {**given, "ode.pairs": str(tmp_path / "ode" / "ode_pairs")})
     assert CausalData.read(again).pairs is not None
-    mixed = tiny_causal(inputs, tmp_path / "again", "ode", {"data.pairs": str(tmp_path / "ode_causal" / "ode_pairs")})
+    mixed = tiny_causal(
+        inputs, tmp_path / "again", "ode", {**given, "ode.pairs": str(tmp_path / "ode_causal" / "ode_pairs")}
+    )
     with pytest.raises(ValueError, match="were not made by the bidirectional teacher"):
         CausalData.read(mixed)
 
 
 def test_the_check_of_the_tangent_passes_and_is_reported(inputs: VideoInputs, tmp_path: Path) -> None:
-    config = tiny_causal(inputs, tmp_path, "tf_scm", {"loss.check_tangent": True})
-    setup, trainer = start_causal(config)
-    said = check_tangent(config, setup, trainer)
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "tf_scm", {"tf_scm.check_tangent": True}))
+    said = check_tangent(TfScmConfig(), setup, trainer)
     assert said is not None
     assert said.startswith("tangent of the packed network against differences: off by ")
-    assert check_tangent(tiny_causal(inputs, tmp_path, "tf_scm"), setup, trainer) is None
+    assert check_tangent(TfScmConfig(check_tangent=False), setup, trainer) is None
+    assert check_tangent(TfScmConfig(tangent="central"), setup, trainer) is None
     trainer.close()
 
 
@@ -180,48 +203,12 @@ def test_a_dry_run_makes_one_step_and_keeps_nothing(inputs: VideoInputs, tmp_pat
     assert not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize("name", ["tf_dcm", "self_forcing_mixture", "self_forcing_long"])
-def test_settings_are_read_as_they_were_written(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
-    config = tiny_causal(inputs, tmp_path, name)
-    save_resolved(tmp_path / "config.yaml", config)
-    again, _ = load_config(CausalConfig, ["--config", str(tmp_path / "config.yaml")], prog="x", description="x")
-    assert again == config
-    assert again.student.layout == config.student.layout
-
-
-def refused(inputs: VideoInputs, name: str, match: str, **changes: Any) -> None:
-    with pytest.raises(ValueError, match=match):
-        tiny_causal(inputs, Path("nowhere"), name, {key.replace("__", "."): value for key, value in changes.items()})
-
-
-def test_settings_that_do_not_fit_are_named(inputs: VideoInputs) -> None:
-    refused(inputs, "teacher_forcing", r"student\.layout: lengths are \[\]", student__layout=())
-    refused(inputs, "teacher_forcing", r"student\.policy: window_frames=1", student__policy=CachePolicy(1))
-    refused(inputs, "teacher_forcing", r"student\.steps is \[4, 0\]", student__steps=(4, 0))
-    refused(inputs, "teacher_forcing", r"data\.latents is empty", data__latents=None)
-    refused(inputs, "tf_scm", r"student\.init is empty", student__init=None)
-    refused(inputs, "ode_causal", r"student\.init is empty", student__init=None)
-    refused(inputs, "teacher_forcing", "belong to method 'self_forcing'", loss__asd_weight=0.1)
-    refused(inputs, "self_forcing", "no chunk has two", loss__asd_weight=0.1, student__steps=(1,))
-    refused(inputs, "self_forcing", r"loss\.longest_frames is 4", loss__longest_frames=4)
-    refused(inputs, "self_forcing", r"loss\.new_frames without", loss__new_frames=1)
-    refused(inputs, "self_forcing_long", r"loss\.new_frames is 3", loss__new_frames=3)
-    refused(inputs, "self_forcing", r"data\.image_share is 1\.5", data__image_share=1.5)
-    refused(inputs, "self_forcing", "without GAN in self_forcing", matching__objective="f_distill")
-    refused(inputs, "self_forcing", "list of counts from 1 on", loss__rollout_schedules=((2, 0),))
-    config = tiny_causal(inputs, Path("nowhere"), "self_forcing")
-    with pytest.raises(ValueError, match="self_forcing needs that section"):
-        dataclasses.replace(config, fake_score=None)
-    with pytest.raises(ValueError, match="below 2 the fake score would never learn"):
-        dataclasses.replace(config, fake_score=dataclasses.replace(FAKE_SCORE, updates_per_student_update=1))
-
-
 def test_files_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path) -> None:
     for changes, message in (
-        ({"student.layout": (2, 2)}, r"3 latent frames, and student\.layout \[2, 2\] cuts 4"),
-        ({"student.init": str(tmp_path / "none")}, "is no file, no checkpoint and no run directory"),
+        ({"student.layout": (2, 2), "data.image_share": 0.5}, r"3 latent frames, and student\.layout \[2, 2\] cuts 4"),
+        ({"student.init": str(tmp_path / "none")}, "is no .safetensors file, no run directory or checkpoint"),
         ({"data.prompts": str(tmp_path / "none.txt")}, "does not exist"),
-        ({"student.times": ((1.0, 1.5),)}, r"student\.times: times must lie in \(0, 1\]"),
+        ({"student.times": ((1.0, 1.5),), "student.steps": (4, 2)}, r"student\.times: times must lie in \(0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             train_causal_video(tiny_causal(inputs, tmp_path / "run", "self_forcing", changes))

@@ -1,4 +1,4 @@
-"""Turns on given videos, in float64 on the tiny student: closed forms, tangents, masks, a given first frame."""
+"""Steps on given videos, in float64 on the tiny student: closed forms, tangents, masks, a given first frame."""
 
 import dataclasses
 import functools
@@ -13,17 +13,25 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import CallOutput, packed_call
 from fewstep.causal_video.model.network import CausalWan
-from fewstep.causal_video.stages.batch import CausalTeacher, VideoBatch, chunk_uniform, gives_image, over_frames
-from fewstep.causal_video.stages.config import CausalLossConfig
-from fewstep.causal_video.stages.consistency import path_derivative, teacher_velocity, tf_dcm_turn, tf_scm_turn
-from fewstep.causal_video.stages.forcing import (
+from fewstep.causal_video.stages.batch import (
+    CausalTeacher,
     ForcingNetworks,
+    VideoBatch,
+    chunk_uniform,
     context_of_batch,
-    diffusion_forcing_turn,
-    drop_captions,
-    teacher_forcing_turn,
+    gives_image,
+    over_frames,
 )
-from fewstep.causal_video.stages.ode import OdeBatch, ode_turn
+from fewstep.causal_video.stages.consistency import path_derivative, teacher_velocity, tf_dcm_step, tf_scm_step
+from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
+from fewstep.causal_video.stages.ode import OdeBatch, ode_step
+from fewstep.causal_video.stages.sections import (
+    DiffusionForcingConfig,
+    OdeConfig,
+    TeacherForcingConfig,
+    TfDcmConfig,
+    TfScmConfig,
+)
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, expand_time
 from fewstep.core.randomness import Draw
@@ -31,7 +39,14 @@ from fewstep.kernels.check_jvp import Float64Inside
 from tests.causal_video.tiny_causal import FRAME_TOKENS, build_student, largest, latents, text
 
 LAYOUT = ChunkLayout((1, 2, 2, 2))
-LOSS = CausalLossConfig(condition_drop=0.0)
+SCM, ODE = TfScmConfig(), OdeConfig()
+# Each step with a configuration of its stage.
+STEPS = {
+    "teacher_forcing": (teacher_forcing_step, TeacherForcingConfig()),
+    "diffusion_forcing": (diffusion_forcing_step, DiffusionForcingConfig()),
+    "tf_dcm": (tf_dcm_step, TfDcmConfig(grid_steps=4)),
+    "tf_scm": (tf_scm_step, TfScmConfig(time_mean=0.0)),
+}
 DRAW = Draw(3, [0, 1], torch.device("cpu"))
 NULL = Condition(text(1, seed=8))
 
@@ -100,24 +115,24 @@ def test_teacher_forcing_finds_the_floor_of_an_autoregressive_gaussian() -> None
     draw = Draw(1, list(range(count)), torch.device("cpu"))
     eps = draw.noise((1, 5, 2, 2), "eps").double()
     batch = VideoBatch(x0, eps, Condition(torch.zeros(count, 1, 1)), x0, None, None, 0)
-    mask = masks.teacher_forcing(layout, 1)
-    loss = CausalLossConfig(weight="none", shift=1.0)
+    mask, causal = masks.teacher_forcing(layout, 1), masks.block_causal(layout, 1)
+    stage = TeacherForcingConfig(weight="none", shift=1.0)
 
-    def turn_of(network: nn.Module) -> float:
-        networks = ForcingNetworks(network, network, layout, mask, None)
-        return float(teacher_forcing_turn(batch, networks, draw=draw, loss=loss).loss)
+    def loss_of(network: nn.Module) -> float:
+        networks = ForcingNetworks(network, network, layout, mask, causal)
+        return float(teacher_forcing_step(batch, networks, draw=draw, stage=stage).loss)
 
     # E |eps - x0 - v|^2 at t is the variance s^2 / ((1 - t)^2 s^2 + t^2) of eps - x0 given x_t; its mean over t.
     t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     floors = [float((s / ((1 - t).square() * s + t.square())).mean()) for s in (1.0, *[1 - a**2] * 4)]
     floor = sum(floors) / 5
-    assert turn_of(AutoregressiveGaussian(a)) == pytest.approx(floor, rel=0.01)
-    assert turn_of(AutoregressiveGaussian(0.0)) > 1.1 * floor
-    assert turn_of(AutoregressiveGaussian(a, leak=True)) < 1e-12
+    assert loss_of(AutoregressiveGaussian(a)) == pytest.approx(floor, rel=0.01)
+    assert loss_of(AutoregressiveGaussian(0.0)) > 1.1 * floor
+    assert loss_of(AutoregressiveGaussian(a, leak=True)) < 1e-12
 
 
 def test_consistency_is_at_rest_at_the_exact_function_of_that_gaussian() -> None:
-    """f = mean + s / sqrt(V_t) (x - m_t) is constant along the causal teacher's path: both turns see no error."""
+    """f = mean + s / sqrt(V_t) (x - m_t) is constant along the causal teacher's path: both steps see no error."""
     a = 0.8
     x0 = autoregressive(64, a)
     layout = ChunkLayout.uniform(5, 1)
@@ -137,15 +152,15 @@ def test_consistency_is_at_rest_at_the_exact_function_of_that_gaussian() -> None
             x0 = mean + (variance / total).sqrt() * (noisy - (1 - t) * mean)
             return CallOutput((noisy - x0) / t, None)
 
-    mask = masks.teacher_forcing(layout, 1)
+    mask, causal = masks.teacher_forcing(layout, 1), masks.block_causal(layout, 1)
     teacher: Any = AutoregressiveGaussian(a)
     held = CausalTeacher(teacher, Condition(torch.zeros(1, 1, 1)), 1.0)
-    exact = ForcingNetworks(Exact(a), Exact(a), layout, mask, None, held)
-    plain = ForcingNetworks(teacher, teacher, layout, mask, None, held)
-    loss = CausalLossConfig(time_mean=0.0, time_std=1.0, grid_steps=400, grid_shift=1.0)
-    gaps = [tf_scm_turn(batch, n, draw=draw, loss=loss).record for n in (exact, plain)]
+    exact = ForcingNetworks(Exact(a), Exact(a), layout, mask, causal, held)
+    plain = ForcingNetworks(teacher, teacher, layout, mask, causal, held)
+    scm, dcm = TfScmConfig(time_mean=0.0, time_std=1.0), TfDcmConfig(grid_steps=400, grid_shift=1.0)
+    gaps = [tf_scm_step(batch, n, draw=draw, stage=scm).record for n in (exact, plain)]
     assert float(gaps[0]["tangent"]) < 1e-6 * float(gaps[1]["tangent"])
-    jumps = [float(tf_dcm_turn(batch, n, draw=draw, loss=loss).loss) for n in (exact, plain)]
+    jumps = [float(tf_dcm_step(batch, n, draw=draw, stage=dcm).loss) for n in (exact, plain)]
     assert jumps[0] < 1e-2 * jumps[1]
 
 
@@ -157,11 +172,11 @@ def test_the_clean_half_has_no_tangent(context_time: float | None) -> None:
     x_t, dx = add_noise(batch.x0, batch.eps, t), latents(seed=6)
     networks = networks_of(student)
     honest = dataclasses.replace(networks, packed=masks.teacher_forcing(LAYOUT, FRAME_TOKENS))
-    found, expected = (path_derivative(batch, n, x_t, t, dx=dx, loss=LOSS) for n in (networks, honest))
+    found, expected = (path_derivative(batch, n, x_t, t, dx=dx, stage=SCM) for n in (networks, honest))
     assert largest(found, expected) < 1e-12
-    central = dataclasses.replace(LOSS, tangent="central", central_step=1e-6)
+    central = dataclasses.replace(SCM, tangent="central", central_step=1e-6)
     with Float64Inside():
-        exact, difference = (path_derivative(batch, networks, x_t, t, dx=dx, loss=loss) for loss in (LOSS, central))
+        exact, difference = (path_derivative(batch, networks, x_t, t, dx=dx, stage=stage) for stage in (SCM, central))
     assert largest(difference, exact) < 1e-5 * float(exact.abs().max())
 
     def clean_keys(x: Tensor, time: Tensor) -> Tensor:
@@ -186,12 +201,13 @@ def test_guidance_of_the_causal_teacher_is_on_packed_calls() -> None:
     assert largest(teacher_velocity(networks, x_t, t, batch), expected) < 1e-12
 
 
-@pytest.mark.parametrize("turn", [teacher_forcing_turn, diffusion_forcing_turn, tf_dcm_turn, tf_scm_turn])
-def test_gradients_reach_text_projections_and_a_given_frame_does_not_count(turn: Any) -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_reach_text_projections_and_a_given_frame_does_not_count(name: str) -> None:
     student = build_student()
     networks = networks_of(student, frozen_teacher())
-    loss = dataclasses.replace(LOSS, time_mean=0.0, grid_steps=4)
-    turn(batch_of(), networks, draw=DRAW, loss=loss).loss.backward()
+    step: Any
+    step, stage = STEPS[name]
+    step(batch_of(), networks, draw=DRAW, stage=stage).loss.backward()
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
     blocks: Any = student.transformer.blocks
     for block in blocks:
@@ -200,18 +216,21 @@ def test_gradients_reach_text_projections_and_a_given_frame_does_not_count(turn:
     batch = batch_of(image=True)
     eps = batch.eps.clone()
     eps[:, :, 0] += 1.0
-    losses = [turn(b, networks, draw=DRAW, loss=loss).loss for b in (batch, dataclasses.replace(batch, eps=eps))]
+    losses = [step(b, networks, draw=DRAW, stage=stage).loss for b in (batch, dataclasses.replace(batch, eps=eps))]
     assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-12)
     assert float(losses[0].detach()) != pytest.approx(
-        float(turn(batch_of(), networks, draw=DRAW, loss=loss).loss.detach())
+        float(step(batch_of(), networks, draw=DRAW, stage=stage).loss.detach())
     )
 
 
-@pytest.mark.parametrize("turn", [tf_dcm_turn, tf_scm_turn])
-def test_sums_over_frames_are_seven_means(turn: Any) -> None:
+@pytest.mark.parametrize("name", ["tf_dcm", "tf_scm"])
+def test_sums_over_frames_are_seven_means(name: str) -> None:
     networks = networks_of(build_student(), frozen_teacher())
+    step: Any
+    stage: Any
+    step, stage = STEPS[name]
     means, sums = (
-        turn(batch_of(), networks, draw=DRAW, loss=dataclasses.replace(LOSS, grid_steps=4, frames=frames)).loss
+        step(batch_of(), networks, draw=DRAW, stage=dataclasses.replace(stage, frames=frames)).loss
         for frames in ("mean", "sum")
     )
     assert float(sums.detach()) == pytest.approx(7 * float(means.detach()), rel=1e-12)
@@ -235,18 +254,18 @@ def test_regression_is_zero_at_its_target_and_context_does_not_count() -> None:
     x, condition = latents(seed=4), Condition(text())
     velocity = student.causal(x, t, text(), mask=networks.causal)  # pyright: ignore
     x0 = x - expand_time(t, x) * velocity
-    found = ode_turn(OdeBatch(x, t, x0, condition, None), networks, loss=LOSS)
+    found = ode_step(OdeBatch(x, t, x0, condition, None), networks, ODE)
     assert float(found.loss) < 1e-24
     away = x0.clone()
     away[:, :, [0, 3, 4]] += 1.0
-    assert float(ode_turn(OdeBatch(x, t, away, condition, None), networks, loss=LOSS).loss) < 1e-24
+    assert float(ode_step(OdeBatch(x, t, away, condition, None), networks, ODE).loss) < 1e-24
     away = x0.clone()
     away[:, :, 1] += 1.0
     expected = 1 / 4
-    assert float(ode_turn(OdeBatch(x, t, away, condition, None), networks, loss=LOSS).loss) == pytest.approx(expected)
+    assert float(ode_step(OdeBatch(x, t, away, condition, None), networks, ODE).loss) == pytest.approx(expected)
     # On clean context the packed call is made: another context, another prediction.
     packed = [
-        float(ode_turn(OdeBatch(x, t, x0, condition, context), networks, loss=LOSS).loss)
+        float(ode_step(OdeBatch(x, t, x0, condition, context), networks, ODE).loss)
         for context in (latents(seed=5), latents(seed=6))
     ]
     assert abs(packed[0] - packed[1]) > 1e-5

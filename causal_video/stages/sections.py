@@ -1,0 +1,299 @@
+"""The sections of a configuration that causal stages and rewards of streams are made of. No torch here.
+
+Each stage has a section of its own, whose fields are what that stage reads and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Literal, TypeAlias
+
+from fewstep.causal_video.layout import ChunkLayout
+from fewstep.causal_video.policy import CachePolicy
+from fewstep.core.settings import DataConfig, StudentConfig
+
+FrameReduction: TypeAlias = Literal["mean", "sum"]
+DEFAULT_STEPS = (4, 2)
+
+
+def require_default(section: Any, name: str, reason: str) -> None:
+    """Raise ValueError where a field that nothing would read is given a value of its own."""
+    default = type(section).__dataclass_fields__[name].default
+    if getattr(section, name) != default:
+        raise ValueError(f"{name}: given {getattr(section, name)!r}, and {reason}: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig(DataConfig):
+    """Prompts, and the size of the videos."""
+
+    sample_count: int = 6
+    """Prompts of the contact sheet: the first of the file, with fixed seeds."""
+
+    def __post_init__(self) -> None:
+        if self.sample_count < 1:
+            raise ValueError(f"sample_count is {self.sample_count}; the contact sheet needs a prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalDataConfig(PromptsConfig):
+    """What a stage reads: prompts, and videos where it has a use for them."""
+
+    latents: str | None = None
+    """Folder of video latents with captions (scripts/encode_videos.py), for the stages that learn from videos; in
+    self_forcing for given first frames and controls."""
+    controls: str | None = None
+    """File of what the network gets for each frame of data.latents beside its caption, such as actions or features of
+    sound (`FrameControls`, safetensors); the student gets an input channel for each."""
+    image_share: float = 0.0
+    """Share of steps in which the first latent frame is given, from data.latents with their captions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"image_share is {self.image_share}; it is a share from 0 to 1")
+        if self.controls is not None and self.latents is None:
+            raise ValueError("controls without data.latents: they are rows for the videos of that folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalStudentConfig(StudentConfig):
+    """The causal generator."""
+
+    layout: tuple[int, ...]
+    """Latent frames of each chunk; their sum is the length of the training videos. Streams repeat the last one."""
+    policy: CachePolicy = field(default_factory=CachePolicy)
+    """What a chunk sees of earlier ones, and how it is kept."""
+    steps: tuple[int, ...] = DEFAULT_STEPS  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Network calls of each chunk; later chunks repeat the last number. More for the first chunk than for others is
+    the first-frame enhancement of ASD."""
+    shift: float = 5.0
+    """Time shift of the step grids."""
+    times: tuple[tuple[float, ...], ...] | None = None
+    """Times of each chunk in place of the grids of steps and shift, such as [[1, 0.9375, 0.83, 0.625], [1, 0.625]]."""
+
+    def __post_init__(self) -> None:
+        try:
+            layout = ChunkLayout(self.layout)
+        except ValueError as error:
+            raise ValueError(f"layout: {error}") from error
+        try:
+            self.policy.chunk_window(layout)
+        except ValueError as error:
+            raise ValueError(f"policy: {error}") from error
+        if len(self.steps) == 0 or min(self.steps) < 1:
+            raise ValueError(f"steps is {list(self.steps)}; give a number of calls, from 1 on, for each chunk")
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift}; it must be positive")
+        if self.times is not None:
+            if len(self.times) == 0 or min(map(len, self.times)) == 0:
+                raise ValueError("times is empty; give the times of at least one chunk, or leave it out")
+            require_default(self, "steps", "times says all steps")
+
+    @property
+    def longest_steps(self) -> int:
+        """Network calls of the chunk that has the most."""
+        return max(map(len, self.times)) if self.times is not None else max(self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow matching of a causal model of many steps; what teacher and diffusion forcing have in common."""
+
+    frames: FrameReduction = "mean"
+    """How the losses of latent frames are taken together, each being a mean over its numbers."""
+    shift: float = 5.0
+    """Time shift of the uniform times."""
+    weight: Literal["bell", "none"] = "bell"
+    """Weight of a time: a bell around 1/2 as in Causal-rCM's teacher forcing, or none as in its diffusion forcing."""
+    condition_drop: float = 0.1
+    """Share of samples without their caption, for guidance later."""
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift is {self.shift}; it must be positive")
+        require_share("condition_drop", self.condition_drop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherForcingConfig(FlowConfig):
+    """Flow matching on clean earlier chunks (arXiv:2606.25473)."""
+
+    context_noise: float = 0.0
+    """Largest time to which the clean context is noised; the network is given that time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share("context_noise", self.context_noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionForcingConfig(FlowConfig):
+    """Flow matching with a time of its own for each chunk, on context as noisy as it is (arXiv:2407.01392)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfDcmConfig:
+    """Discrete consistency on clean context, along the path of the causal teacher (arXiv:2606.25473)."""
+
+    frames: FrameReduction = "mean"
+    """How the losses of latent frames are taken together, each being a mean over its numbers."""
+    context_noise: float = 0.0
+    """Largest time to which the clean context is noised; the network is given that time."""
+    grid_steps: int = 48
+    """Steps of the grid that the teacher walks by one."""
+    grid_shift: float = 3.0
+    """Time shift of that grid."""
+
+    def __post_init__(self) -> None:
+        require_share("context_noise", self.context_noise)
+        if self.grid_steps < 2:
+            raise ValueError(f"grid_steps is {self.grid_steps}; it must be at least 2")
+        if not self.grid_shift > 0:
+            raise ValueError(f"grid_shift is {self.grid_shift}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfScmConfig:
+    """Continuous-time consistency on clean context, along the path of the causal teacher (arXiv:2606.25473)."""
+
+    frames: FrameReduction = "mean"
+    """How the losses of latent frames are taken together, each being a mean over its numbers."""
+    context_noise: float = 0.0
+    """Largest time to which the clean context is noised; the network is given that time."""
+    time_mean: float = -0.8
+    """Mean of log(t / (1 - t))."""
+    time_std: float = 1.6
+    """Standard deviation of it."""
+    max_time_share: float = 0.0
+    """Share of samples that are trained at t = 1 instead, where generation begins (ours)."""
+    tangent: Literal["jvp", "central"] = "jvp"
+    """How to differentiate along the teacher's path: forward mode, or central differences of two calls."""
+    central_step: float = 0.005
+    """Step of the central difference in time; belongs to tangent 'central'."""
+    check_tangent: bool = True
+    """Compare the network's tangent with central differences before the first step; belongs to tangent 'jvp'."""
+    tangent_warmup: int = 0
+    """Steps over which the derivative term grows from 0 to its full weight."""
+    normalizer: float = 0.1
+    """The c of g / (|g| + c)."""
+
+    def __post_init__(self) -> None:
+        require_share("context_noise", self.context_noise)
+        for name in ("time_std", "central_step", "normalizer"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.tangent_warmup < 0:
+            raise ValueError(f"tangent_warmup is {self.tangent_warmup}; it must be 0 or more")
+        if not 0 <= self.max_time_share <= 1:
+            raise ValueError(f"max_time_share is {self.max_time_share}; it is a share from 0 to 1")
+        unread = "central_step" if self.tangent == "jvp" else "check_tangent"
+        require_default(self, unread, f"tangent is {self.tangent!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeConfig:
+    """Regression on trajectories of a teacher's ODE (arXiv:2412.07772, 2602.02214)."""
+
+    source: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whose trajectories: the bidirectional teacher's, or those of the causal student that the stage starts from, on
+    clean context."""
+    pairs: str | None = None
+    """Folder of trajectories that an earlier run made (its ode_pairs); empty makes them in the run directory."""
+    count: int = 64
+    """Trajectories that are made."""
+    steps: int = 48
+    """Steps of the teacher on such a trajectory, at least."""
+    frames: FrameReduction = "mean"
+    """How the losses of latent frames are taken together, each being a mean over its numbers."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if self.pairs is not None:
+                require_default(self, name, "pairs names trajectories that are made already")
+
+    @property
+    def makes_causal_pairs(self) -> bool:
+        """Whether a run makes trajectories of the causal model that it starts from."""
+        return self.source == "causal" and self.pairs is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfForcingConfig:
+    """Distribution matching on the student's own rollouts (arXiv:2506.08009)."""
+
+    exit: Literal["cycled", "random"] = "cycled"
+    """Where rollouts stop: each exit in turn (Causal-rCM), or a random one (Self-Forcing)."""
+    rollout_schedules: tuple[tuple[int, ...], ...] = ()
+    """Numbers of steps per chunk, one such list drawn for each rollout in place of student.steps (AnyFlow's mixture of
+    step counts); they use student.shift."""
+    replay: bool = False
+    """Roll out without a graph and make each exit call again in the backward pass: the same gradient in the memory of
+    one chunk."""
+    longest_frames: int | None = None
+    """Latent frames of the longest rollout; the teacher judges the last ones. Empty is the length of the layout."""
+    new_frames: int | None = None
+    """Latent frames at the end of a longer rollout that learn; empty is all but the first chunk of the window."""
+    steered_teacher: str | None = None
+    """Weights of a bidirectional network that knows data.controls, which a run with controls needs: the run of a
+    diffusion_forcing stage whose layout is one chunk, one of its checkpoints, an export, or a .safetensors file."""
+
+    def __post_init__(self) -> None:
+        if any(len(counts) == 0 or min(counts) < 1 for counts in self.rollout_schedules):
+            raise ValueError(f"rollout_schedules is {self.rollout_schedules}; each is a list of counts from 1 on")
+        if self.new_frames is not None and self.longest_frames is None:
+            raise ValueError("new_frames without longest_frames: rollouts of the layout learn as a whole")
+
+    def learning_frames(self, layout: ChunkLayout) -> int:
+        """Latent frames at the end of a longer rollout that learn."""
+        return layout.frames - layout.lengths[0] if self.new_frames is None else self.new_frames
+
+    def check_layout(self, layout: ChunkLayout) -> None:
+        """Raise ValueError unless longer rollouts are whole chunks, and so are their new frames."""
+        if self.longest_frames is None:
+            return
+        chunk, extra = layout.lengths[-1], self.longest_frames - layout.frames
+        if extra < chunk or extra % chunk:
+            raise ValueError(
+                f"self_forcing.longest_frames is {self.longest_frames}; it must be the {layout.frames} frames of "
+                f"student.layout and one or more chunks of {chunk}"
+            )
+        equal = sum(1 for _ in takewhile(lambda length: length == chunk, reversed(layout.lengths)))
+        new = self.learning_frames(layout)
+        if not chunk <= new < layout.frames or new % chunk or new > equal * chunk:
+            raise ValueError(
+                f"self_forcing.new_frames is {new}; it must be whole chunks of {chunk} frames, fewer than the "
+                f"{layout.frames} of the teacher's window, and among the {equal} equal chunks at the end of "
+                "student.layout"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsdConfig:
+    """Adversarial self-distillation between rollouts of n and n + 1 steps (arXiv:2511.01419)."""
+
+    weight: float
+    """Weight of the student's adversarial loss."""
+    penalty: float = 1.0
+    """Weight of the R1 and R2 penalties of the discriminator."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0 or self.penalty < 0:
+            raise ValueError(
+                f"weight is {self.weight} and penalty {self.penalty}; weight must be positive and penalty 0 or more; "
+                "leave the section out for no discriminator"
+            )
+
+
+# Stages whose batches are noised videos, and all stages.
+VideoStage: TypeAlias = TeacherForcingConfig | DiffusionForcingConfig | TfDcmConfig | TfScmConfig
+Stage: TypeAlias = VideoStage | OdeConfig | SelfForcingConfig
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise ValueError unless a share or time lies in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; it must lie in [0, 1)")
