@@ -61,32 +61,41 @@ class ScorerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """What is rewarded, and how samples of one prompt are compared."""
+class ScorersConfig:
+    """What is rewarded, and how samples of one prompt stand together."""
 
     scorers: tuple[ScorerConfig, ...]
     """The trained reward: a list of scorers with their weights."""
-    held_out: tuple[ScorerConfig, ...] = ()
-    """Scorers that the training never follows, logged beside the reward; at least one of another architecture."""
     group_size: int = 8
     """Samples per prompt that are compared with each other; divides run.batch_size."""
+    chunk: int | None = None
+    """Samples scored at a time; empty is the whole slice."""
+
+    def __post_init__(self) -> None:
+        # The reader of YAML hands entries of a list over as its own namespaces.
+        object.__setattr__(self, "scorers", tuple(_scorer(entry) for entry in self.scorers))
+        if not self.scorers:
+            raise ValueError("reward.scorers is empty; name at least one scorer")
+        if self.group_size < 2:
+            raise ValueError(f"reward.group_size is {self.group_size}; a comparison needs at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(ScorersConfig):
+    """What is rewarded, and how samples of one prompt are compared."""
+
+    held_out: tuple[ScorerConfig, ...] = ()
+    """Scorers that the training never follows, logged beside the reward; at least one of another architecture."""
     combination: Literal["sum", "gdpo"] = "sum"
     """'sum' adds the rewards, 'gdpo' normalises each in its groups first, which makes scales irrelevant."""
     scale: Literal["none", "leave_one_out", "group", "residual", "batch"] = "residual"
     """What centred rewards are divided by (docs/rewards.md)."""
     overlap: bool = True
     """Score in a background thread while the fake score and the snapshots are called."""
-    chunk: int | None = None
-    """Samples scored at a time; empty is the whole slice."""
 
     def __post_init__(self) -> None:
-        # The reader of YAML hands entries of a list over as its own namespaces.
-        for name in ("scorers", "held_out"):
-            object.__setattr__(self, name, tuple(_scorer(entry) for entry in getattr(self, name)))
-        if not self.scorers:
-            raise ValueError("reward.scorers is empty; name at least one scorer")
-        if self.group_size < 2:
-            raise ValueError(f"reward.group_size is {self.group_size}; a comparison needs at least 2")
+        super().__post_init__()
+        object.__setattr__(self, "held_out", tuple(_scorer(entry) for entry in self.held_out))
 
 
 def _scorer(entry: Any) -> ScorerConfig:
@@ -260,7 +269,7 @@ class RewardRunConfig:
         )
 
 
-def check_groups(reward: RewardSettings, run: RunConfig) -> None:
+def check_groups(reward: ScorersConfig, run: RunConfig) -> None:
     """Raise ValueError unless every slice of a step holds whole groups."""
     slices = run.gradient_accumulation
     if run.batch_size % (reward.group_size * slices):

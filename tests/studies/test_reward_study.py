@@ -13,7 +13,7 @@ from fewstep.dmd.reward.train import train_step
 from fewstep.embedded.digits.scorers import StrokeWeight
 from tests.dmd.reward.reward_run import METHODS as TINY
 from tests.dmd.reward.reward_run import reward_config, started, write_student
-from tests.dmd.tiny_run import TinyInputs
+from tests.dmd.tiny_run import write_inputs
 
 
 def points(method: str, step: int, values: list[float]) -> list[StudyPoint]:
@@ -71,7 +71,9 @@ class Traced(StrokeWeight):
         return super().forward(pixels, prompts)
 
 
-def test_scorers_wait_in_the_background(inputs: TinyInputs, tmp_path: Path) -> None:
+def test_scorers_wait_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    inputs = write_inputs(tmp_path)
     student = write_student(inputs, tmp_path / "student")
     for overlap, thread in ((True, "reward"), (False, "MainThread")):
         changes = {"reward.overlap": overlap, "run.gradient_accumulation": 2}

@@ -108,7 +108,7 @@ def test_methods_without_a_chain_draw_by_the_students_sampler() -> None:
 
 
 def test_a_sampler_that_is_not_trained_is_refused() -> None:
-    with pytest.raises(ConfigError, match="student.sampler: given flow_map, allowed is one of 'sde', 'ode'"):
+    with pytest.raises(ConfigError, match=r"student\.sampler: given flow_map, allowed is one of 'sde', 'ode'"):
         load("nft", "--student.sampler", "flow_map")
 
 
