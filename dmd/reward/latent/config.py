@@ -66,7 +66,7 @@ class LatentRewardConfig:
     t_max: float = 0.98
     """Largest such time."""
     report_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Times at which the agreement on held-out samples is told."""
+    """Times at which the agreement on held-out samples is reported."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max <= 1 or not self.temperature > 0:
@@ -80,7 +80,7 @@ class LatentRewardConfig:
             raise ValueError(f"temperature is {self.temperature}: 'regression' has no pairs to read it; leave it out")
         if self.teacher.guidance != 1.0:
             raise ValueError(
-                f"teacher.guidance is {self.teacher.guidance}: the teacher decodes and encodes prompts here, and does not "
-                "sample; leave it out"
+                f"teacher.guidance is {self.teacher.guidance}: the teacher decodes and encodes prompts here, and does "
+                "not sample; leave it out"
             )
         check_groups(self.reward, self.run)

@@ -174,7 +174,7 @@ def whole_groups(dataset: LatentDataset, size: int, *, limit: int) -> LatentData
 
 
 def build_model(config: LatentRewardConfig, samples: ScoredLatents) -> LatentReward:
-    """The model at the start, told mean and deviation of the trained rewards where it regresses on them."""
+    """The model at the start, with mean and deviation of the trained rewards where it regresses on them."""
     width = prompt_vector(samples.conditions.rows([0])).shape[1]
     network = config.network
     shape = LatentRewardShape(samples.latents.shape[1], width, network.width, network.blocks)

@@ -11,9 +11,9 @@ import yaml
 from fewstep.core.config import ConfigError, load_config, save_resolved
 from fewstep.core.run_settings import RunSettings
 from fewstep.dmd.reward import sections
-from fewstep.dmd.reward.config import AmbientConfig, RewardRunConfig, RewardSettings, ScorerConfig
+from fewstep.dmd.reward.config import AmbientConfig, RewardMatchingConfig, RewardRunConfig, RewardSettings, ScorerConfig
 from fewstep.dmd.reward.methods.table import METHODS as TABLE
-from fewstep.dmd.reward.sections import NftConfig, RedmdConfig, TransitionConfig
+from fewstep.dmd.reward.sections import RedmdConfig, TransitionConfig
 from tests.dmd.reward.reward_run import MATCHED, METHODS, reward_config, with_pixel_gan
 from tests.dmd.tiny_run import TinyInputs
 
@@ -55,19 +55,31 @@ def test_configurations_read_back_equal(name: str, tmp_path: Path) -> None:
     assert set(written) & set(METHODS) == {FILES[name]}
 
 
-def test_sections_are_set_from_the_command_line() -> None:
-    assert load("nft", "--nft.old.slope", "0.2").section == dataclasses.replace(
-        NftConfig(kl_weight=0.01), old=sections.DecayConfig(slope=0.2)
-    )
-    assert load("flash", "--flash.latent_reward", "folder").section.latent_reward == "folder"
-    assert load("flash_gan", "--flash.pixel_gan.weight", "0.5").section.pixel_gan.weight == 0.5
-    ambient = load("flash", "--matching.ambient.consistency_weight", "0.01").matching.ambient
-    assert ambient == AmbientConfig(consistency_weight=0.01)
-    assert load("rtdmd", "--rtdmd.direct", "null").section.direct is None
-    anchored = load("nft", "--matching.weight", "0.5", "--fake_score.optimizer.learning_rate", "0.001")
-    assert anchored.matching is not None
-    assert anchored.fake_score is not None
-    assert (anchored.matching.weight, anchored.fake_score.optimizer.learning_rate) == (0.5, 0.001)
+@pytest.mark.parametrize(
+    ("name", "key", "given", "expected"),
+    [
+        ("nft", "nft.old.slope", "0.2", 0.2),
+        ("flash", "flash.latent_reward", "folder", "folder"),
+        ("flash_gan", "flash.pixel_gan.weight", "0.5", 0.5),
+        ("flash", "matching.ambient.consistency_weight", "0.01", 0.01),
+        ("flash", "matching.ambient", "{}", AmbientConfig()),
+        ("rtdmd", "rtdmd.direct", "null", None),
+        ("gndm", "gndm.direct.weight", "0.5", 0.5),
+    ],
+)
+def test_sections_are_set_from_the_command_line(name: str, key: str, given: str, expected: object) -> None:
+    """Also those inside of others, and those that the file does not have."""
+    found: Any = load(name, f"--{key}", given)
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == expected
+
+
+def test_an_anchor_is_added_by_its_two_sections() -> None:
+    config = load("nft", "--matching.weight", "0.5", "--fake_score.optimizer.learning_rate", "0.001")
+    assert config.matching == RewardMatchingConfig(weight=0.5)
+    assert config.fake_score is not None
+    assert config.fake_score.optimizer.learning_rate == 0.001
 
 
 @pytest.mark.parametrize("name", FILES)

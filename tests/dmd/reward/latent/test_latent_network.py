@@ -1,4 +1,4 @@
-"""The latent reward model: what it is told, what it refuses, its training and its files."""
+"""The latent reward model: what it sees, what it refuses, its training and its files."""
 
 import dataclasses
 import json
