@@ -41,7 +41,7 @@ class ScorerConfig:
     name: str
     """A name of docs/rewards.md, such as digit_log_probability."""
     weight: float = 1.0
-    """Factor in the sum; not read for held-out scorers."""
+    """Factor in the sum."""
     weights: str | None = None
     """Folder or file of its weights, or the address of a remote scorer."""
     clip: str | None = None
@@ -96,6 +96,12 @@ class RewardSettings(ScorersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "held_out", tuple(_scorer(entry) for entry in self.held_out))
+        for entry in self.held_out:
+            if (entry.weight, entry.mean, entry.std) != (1.0, 0.0, 1.0):
+                raise ValueError(
+                    f"held_out {entry.name} has weight {entry.weight}, mean {entry.mean}, std {entry.std}: held-out "
+                    "scores are logged as they are; leave these out"
+                )
 
 
 def _scorer(entry: Any) -> ScorerConfig:
@@ -172,10 +178,10 @@ class RewardStudentConfig(SteppingStudentConfig):
         if self.init is None:
             raise ValueError("init is empty; give the run directory of a student from scripts/train_dmd.py")
         require_positive(steps=self.steps, updates_per_rollout=self.updates_per_rollout)
-        if self.lora_rank > 0:
+        if self.lora_rank > 0 or self.lora_alpha != type(self).lora_alpha:
             raise ValueError(
-                f"lora_rank is {self.lora_rank}, and must be 0: adapters are saved alone, and without init they are "
-                "another student"
+                f"lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; leave both out, there must be no "
+                "adapters: they are saved alone, and without init they are another student"
             )
 
 
@@ -235,6 +241,7 @@ class RewardRunConfig:
     def __post_init__(self) -> None:
         require_one_method(self)
         check_groups(self.reward, self.run)
+        check_comparison(self)
         check_matching(self)
         check_random_steps(self)
 
@@ -276,6 +283,17 @@ def check_groups(reward: ScorersConfig, run: RunConfig) -> None:
         raise ValueError(
             f"reward.group_size {reward.group_size} does not divide run.batch_size {run.batch_size} cut into "
             f"{slices} slices; every slice holds whole groups"
+        )
+
+
+def check_comparison(config: RewardRunConfig) -> None:
+    """Raise ValueError for settings of advantages where the method follows the sum of the rewards itself."""
+    reward = config.reward
+    follows_sum = isinstance(config.section, RedmdConfig | GndmConfig | FlashConfig)
+    if follows_sum and (reward.combination, reward.scale) != ("sum", "residual"):
+        raise ValueError(
+            f"reward.combination is {reward.combination!r} and reward.scale {reward.scale!r}: {config.method} follows "
+            "the sum of the rewards, without advantages made of them; leave both out"
         )
 
 

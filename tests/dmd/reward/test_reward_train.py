@@ -180,6 +180,13 @@ def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student:
     read = RewardData.read(again, needs_of(again))
     assert read.init.files == (output / "transformer" / "diffusion_pytorch_model.safetensors",)
     assert read.fake_score is None
+    # A checkpoint brings its fake score, which a run without matching leaves alone.
+    folder = student / "checkpoint-2"
+    for name, files in (("rtdmd", (folder / "fake_score.safetensors",)), ("nft", None)):
+        one = reward_config(inputs, folder, tmp_path / "again", name)
+        found = RewardData.read(one, needs_of(one))
+        assert found.init.files == (folder / "student_ema.safetensors",)
+        assert (None if found.fake_score is None else found.fake_score.files) == files
 
 
 def test_dry_run_keeps_nothing(

@@ -37,5 +37,8 @@ def test_mistakes() -> None:
         ScorerChoice("slant", "somewhere")
     with pytest.raises(ValueError, match="clip is for 'aesthetic'"):
         ScorerChoice("hpsv2", "a", clip="b")
+    with pytest.raises(ValueError, match="model is for clip_score, hpsv2, aesthetic, leave it out"):
+        ScorerChoice("pickscore", "a", model="ViT-B-32")
+    assert ScorerChoice("hpsv2", "a", model="ViT-B-32").architecture() == {"model": "ViT-B-32"}
     with pytest.raises(ValueError, match="which needs it"):
         ScorerChoice("aesthetic", "a")
