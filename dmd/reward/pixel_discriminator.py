@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fewstep.core.data import REAL_SEED, LatentDataset, rows_of_samples
 from fewstep.core.discriminator import DiscriminatorHeads
 from fewstep.core.teacher import Teacher
-from fewstep.dmd.reward.config import PixelGanConfig
+from fewstep.dmd.gan_loss import discriminator_loss
+from fewstep.dmd.reward.sections import PixelGanConfig
 from fewstep.embedded.digits.classifier import WEIGHTS_FILE, DigitsClassifier, load_classifier
 from fewstep.evaluation.scorers.preprocess import Preprocess
 from fewstep.evaluation.scorers.weights import read_weights, require_files
@@ -139,9 +140,16 @@ def load_features(folder: str | Path, layers: Sequence[int] = ()) -> PixelFeatur
 
 def build_discriminator(settings: PixelGanConfig, *, seed: int) -> PixelDiscriminator:
     """The discriminator of the settings. Raises ValueError as `load_features` does."""
-    assert settings.backbone is not None
     features = load_features(settings.backbone, settings.layers)
     return PixelDiscriminator(features, width=settings.head_width, seed=seed)
+
+
+def discriminator_step(network: nn.Module, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's loss on pixels of the student and as many real ones, in one call, and what to log."""
+    fake_logits, real_logits = network(torch.cat([fake, real])).split(len(fake))
+    loss = discriminator_loss(fake_logits, real_logits)
+    gap = (real_logits.mean() - fake_logits.mean()).detach()
+    return loss, {"discriminator_loss": loss.detach(), "discriminator_gap": gap}
 
 
 @dataclass(frozen=True)

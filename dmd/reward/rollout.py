@@ -1,7 +1,6 @@
-"""Rollouts of a few-step policy with everything that a reward loss needs of them, and what each step does with them.
+"""Rollouts of a few-step policy with everything that a reward loss needs of them.
 
-Legend: n samples of one slice; states, x0 [n, C, h, w]; K calls of the student at times t_0 > ... > t_{K-1}; the step
-after call j < K - 1 is random and leads to t_{j+1}, the last call gives the sample itself.
+Legend: n samples of one slice; states, x0 [n, C, h, w].
 """
 
 from __future__ import annotations
@@ -9,60 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.paths import x0_from_velocity
-from fewstep.core.randomness import Draw, sample_uniform, shared_integer
-from fewstep.dmd.reward.chain import Plan, PolicyCall, RandomStep, Rollout, latent_judgement, log_prob, transition
-from fewstep.dmd.reward.config import CHAIN_METHODS, RewardRunConfig
+from fewstep.core.randomness import Draw, sample_noise
+from fewstep.dmd.reward.chain import Plan, PolicyCall, RandomStep, Rollout
 from fewstep.dmd.reward.groups import group_samples
-from fewstep.dmd.reward.methods.euphonium import steered
-from fewstep.dmd.reward.methods.flash import flash_plan
-from fewstep.dmd.reward.methods.flow_grpo import select_steps, transition_noise
-from fewstep.dmd.reward.setup import RewardSetup
-
-
-def make_plan(config: RewardRunConfig, step: int, *, times: Sequence[float]) -> Plan:
-    """The plan of a step for a student that is called at these times.
-
-    Matching draws one call as DMD2 does, or takes the last one; redmd ends its rollout there. SubGRPO draws its steps
-    (`select_steps`).
-    """
-    objective, method, seed, calls = config.objective, config.method, config.run.seed, len(times)
-    cold = step < objective.cold_start_steps
-    any_step = shared_integer(seed, step, "matching_step", calls)
-    if method == "flash":
-        return flash_plan(config, step, times=times)
-    matched: int | None = None
-    if config.matches:
-        matched = any_step if cold or objective.matching_steps == "any" else calls - 1
-    if cold:
-        return Plan(any_step, any_step, (), judged=False, shared_start=False, step=step)
-    if method == "redmd":
-        assert matched is not None
-        return Plan(matched, matched, (), judged=True, shared_start=False, step=step)
-    steps: tuple[int, ...] = ()
-    if method in CHAIN_METHODS and objective.policy_weight > 0:
-        u = sample_uniform(seed, [0], (calls - 1,), step=step, stream="policy_steps")[0]
-        steps = select_steps(u, first=0, count=config.chain.trained_steps or calls - 1)
-    return Plan(calls - 1, matched, steps, judged=True, shared_start=False, step=step)
+from fewstep.dmd.reward.student_step import RewardMethod
 
 
 @torch.no_grad()
-def draw_rollout(
-    config: RewardRunConfig, setup: RewardSetup, indices: Sequence[int], plan: Plan, *, policy: nn.Module
-) -> Rollout:
+def draw_rollout(method: RewardMethod, indices: Sequence[int], plan: Plan) -> Rollout:
     """Roll the policy out for these sample numbers; neighbours of one group share their prompt.
 
     Noise is that of (seed, step, sample), where all of a group shares it that of (seed, step, group).
     """
-    seed, device = config.run.seed, setup.device
-    groups = group_samples(indices, config.reward.group_size, prompts=len(setup.prompts), seed=seed)
+    setup, seed = method.setup, method.config.run.seed
+    groups = group_samples(indices, method.config.reward.group_size, prompts=len(setup.prompts), seed=seed)
     condition = setup.prompts.rows(groups.rows)
-    draw, numbers = Draw(seed, list(indices), device), groups.groups.tolist()
+    draw, numbers = Draw(seed, list(indices), setup.device), groups.groups.tolist()
     prompts = [setup.prompts.prompts[row] for row in groups.rows]
-    times = setup.student.times
-    start = Draw(seed, numbers, device) if plan.shared_start else draw
+    times, policy = setup.student.times, setup.behaviour
+    start = Draw(seed, numbers, setup.device) if plan.shared_start else draw
     noise = start.noise(setup.latent_shape, "group_noise" if plan.shared_start else "noise")
     x_t = noise if times[0] == 1 else setup.student.denoiser.family.initial_state(noise, times[0])
     states: list[Tensor] = []
@@ -80,9 +47,10 @@ def draw_rollout(
             seed, list(indices), numbers, setup.latent_shape, epoch=plan.step, chain_step=j, selected=own
         ).to(x_t)
         call = PolicyCall(x_t, velocity, j, condition, prompts)
-        randoms.append(random_step(config, setup, call, noise, trained=j in plan.policy_steps))
+        randoms.append(method.random_step(call, noise, trained=j in plan.policy_steps))
         x_t = randoms[-1].state
     return Rollout(
+        plan=plan,
         draw=draw,
         condition=condition,
         groups=groups,
@@ -98,21 +66,28 @@ def draw_rollout(
     )
 
 
-def random_step(
-    config: RewardRunConfig, setup: RewardSetup, call: PolicyCall, noise: Tensor, *, trained: bool
-) -> RandomStep:
-    """The step after a call; `trained` says whether it gets the policy loss."""
-    times = setup.student.times
-    step = transition(config, call.x_t, call.velocity, times, call.j)
-    if not trained:
-        return RandomStep(step.draw(noise), noise)
-    if config.method == "euphonium":
-        guided, rewards = steered(config, setup, step, call)
-        state = guided.draw(noise)
-        return RandomStep(state, noise, log_prob(config.chain, state, step), rewards, guided.mean)
-    state, judgement = step.draw(noise), None
-    if config.method == "flash" and setup.latent_reward is not None:
-        # The candidate itself is judged, at its own time.
-        t = torch.full((len(state),), times[call.j + 1], dtype=state.dtype, device=state.device)
-        judgement = latent_judgement(setup.latent_reward, state, t, call.condition)
-    return RandomStep(state, noise, log_prob(config.chain, state, step), judgement=judgement)
+def transition_noise(
+    seed: int,
+    sample_indices: Sequence[int],
+    prompt_indices: Sequence[int],
+    shape: tuple[int, ...],
+    *,
+    epoch: int,
+    chain_step: int,
+    selected: bool,
+) -> Tensor:
+    """Noise [B, *shape] of one stochastic step of a rollout (RTDMD, arXiv:2605.26108), fp32 on the CPU.
+
+    On a step that is not `selected` all samples of a prompt share it, which takes that step's noise out of the
+    comparison inside the group. The initial noise is never shared. It depends on the arguments alone, so every
+    process draws the same for the same prompt.
+
+    Raises:
+        ValueError: there are not as many prompts as samples.
+    """
+    if len(sample_indices) != len(prompt_indices):
+        raise ValueError(f"{len(sample_indices)} samples need as many prompts, got {len(prompt_indices)}")
+    rows = sample_indices if selected else prompt_indices
+    # Different streams: prompt 3 and sample 3 are different things.
+    kind = "sample" if selected else "prompt"
+    return sample_noise(seed, rows, shape, step=epoch, stream=f"transition_{chain_step}_{kind}")

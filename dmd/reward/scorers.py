@@ -46,8 +46,11 @@ class ScorerChoice:
             raise ValueError(f"scorer {self.name} has no weights; leave weights {self.weights!r} out")
         if row.has_weights and self.weights is None:
             raise ValueError(f"scorer {self.name} needs weights; docs/rewards.md says where they come from")
-        if (self.clip is not None) != (self.name == "aesthetic"):
+        if (self.clip is not None) != row.needs_clip:
             raise ValueError(f"scorer {self.name} with clip {self.clip!r}; clip is for 'aesthetic', which needs it")
+        if self.model is not None and not row.takes_model:
+            takers = ", ".join(name for name, other in SCORERS.items() if other.takes_model)
+            raise ValueError(f"scorer {self.name} with model {self.model!r}; model is for {takers}, leave it out")
 
     @property
     def folder(self) -> str:
@@ -63,10 +66,15 @@ Load = Callable[[ScorerChoice, str], Scorer]
 
 @dataclass(frozen=True)
 class ScorerRow:
-    """How a scorer is loaded, from (choice, device); `judges_clips` belongs to those of the embedded clips."""
+    """How a scorer is loaded, from (choice, device), and what it is loaded from.
+
+    `needs_clip` and `takes_model` are those of `ScorerChoice`; `judges_clips` belongs to those of the embedded clips.
+    """
 
     load: Load
     has_weights: bool = True
+    needs_clip: bool = False
+    takes_model: bool = False
     judges_clips: bool = False
 
 
@@ -107,9 +115,11 @@ SCORERS: dict[str, ScorerRow] = {
     "slant": ScorerRow(lambda choice, device: Slant(), has_weights=False),
     "digit_log_probability": ScorerRow(lambda choice, device: load_digit_log_probability(choice.folder, device=device)),
     "held_out_log_probability": ScorerRow(lambda choice, device: load_held_out(choice.folder, device=device)),
-    "clip_score": ScorerRow(lambda c, device: load_clip_score(c.folder, device=device, **c.architecture())),
-    "hpsv2": ScorerRow(lambda c, device: load_hpsv2(c.folder, device=device, **c.architecture())),
-    "aesthetic": ScorerRow(_aesthetic),
+    "clip_score": ScorerRow(
+        lambda c, device: load_clip_score(c.folder, device=device, **c.architecture()), takes_model=True
+    ),
+    "hpsv2": ScorerRow(lambda c, device: load_hpsv2(c.folder, device=device, **c.architecture()), takes_model=True),
+    "aesthetic": ScorerRow(_aesthetic, needs_clip=True, takes_model=True),
     "pickscore": ScorerRow(lambda choice, device: load_pickscore(choice.folder, device=device)),
     "image_reward": ScorerRow(_image_reward),
     "hpsv3": ScorerRow(_hpsv3),

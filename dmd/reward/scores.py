@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.core.condition import Condition
 from fewstep.core.training.processes import Processes
 from fewstep.dmd.reward.config import RewardSettings
 from fewstep.dmd.reward.groups import (
@@ -21,6 +22,7 @@ from fewstep.dmd.reward.groups import (
     normalised_advantages,
     summed_advantages,
 )
+from fewstep.dmd.reward.latent.network import LatentScorer, latent_scores
 from fewstep.evaluation.scorers.overlap import OverlappedReward
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import RewardParts, score_all, weighted_sum
@@ -54,7 +56,7 @@ class RewardModel:
         if without:
             raise ValueError(
                 f"this method follows the reward's own gradient, and {', '.join(without)} has none: choose another "
-                "scorer, or set objective.direct_weight 0 or objective.saliency false"
+                "scorer, or leave out the direct term (rtdmd, gndm), the saliency (redmd) or the steering (euphonium)"
             )
         self.scorers, self.settings = tuple(scorers), settings
         self.weights = tuple(entry.weight for entry in settings.scorers)
@@ -88,6 +90,16 @@ class RewardModel:
         """Stop the background thread."""
         if self._overlapped is not None:
             self._overlapped.close()
+
+
+def latent_judgement(
+    scorer: LatentScorer, x_t: Tensor, t: Tensor, condition: Condition, *, gradient: bool = False
+) -> Tensor:
+    """The latent scores [n]. Raises RewardError where they cannot be used, as for other scorers."""
+    try:
+        return latent_scores(scorer, x_t, t, condition, gradient=gradient)
+    except ValueError as error:
+        raise RewardError(f"the latent reward failed ({error})", clean=False) from error
 
 
 @dataclass(frozen=True, eq=False)

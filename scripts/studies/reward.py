@@ -24,6 +24,7 @@ from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints
 from fewstep.dmd.reward.config import RewardRunConfig, ScorerConfig
 from fewstep.dmd.reward.scorers import ScorerChoice, make_scorer
+from fewstep.dmd.reward.sections import DirectConfig
 from fewstep.embedded.digits.reference import digits_judge, evaluation_prompts
 from fewstep.evaluation.curves import Curve
 from fewstep.evaluation.evaluate import Judge, judge_pixels
@@ -73,12 +74,13 @@ def study_config(method: str, *, base: Path, run: Path, seed: int) -> RewardRunC
     if method != HACKING:
         return config
     judge = ScorerConfig(name="held_out_log_probability", weights=str(ASSETS / "held_out_classifier"))
+    assert config.rtdmd is not None
+    assert config.matching is not None
     return replace(
         config,
         reward=replace(config.reward, scorers=(ScorerConfig(name="stroke_weight", std=0.05),), held_out=(judge,)),
-        objective=replace(
-            config.objective, matching_weight=0.01, direct_weight=1.0, direct_margin=100.0, cold_start_steps=0
-        ),
+        matching=replace(config.matching, weight=0.01, cold_start_steps=0),
+        rtdmd=replace(config.rtdmd, direct=DirectConfig(weight=1.0, margin=100.0)),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.reward.config import RewardRunConfig
+from fewstep.dmd.reward.methods.table import build_method, needs_of
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.setup import RewardData, build_setup
 from fewstep.dmd.reward.train import train_step
@@ -84,21 +85,23 @@ class StepTimer:
     def __init__(self, config: RewardRunConfig, directory: Path, seconds: float, overlap: bool) -> None:
         run = replace(config.run, directory=str(directory), resume=None)
         reward = replace(config.reward, overlap=overlap)
-        self.config = replace(config, run=run, reward=reward)
+        config = replace(config, run=run, reward=reward)
         self.trainer = Trainer(run, RunDirectory(directory))
         loaded = load_scorers(reward.scorers, device=self.trainer.device)
         scorers = [SlowScorer(scorer, seconds) for scorer in loaded]
-        self.setup = build_setup(self.config, RewardData.read(self.config), self.trainer, scorers=scorers)
+        needs = needs_of(config)
+        setup = build_setup(config, needs, RewardData.read(config, needs), self.trainer, scorers=scorers)
+        self.method = build_method(config, setup)
 
     def __call__(self) -> float:
         """Seconds of one step."""
 
         def step() -> None:
-            train_step(self.config, self.setup, self.trainer)
+            train_step(self.method, self.trainer)
             self.trainer.advance()
 
         return timed(step, self.trainer.device)
 
     def close(self) -> None:
-        self.setup.reward.close()
+        self.method.setup.reward.close()
         self.trainer.close()

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fewstep.causal_video.reward.astrolabe import selective_penalty
 from fewstep.core.paths import add_noise, expand_time, x0_from_velocity
 from fewstep.dmd.loss import direction_normaliser, distribution_matching_loss
+from fewstep.dmd.reward.chain import clipped_surrogate
 from fewstep.dmd.reward.flow_sde import Transition, sde_transition, transition_kl, transition_log_prob
 from fewstep.dmd.reward.methods.crd import crd_loss, implicit_reward
 from fewstep.dmd.reward.methods.euphonium import guided_transition, langevin_scale, tilted_velocity
 from fewstep.dmd.reward.methods.flash import preference_loss, preference_margin
-from fewstep.dmd.reward.methods.flow_grpo import clipped_surrogate
 from fewstep.dmd.reward.methods.gndm import gndmr_advantages, likelihood_weight, matching_reward
 from fewstep.dmd.reward.methods.nft import nft_loss, optimality_probability
 from fewstep.dmd.reward.methods.redmd import rollout_weights, space_time_weight, weighted_matching_loss

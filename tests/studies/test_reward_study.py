@@ -8,11 +8,12 @@ from studies.reward import HACKING, MEASURES, METHODS, StudyPoint, study_config,
 from studies.reward_overlap import SlowScorer, measure_overlap
 from torch import Tensor
 
+from fewstep.dmd.reward.sections import DirectConfig
 from fewstep.dmd.reward.train import train_step
 from fewstep.embedded.digits.scorers import StrokeWeight
 from tests.dmd.reward.reward_run import METHODS as TINY
 from tests.dmd.reward.reward_run import reward_config, started, write_student
-from tests.dmd.tiny_run import TinyInputs
+from tests.dmd.tiny_run import write_inputs
 
 
 def points(method: str, step: int, values: list[float]) -> list[StudyPoint]:
@@ -48,7 +49,12 @@ def test_every_method_starts_from_the_same_student(tmp_path: Path) -> None:
     hacked = configs[HACKING]
     assert [entry.name for entry in hacked.reward.scorers] == ["stroke_weight"]
     assert [entry.name for entry in hacked.reward.held_out] == ["held_out_log_probability"]
-    assert hacked.objective.matching_weight < configs["rtdmd"].objective.matching_weight
+    plain = configs["rtdmd"]
+    assert hacked.matching is not None
+    assert plain.matching is not None
+    assert hacked.matching.weight < plain.matching.weight
+    assert hacked.rtdmd is not None
+    assert hacked.rtdmd.direct == DirectConfig(weight=1.0, margin=100.0)
     with pytest.raises(ValueError, match="no run of a distilled student; train it with"):
         train(tmp_path, tmp_path, "nft", seed=0)
 
@@ -65,14 +71,16 @@ class Traced(StrokeWeight):
         return super().forward(pixels, prompts)
 
 
-def test_scorers_wait_in_the_background(inputs: TinyInputs, tmp_path: Path) -> None:
+def test_scorers_wait_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    inputs = write_inputs(tmp_path)
     student = write_student(inputs, tmp_path / "student")
     for overlap, thread in ((True, "reward"), (False, "MainThread")):
         changes = {"reward.overlap": overlap, "run.gradient_accumulation": 2}
         scorer = Traced()
         config = reward_config(inputs, student, tmp_path / thread, "gndm", changes)
-        with started(config, [scorer]) as (setup, trainer):
-            train_step(config, setup, trainer)
+        with started(config, [scorer]) as (method, trainer):
+            train_step(method, trainer)
         assert scorer.threads == [thread, thread]
     config = reward_config(inputs, student, tmp_path / "timed", "gndm", changes)
     cost = measure_overlap(config, seconds=0.1, rounds=2)

@@ -7,7 +7,9 @@ from typing import Literal
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.settings import TeacherConfig
-from fewstep.dmd.reward.config import RewardSettings
+from fewstep.dmd.reward.config import ScorersConfig, check_groups
+
+PAIR_TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,7 @@ class LatentSamplesConfig:
     source: str
     """Run directory of a student, whose averaged weights draw them, or a folder of latents (encode_latents.py)."""
     prompts: str | None = None
-    """Text file, one prompt a line, for a student; latents have their own."""
+    """Text file, one prompt a line, for a student; leave it out for latents, which have their own."""
     count: int = 4096
     """How many samples; of latents those groups of one prompt that are complete, up to this number."""
     held_out: float = 0.2
@@ -46,8 +48,8 @@ class LatentRewardConfig:
     """The model whose latents are scored; its decoder and prompt encoder are used."""
     samples: LatentSamplesConfig
     """What it learns from."""
-    reward: RewardSettings
-    """The reward of a clean sample; `group_size` samples of each prompt are compared, held-out scorers are not read."""
+    reward: ScorersConfig
+    """The reward of a clean sample; `group_size` samples of each prompt are compared."""
     run: RunConfig
     """Where and how long the run goes; it draws no grids, so sample_every is not read."""
     optimizer: OptimizerConfig
@@ -57,14 +59,14 @@ class LatentRewardConfig:
     objective: Literal["regression", "bradley_terry"] = "bradley_terry"
     """'regression' on the reward, whose optimum is its mean over the clean samples of a state, or 'bradley_terry' on
     the pairs of a prompt, which ranks them."""
-    temperature: float = 0.1
-    """Of the pairs' labels, in standard deviations of the reward over the samples (bradley_terry)."""
+    temperature: float = PAIR_TEMPERATURE
+    """Of the pairs' labels, in standard deviations of the reward over the samples; leave it out for 'regression'."""
     t_min: float = 0.02
     """Smallest time to which samples are noised."""
     t_max: float = 0.98
     """Largest such time."""
     report_times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Times at which the agreement on held-out samples is told."""
+    """Times at which the agreement on held-out samples is reported."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max <= 1 or not self.temperature > 0:
@@ -74,9 +76,11 @@ class LatentRewardConfig:
             )
         if not self.report_times or not all(0 <= t <= 1 for t in self.report_times):
             raise ValueError(f"report_times is {self.report_times}; give at least one time in [0, 1]")
-        slices = self.run.gradient_accumulation
-        if self.run.batch_size % (self.reward.group_size * slices):
+        if self.objective == "regression" and self.temperature != PAIR_TEMPERATURE:
+            raise ValueError(f"temperature is {self.temperature}: 'regression' has no pairs to read it; leave it out")
+        if self.teacher.guidance != 1.0:
             raise ValueError(
-                f"reward.group_size {self.reward.group_size} does not divide run.batch_size {self.run.batch_size} cut "
-                f"into {slices} slices; every slice holds whole groups"
+                f"teacher.guidance is {self.teacher.guidance}: the teacher decodes and encodes prompts here, and does "
+                "not sample; leave it out"
             )
+        check_groups(self.reward, self.run)

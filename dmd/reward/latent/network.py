@@ -85,7 +85,7 @@ class LatentRewardShape:
 
 
 def prompt_vector(condition: Condition) -> Tensor:
-    """What the network is told of a prompt, [B, D] or [B, D + P]: the mean of its tokens, and the pooled embedding.
+    """What the network sees of a prompt, [B, D] or [B, D + P]: the mean of its tokens, and the pooled embedding.
 
     Padding does not count, and a token that stands for several counts as often.
     """
@@ -119,7 +119,7 @@ class LatentRewardBlock(nn.Module):
 
 
 class LatentReward(nn.Module):
-    """A convolutional network over noisy latents, halved between its blocks, told of time and prompt.
+    """A convolutional network over noisy latents, halved between its blocks, which sees time and prompt.
 
     Ours: neither paper's model is described. At t = 1 a state says nothing of its sample, so its score there is at best
     the mean reward of the prompt.

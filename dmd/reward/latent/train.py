@@ -18,13 +18,13 @@ from fewstep.core.data import LatentDataset, PromptConditions, read_prompts, row
 from fewstep.core.export.run import load_run_student
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import sample_noise, sample_uniform
-from fewstep.core.run_settings import read_settings
+from fewstep.core.run_settings import SETTINGS_FILE, read_settings
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run import Unwatched, open_run
-from fewstep.core.training.run_directory import CONFIG_FILE
 from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.reward.config import RewardSettings
 from fewstep.dmd.reward.latent.config import LatentRewardConfig
 from fewstep.dmd.reward.latent.loss import bradley_terry_loss, correlation, latent_regression_loss, pair_accuracy
 from fewstep.dmd.reward.latent.network import (
@@ -99,26 +99,27 @@ def scored_samples(config: LatentRewardConfig, *, device: torch.device) -> Score
     Raises ValueError when a file is missing, or there are too few groups to learn from and to judge by.
     """
     settings, source = config.samples, Path(config.samples.source)
-    if (source / CONFIG_FILE).is_file():
+    if (source / SETTINGS_FILE).is_file():
         teacher, dataset = student_samples(config, device=device)
     else:
+        if settings.prompts is not None:
+            raise ValueError(f"samples.source {source} is no run of a student: latents have prompts, leave prompts out")
         teacher = Teacher.load(config.teacher.path, device=device, dtype=getattr(torch, config.teacher.dtype))
         dataset = whole_groups(LatentDataset.load(source), config.reward.group_size, limit=settings.count)
     groups = len(dataset.prompts) // config.reward.group_size
     trained = groups - max(1, round(groups * settings.held_out))
     if trained < 1:
         raise ValueError(f"{groups} groups of {config.reward.group_size}; give samples for at least two")
-    reward = RewardModel(load_scorers(config.reward.scorers, device=device), config.reward, gradient=False)
+    scorers, chunk = config.reward.scorers, config.reward.chunk
+    whole = RewardSettings(scorers=scorers, group_size=config.reward.group_size, chunk=chunk, overlap=False)
+    reward = RewardModel(load_scorers(scorers, device=device), whole, gradient=False)
     values = []
-    try:
-        for start in range(0, len(dataset.prompts), BATCH):
-            rows = slice(start, start + BATCH)
-            with torch.no_grad():
-                pixels = teacher.decode(dataset.latents[rows].to(device))
-            parts = score_all(reward.scorers, pixels, list(dataset.prompts[rows]), chunk=config.reward.chunk)
-            values.append(reward.total(reward.normalised(parts)).cpu())
-    finally:
-        reward.close()
+    for start in range(0, len(dataset.prompts), BATCH):
+        rows = slice(start, start + BATCH)
+        with torch.no_grad():
+            pixels = teacher.decode(dataset.latents[rows].to(device))
+        parts = score_all(reward.scorers, pixels, list(dataset.prompts[rows]), chunk=chunk)
+        values.append(reward.total(reward.normalised(parts)).cpu())
     conditions = PromptConditions(teacher, dataset.prompts, cache=True)
     return ScoredLatents(dataset.latents, torch.cat(values), conditions, config.reward.group_size, trained)
 
@@ -129,6 +130,10 @@ def student_samples(config: LatentRewardConfig, *, device: torch.device) -> tupl
     settings, source, size = config.samples, Path(config.samples.source), config.reward.group_size
     if settings.prompts is None:
         raise ValueError(f"samples.source {source} is a student; set samples.prompts to a text file of prompts")
+    if config.teacher.dtype != "float32":
+        raise ValueError(
+            f"teacher.dtype is {config.teacher.dtype}: a student draws its samples in float32; leave it out"
+        )
     prompts, chosen = read_prompts(settings.prompts), replace(read_settings(source), teacher_path=config.teacher.path)
     loaded = load_run_student(source, chosen, device=str(device))
     shape = loaded.teacher.latent_shape(chosen.height, chosen.width)
@@ -157,10 +162,10 @@ def whole_groups(dataset: LatentDataset, size: int, *, limit: int) -> LatentData
         places.setdefault(prompt, []).append(row)
     rounds = max(len(rows) // size for rows in places.values())
     groups = [
-        rows[turn * size : (turn + 1) * size]
-        for turn in range(rounds)
+        rows[start : start + size]
+        for start in range(0, rounds * size, size)
         for rows in places.values()
-        if len(rows) >= (turn + 1) * size
+        if len(rows) >= start + size
     ]
     rows = [row for group in groups[: limit // size] for row in group]
     if not rows:
@@ -169,7 +174,7 @@ def whole_groups(dataset: LatentDataset, size: int, *, limit: int) -> LatentData
 
 
 def build_model(config: LatentRewardConfig, samples: ScoredLatents) -> LatentReward:
-    """The model at the start, told mean and deviation of the trained rewards where it regresses on them."""
+    """The model at the start, with mean and deviation of the trained rewards where it regresses on them."""
     width = prompt_vector(samples.conditions.rows([0])).shape[1]
     network = config.network
     shape = LatentRewardShape(samples.latents.shape[1], width, network.width, network.blocks)

@@ -11,17 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.core.grids import shift_time
-from fewstep.core.paths import add_noise, at_least_fp32, expand_time, x0_from_velocity
-from fewstep.core.randomness import Draw
+from fewstep.core.paths import add_noise, at_least_fp32, expand_time
 from fewstep.core.shapes import require_same_shape
 from fewstep.dmd.loss import distribution_matching_loss
-from fewstep.dmd.reward.chain import Rollout, transition
-from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.flow_sde import cps_transition
 from fewstep.dmd.reward.inputs import over_elements
-from fewstep.dmd.reward.methods.rtdmd import tilt_record
-from fewstep.dmd.reward.setup import RewardSetup
 
 
 def subinterval_coefficients(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,36 +170,3 @@ def reverse_move(x0: Tensor, eps: Tensor, noise: Tensor, t: Tensor, t_next: Tens
     """The state at t' for predictions x0 and eps at t, by `martingale_noise`; without graph."""
     with torch.no_grad():
         return add_noise(x0, martingale_noise(eps, noise, t, t_next), t_next)
-
-
-def ambient_matching(
-    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor, draw: Draw
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """AC-DMD at the state to which call j led: with the rollout's noise, so that only the student has a graph."""
-    assert setup.fake_score is not None
-    times, count = setup.student.times, len(velocity)
-    is_last = j == len(times) - 1
-    s = torch.full((count,), 0.0 if is_last else times[j + 1], device=velocity.device)
-    now = torch.full_like(s, times[j])
-    if is_last:
-        x_s = x0_from_velocity(rollout.states[j], velocity, now)
-    else:
-        x_s = transition(config, rollout.states[j], velocity, times, j).draw(rollout.noises[j])
-    with torch.no_grad():
-        t = ambient_times(config, draw.uniform("score_time"), s, shift=config.loss.score_shift)
-        x_t = add_subinterval_noise(x_s.detach(), draw.noise(setup.latent_shape, "score_noise"), s, t)
-        fake = setup.fake_score(x_t, t, rollout.condition).velocity
-        real = setup.teacher.velocity(x_t, t, rollout.condition, config.teacher.guidance)
-    eta, noise = config.chain.eta, draw.noise(setup.latent_shape, "score_step_noise")
-    term = subinterval_matching_loss(x_s, x_t, fake, real, (s, t), eta=eta, noise=noise)
-    record = {
-        "matching_direction_rms": (fake - real).square().mean().sqrt(),
-        "matching_student_mean": rollout.x0.mean(),
-        "matching_student_std": rollout.x0.std(),
-    }
-    return term, record | (tilt_record(config, setup, x_s, x0_from_velocity(x_t, real, t), t=t) if is_last else {})
-
-
-def ambient_times(config: RewardRunConfig, u: Tensor, s: Tensor, *, shift: float) -> Tensor:
-    """Times [n] above s; a shift, which is the identity at 1 as in RTDMD, favours noisy ones as it does without s."""
-    return sample_subinterval_times(shift_time(u, shift), s, t_min=config.loss.t_min, t_max=config.loss.t_max)

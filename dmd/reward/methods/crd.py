@@ -15,9 +15,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
 from fewstep.dmd.loss import direction_normaliser
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    NoisedSamples,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    plain_step,
+    reward_plan,
+)
+from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import Reduction, finite_values, group_sum, over_elements, reference_penalty
+from fewstep.dmd.reward.matching import matching_term
+from fewstep.dmd.reward.methods.forward import forward_calls, noise_samples
+from fewstep.dmd.reward.methods.nft import optimality_probability
+from fewstep.dmd.reward.scores import SliceRewards
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def implicit_reward(
@@ -167,3 +186,58 @@ def reward_adaptive_penalty(
     if penalty.shape != r.shape:
         raise ValueError(f"need one penalty for each reward, got {tuple(penalty.shape)} and {tuple(r.shape)}")
     return ((lowest_weight + r * (kl_weight - lowest_weight)) * penalty).mean()
+
+
+class Crd:
+    """CRD: samples of one older policy, compared with another; a group shares time and noise."""
+
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.crd is not None
+        self.config, self.setup, self.settings = config, setup, config.crd
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.crd is not None
+        snapshots = {"old_policy": config.crd.old, "sampling": config.crd.sampling}
+        return Needs(reference=config.crd.kl_weight > 0, snapshots=snapshots)
+
+    def plan(self, step: int) -> Plan:
+        return reward_plan(self.config, step, len(self.setup.student.times))
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        return plain_step(self.config, self.setup.student.times, call, noise)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        # What a group shares drops out when the implicit reward is centred in it.
+        return Prepared(draw, noise_samples(self.setup, rollout, rollout.shared(draw)) if rollout.plan.judged else None)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        return forward_calls(self.setup, rollout, prepared)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        matching, record = matching_term(self.config, self.setup, rollout, prepared, velocities)
+        if rewards is None or prepared.noised is None:
+            return matching, record
+        loss, found = self.centred_loss(rollout, prepared.noised, velocities["noised"], rewards.advantages)
+        return self.settings.policy_weight * loss + matching, {**found, **record}
+
+    def centred_loss(self, rollout: Rollout, noised: NoisedSamples, velocity: Tensor, advantages: Tensor) -> Loss:
+        """The loss for the student's velocity at the noised samples, with its pull to the start."""
+        settings, target = self.settings, noised.eps - rollout.x0
+        highest, group = settings.max_advantage, rollout.groups.groups.to(velocity.device)
+        probability = optimality_probability(advantages, max_advantage=highest)
+        implicit = implicit_reward(velocity, noised.old_velocity, target, adaptive=settings.adaptive)
+        loss = crd_loss(implicit, probability, group, crd_beta=settings.crd_beta, max_advantage=highest)
+        record = {
+            "policy_loss": loss.detach(),
+            "implicit_reward_rms": implicit.detach().square().mean().sqrt(),
+            "old_policy_distance": (velocity - noised.old_velocity).detach().square().mean().sqrt(),
+        }
+        if noised.reference_velocity is None:
+            return loss, record
+        penalty = reference_penalty(velocity, noised.reference_velocity)
+        weights = {"kl_weight": settings.kl_weight, "lowest_weight": settings.lowest_kl_weight}
+        pull = reward_adaptive_penalty(penalty, probability, **weights)
+        return loss + pull, {**record, "reference_penalty": penalty.mean().detach()}

@@ -10,13 +10,35 @@ import torch
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32, expand_time, x0_from_velocity
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import expand_weight, require_same_shape
-from fewstep.dmd.reward.chain import PolicyCall, latent_judgement
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    ClippedSurrogate,
+    Loss,
+    Plan,
+    PolicyCall,
+    PolicyStep,
+    Prepared,
+    RandomStep,
+    Rollout,
+    Velocities,
+    chain_plan,
+    clipped_surrogate,
+    log_prob,
+    mean_over_steps,
+    plain_step,
+    planned_calls,
+    policy_steps,
+    transition,
+    with_kl,
+)
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.flow_sde import Transition, transition_kl
 from fewstep.dmd.reward.inputs import Reduction, finite_values
-from fewstep.dmd.reward.methods.flow_grpo import ClippedSurrogate, clipped_surrogate
-from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.dmd.reward.matching import matching_term
+from fewstep.dmd.reward.scores import SliceRewards, latent_judgement
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def guided_transition(transition: Transition, reward_gradient: Tensor, scale: Tensor) -> Transition:
@@ -144,26 +166,106 @@ def process_gradient(rewards: Tensor, x_t: Tensor) -> Tensor:
     return gradient
 
 
-def steered(
-    config: RewardRunConfig, setup: RewardSetup, step: Transition, call: PolicyCall
-) -> tuple[Transition, Tensor]:
-    """Euphonium's guided transition and the process rewards [n] at x_t; above `highest_time` neither, and zeros.
+class Euphonium:
+    """Euphonium: Flow-GRPO on steered rollouts, with advantages of the process reward and a regression on the guidance.
 
-    By default the process reward is the reward of the x0 that the policy predicts at x_t, with the velocity held, so no
-    gradient passes through the policy (our reading); with judge 'latent' a latent reward model's, as in the paper.
+    Raises ValueError when the latent judge has no random step to judge.
     """
-    times, x_t = setup.student.times, call.x_t
-    t, t_next = (torch.full((len(x_t),), times[k], dtype=x_t.dtype, device=x_t.device) for k in (call.j, call.j + 1))
-    if times[call.j] > config.process.highest_time:
-        return step, torch.zeros_like(t)
-    with torch.enable_grad():
-        leaf = x_t.detach().requires_grad_()
-        if setup.latent_reward is not None:
-            rewards = latent_judgement(setup.latent_reward, leaf, t, call.condition, gradient=True)
-        else:
-            pixels = setup.teacher.decode(x0_from_velocity(leaf, call.velocity.detach(), t))
-            rewards = setup.reward.total(setup.reward.with_gradient(pixels, call.prompts))
-        gradient = process_gradient(rewards, leaf)
-    gradient = unit_gradient(gradient) if config.process.unit_gradient else gradient
-    scale = step_scale(t, t_next, guidance=config.process.guidance)
-    return guided_transition(step, gradient, scale), rewards.detach()
+
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.euphonium is not None
+        self.config, self.setup, self.settings = config, setup, config.euphonium
+        random = setup.student.times[:-1]
+        highest = self.settings.highest_time
+        if self.settings.latent_reward is not None and not any(t <= highest for t in random):
+            raise ValueError(
+                f"euphonium.highest_time {highest} leaves none of the random steps at "
+                f"{', '.join(f'{t:g}' for t in random)} to the latent judge; take a student of more steps, or raise it"
+            )
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        settings = config.euphonium
+        assert settings is not None
+        return Needs(
+            reference=settings.kl_weight > 0,
+            reward_gradient=settings.latent_reward is None,
+            latent_reward=settings.latent_reward,
+        )
+
+    def plan(self, step: int) -> Plan:
+        return chain_plan(self.config, self.settings, step, len(self.setup.student.times))
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        """Steered where it is trained; the log-probability is that of the unguided transition."""
+        times = self.setup.student.times
+        if not trained:
+            return plain_step(self.config, times, call, noise)
+        step = transition(self.config, call.x_t, call.velocity, times, call.j)
+        guided, rewards = self.steered(step, call)
+        state = guided.draw(noise)
+        return RandomStep(state, noise, log_prob(self.settings, state, step), rewards, guided.mean)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        return planned_calls(self.setup, rollout)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        matching, record = matching_term(self.config, self.setup, rollout, prepared, velocities)
+        if rewards is None:
+            return matching, record
+        policy, found = self.dual_loss(rollout, velocities, rewards)
+        return self.settings.policy_weight * policy + matching, {**found, **record}
+
+    def dual_loss(self, rollout: Rollout, velocities: Velocities, rewards: SliceRewards) -> Loss:
+        """Mean over the random steps of the surrogates of outcome and process, with the regression and the KL."""
+        config, settings, parts = self.config, self.settings, []
+        for step in policy_steps(config, settings, self.setup.student.times, rollout, velocities):
+            advantages = (rewards.advantages, rewards.process[step.place])
+            loss, surrogate, _ = dual_surrogate(
+                step.log_ratio,
+                *(a.clamp(-settings.advantage_clip, settings.advantage_clip) for a in advantages),
+                process_weight=settings.process_weight,
+                clip_range=settings.clip_range,
+            )
+            record = surrogate.record
+            if settings.distill_weight > 0:
+                distilled = self.distillation(rollout, step)
+                loss = loss + settings.distill_weight * distilled
+                record["distill_loss"] = distilled.detach()
+            parts.append(with_kl(config, self.setup, settings, rollout, step, (loss, record)))
+        return mean_over_steps(parts)
+
+    def distillation(self, rollout: Rollout, step: PolicyStep) -> Tensor:
+        """`guidance_distillation_loss` of a random step, zero where it was not steered."""
+        if self.setup.student.times[step.j] > self.settings.highest_time:
+            return step.transition.mean.new_zeros(())
+        return guidance_distillation_loss(step.transition, rollout.guided_means[step.place])
+
+    def steered(self, step: Transition, call: PolicyCall) -> tuple[Transition, Tensor]:
+        """The guided transition and the process rewards [n] at x_t; above `highest_time` neither, and zeros.
+
+        By default the process reward is the reward of the x0 that the policy predicts at x_t, with the velocity held,
+        so no gradient passes through the policy (our reading); with a latent reward model it is the model's, as in the
+        paper.
+        """
+        setup, settings, times, x_t = self.setup, self.settings, self.setup.student.times, call.x_t
+        t, t_next = (
+            torch.full((len(x_t),), times[k], dtype=x_t.dtype, device=x_t.device) for k in (call.j, call.j + 1)
+        )
+        if times[call.j] > settings.highest_time:
+            return step, torch.zeros_like(t)
+        with torch.enable_grad():
+            leaf = x_t.detach().requires_grad_()
+            if setup.latent_reward is not None:
+                rewards = latent_judgement(setup.latent_reward, leaf, t, call.condition, gradient=True)
+            else:
+                pixels = setup.teacher.decode(x0_from_velocity(leaf, call.velocity.detach(), t))
+                rewards = setup.reward.total(setup.reward.with_gradient(pixels, call.prompts))
+            gradient = process_gradient(rewards, leaf)
+        gradient = unit_gradient(gradient) if settings.unit_gradient else gradient
+        return guided_transition(step, gradient, step_scale(t, t_next, guidance=settings.guidance)), rewards.detach()

@@ -6,23 +6,35 @@ Written after a summary of the paper with its equations; no code is public. Lege
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.paths import at_least_fp32, x0_from_velocity
-from fewstep.core.randomness import shared_integer
+from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.shapes import require_same_shape
 from fewstep.core.training.roles import frozen
-from fewstep.dmd.gan_loss import discriminator_loss, generator_gan_loss
-from fewstep.dmd.reward.chain import Plan, Rollout, reference_mean, transition
+from fewstep.dmd.gan_loss import generator_gan_loss
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    plain_step,
+    planned_calls,
+    reference_mean,
+    transition,
+)
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.flow_sde import Transition
 from fewstep.dmd.reward.groups import route_steps
 from fewstep.dmd.reward.inputs import Reduction, finite_values, over_elements
-from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.dmd.reward.matching import matching_term, require_matching
+from fewstep.dmd.reward.scores import SliceRewards, latent_judgement
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def routed_loss(matching: Tensor, adversarial: Tensor, t: Tensor, *, boundary: float, gan_weight: float) -> Tensor:
@@ -100,70 +112,113 @@ def preference_loss(margin: Tensor, *, dpo_beta: float, weight: Tensor | None = 
     return loss.mean() if weight is None else (weight * loss).mean()
 
 
-def pair_loss(
-    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor, scores: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flash-DMD's preference of the best over the worst of each group, which left step j from one state.
+class Flash:
+    """Flash-DMD: matching in one step, then pairs from one state in the next `updates_per_matching`."""
 
-    `scores` [n] are those of a latent reward model at the noisy candidates, as in the paper, or by default the rewards
-    of the finished samples, all later noise being shared (our reading). Groups whose samples all score the same have no
-    pair and add nothing.
-    """
-    size = config.reward.group_size
-    grouped = scores.view(-1, size)
-    differs = grouped.amax(dim=1) > grouped.amin(dim=1)
-    record = {"pair_share": differs.float().mean()}
-    if rollout.judgements:
-        record["latent_reward"] = scores.mean()
-    first = torch.arange(len(grouped), device=scores.device) * size
-    if not bool(differs.any()):
-        return velocity.sum() * 0.0, {**record, "margin": scores.new_zeros(())}
-    wins, loses = best_and_worst(grouped[differs])
-    start, win, lose = first[differs], first[differs] + wins, first[differs] + loses
-    step = transition(config, rollout.states[j][start], velocity[start], setup.student.times, j)
-    reference = reference_mean(config, setup, rollout, j)[start]
-    nexts = rollout.next_states[j]
-    margin = preference_margin(nexts[win], nexts[lose], step, reference, reduction="mean")
-    loss = preference_loss(margin, dpo_beta=config.preference.dpo_beta)
-    return loss * record["pair_share"], {**record, "margin": margin.detach().mean()}
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.flash is not None
+        self.config, self.setup, self.settings = config, setup, config.flash
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.flash is not None
+        return Needs(reference=True, latent_reward=config.flash.latent_reward, pixel_gan=config.flash.pixel_gan)
+
+    def plan(self, step: int) -> Plan:
+        """At first matching alone (stage 1), then pairs in between.
+
+        The pixel GAN trains one of the late calls in every step, in those of pairs, too: without it the paper's second
+        stage collapses. With 'early' matching the others are matched, and the fake score follows them in every step.
+        """
+        matching, gan, seed = require_matching(self.config), self.settings.pixel_gan, self.config.run.seed
+        times = self.setup.student.times
+        calls, cold, followed, gan_step = len(times), step < matching.cold_start_steps, None, None
+        if gan is not None:
+            late = route_steps(times, boundary=gan.boundary)[1]
+            gan_step = late[shared_integer(seed, step, "gan_step", len(late))]
+        if gan is not None and matching.steps == "early":
+            early = route_steps(times, boundary=gan.boundary)[0]
+            matched = followed = early[shared_integer(seed, step, "matching_step", len(early))]
+        elif cold or matching.steps == "any":
+            matched = shared_integer(seed, step, "matching_step", calls)
+        else:
+            matched = calls - 1
+        if cold or step % (self.settings.updates_per_matching + 1) == 0:
+            last, kept = matched if gan_step is None else max(matched, gan_step), self.settings.inject_decay
+            return Plan(
+                last, matched, (), judged=False, shared_start=False, step=step, gan_step=gan_step, keep_fake=kept
+            )
+        return Plan(
+            calls - 1,
+            None,
+            (shared_integer(seed, step, "preference_step", calls - 1),),
+            judged=self.settings.latent_reward is None,
+            shared_start=True,
+            step=step,
+            gan_step=gan_step,
+            followed_step=followed,
+        )
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        """The noisy candidate itself is judged, at its own time, where a latent reward model does it."""
+        times = self.setup.student.times
+        step = plain_step(self.config, times, call, noise)
+        if not trained or self.setup.latent_reward is None:
+            return step
+        x_t = step.state
+        t = torch.full((len(x_t),), times[call.j + 1], dtype=x_t.dtype, device=x_t.device)
+        judgement = latent_judgement(self.setup.latent_reward, x_t, t, call.condition)
+        return RandomStep(x_t, noise, judgement=judgement)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        return planned_calls(self.setup, rollout)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        loss, record = rollout.x0.new_zeros(()), {}
+        for j in rollout.plan.policy_steps:
+            scores = rollout.judgements[0] if rewards is None else rewards.total
+            pairs, found = self.pair_loss(rollout, j, velocity=velocities[j], scores=scores)
+            loss, record = self.settings.policy_weight * pairs, {"policy_loss": pairs.detach(), **found}
+        matching, found = matching_term(self.config, self.setup, rollout, prepared, velocities)
+        loss, record = loss + matching, {**record, **found}
+        gan, gan_step = self.settings.pixel_gan, rollout.plan.gan_step
+        if gan is not None and gan_step is not None:
+            adversarial, found = pixel_gan_loss(self.setup, rollout, gan_step, velocity=velocities[gan_step])
+            loss, record = loss + gan.weight * adversarial, {**record, **found}
+        return loss, record
+
+    def pair_loss(self, rollout: Rollout, j: int, *, velocity: Tensor, scores: Tensor) -> Loss:
+        """The preference of the best over the worst of each group, which left step j from one state.
+
+        `scores` [n] are those of a latent reward model at the noisy candidates, as in the paper, or by default the
+        rewards of the finished samples, all later noise being shared (our reading). Groups whose samples all score the
+        same have no pair and add nothing.
+        """
+        config, size = self.config, self.config.reward.group_size
+        grouped = scores.view(-1, size)
+        differs = grouped.amax(dim=1) > grouped.amin(dim=1)
+        record = {"pair_share": differs.float().mean()}
+        if rollout.judgements:
+            record["latent_reward"] = scores.mean()
+        first = torch.arange(len(grouped), device=scores.device) * size
+        if not bool(differs.any()):
+            return velocity.sum() * 0.0, {**record, "margin": scores.new_zeros(())}
+        wins, loses = best_and_worst(grouped[differs])
+        start, win, lose = first[differs], first[differs] + wins, first[differs] + loses
+        step = transition(config, rollout.states[j][start], velocity[start], self.setup.student.times, j)
+        reference = reference_mean(config, self.setup, rollout, j)[start]
+        nexts = rollout.next_states[j]
+        margin = preference_margin(nexts[win], nexts[lose], step, reference, reduction="mean")
+        loss = preference_loss(margin, dpo_beta=self.settings.dpo_beta)
+        return loss * record["pair_share"], {**record, "margin": margin.detach().mean()}
 
 
-def flash_plan(config: RewardRunConfig, step: int, *, times: Sequence[float]) -> Plan:
-    """Flash-DMD: matching in one step, pairs in the next `updates_per_matching`; at first matching alone (stage 1).
-
-    The pixel GAN trains one of the late calls in every step, in those of pairs, too: without it the paper's second
-    stage collapses. With 'early' matching the others are matched, and the fake score follows them in every step.
-    """
-    objective, gan, seed, calls = config.objective, config.pixel_gan, config.run.seed, len(times)
-    cold, followed, gan_step = step < objective.cold_start_steps, None, None
-    if gan.weight > 0:
-        late = route_steps(times, boundary=gan.boundary)[1]
-        gan_step = late[shared_integer(seed, step, "gan_step", len(late))]
-    if objective.matching_steps == "early":
-        early = route_steps(times, boundary=gan.boundary)[0]
-        matched = followed = early[shared_integer(seed, step, "matching_step", len(early))]
-    elif cold or objective.matching_steps == "any":
-        matched = shared_integer(seed, step, "matching_step", calls)
-    else:
-        matched = calls - 1
-    if cold or step % (config.preference.updates_per_matching + 1) == 0:
-        last = matched if gan_step is None else max(matched, gan_step)
-        return Plan(last, matched, (), judged=False, shared_start=False, step=step, gan_step=gan_step)
-    return Plan(
-        calls - 1,
-        None,
-        (shared_integer(seed, step, "preference_step", calls - 1),),
-        judged=config.preference.judge == "decoded",
-        shared_start=True,
-        step=step,
-        gan_step=gan_step,
-        followed_step=followed,
-    )
-
-
-def pixel_gan_loss(
-    setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def pixel_gan_loss(setup: RewardSetup, rollout: Rollout, j: int, *, velocity: Tensor) -> Loss:
     """The student's non-saturating loss on the decoded prediction of call j; `velocity` carries its graph.
 
     Flash-DMD (arXiv:2511.20549), stage 1: late steps learn texture from real pictures instead of from scores.
@@ -176,16 +231,3 @@ def pixel_gan_loss(
         logits = discriminator(setup.teacher.decode(x0_from_velocity(state, velocity, t)))
     loss = generator_gan_loss(logits)
     return loss, {"student_gan_loss": loss.detach()}
-
-
-def discriminator_turn(setup: RewardSetup, rollout: Rollout, j: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The discriminator's loss on the predictions of call j against as many real pictures, in one call."""
-    assert setup.pixel_role is not None
-    assert setup.pixel_real is not None
-    with torch.no_grad():
-        fake = setup.teacher.decode(rollout.predictions[j])
-    real = setup.pixel_real.pixels(rollout.draw.indices, setup.teacher, device=setup.device)
-    fake_logits, real_logits = setup.pixel_role.wrapped(torch.cat([fake, real])).split(len(fake))
-    loss = discriminator_loss(fake_logits, real_logits)
-    gap = (real_logits.mean() - fake_logits.mean()).detach()
-    return loss, {"discriminator_loss": loss.detach(), "discriminator_gap": gap}

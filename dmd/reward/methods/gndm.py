@@ -14,10 +14,26 @@ from fewstep.core.paths import add_noise, at_least_fp32
 from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
 from fewstep.dmd.loss import NORMALISER_FLOOR, direction_normaliser, distribution_matching_loss
-from fewstep.dmd.reward.chain import Rollout, shared_draw
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    chain_plan,
+    plain_step,
+    planned_calls,
+    policy_loss,
+    scored_step,
+)
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import Reduction, finite_values, group_mean, group_std, over_elements
-from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.dmd.reward.matching import compare_scores, require_matching
+from fewstep.dmd.reward.methods.rtdmd import direct_term, tilt_record
+from fewstep.dmd.reward.scores import SliceRewards
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def likelihood_weight(t: Tensor) -> Tensor:
@@ -113,26 +129,72 @@ def adaptive_weight(matching_gradient: Tensor, reward_gradient: Tensor, *, share
     return share * matching.norm() / (reward.norm() + floor)
 
 
-@torch.no_grad()
-def matched_advantages(
-    config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, total: Tensor, *, draw: Draw
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """GNDMR's advantages [n]: the matching reward, estimated from draws that a group shares, and the reward."""
-    assert setup.fake_score is not None
-    loss, count = config.loss, config.objective.matching_reward_draws
-    shared = shared_draw(rollout, draw)
-    estimates, reduction = [], config.objective.matching_reward_reduction
-    for k in range(count):
-        t = shared.times(f"matching_reward_time_{k}", shift=1.0, interval=loss.interval)
-        eps = shared.noise(setup.latent_shape, f"matching_reward_noise_{k}")
-        x_t = add_noise(rollout.x0, eps, t)
-        fake = setup.fake_score(x_t, t, rollout.condition).velocity
-        real = setup.teacher.velocity(x_t, t, rollout.condition, config.teacher.guidance)
-        estimates.append(matching_reward(fake, real, eps - rollout.x0, t, reduction=reduction))
-    matching = torch.stack(estimates).mean(dim=0)
-    group, scale = rollout.groups.groups.to(total.device), config.objective.tilt_scale
-    record = {
-        "matching_reward_spread": group_std(matching, group).mean(),
-        "tilt_spread": group_std(scale * total, group).mean(),
-    }
-    return gndmr_advantages(matching, total, group, tilt_scale=scale), record
+class Gndm:
+    """GNDMR: policy gradients of matching and reward together, beside matching normalised in groups."""
+
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.gndm is not None
+        self.config, self.setup, self.settings = config, setup, config.gndm
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.gndm is not None
+        direct = config.gndm.direct is not None
+        return Needs(reference=config.gndm.kl_weight > 0, reward_gradient=direct, teacher_variance=direct)
+
+    def plan(self, step: int) -> Plan:
+        return chain_plan(self.config, self.settings, step, len(self.setup.student.times))
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        times = self.setup.student.times
+        if not trained:
+            return plain_step(self.config, times, call, noise)
+        return scored_step(self.config, self.settings, times, call, noise)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        direct = self.settings.direct is not None and rollout.plan.judged
+        return planned_calls(self.setup, rollout, last=direct)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        config, setup, settings = self.config, self.setup, self.settings
+        weight = require_matching(config).weight
+        scores = compare_scores(config, setup, rollout, velocities, draw=prepared.draw)
+        matching = gndm_loss(scores.x0, scores.fake_x0, scores.real_x0, rollout.groups.groups.to(scores.x0.device))
+        record = scores.record | tilt_record(settings.direct, setup, scores, weight=weight)
+        if rewards is None:
+            return weight * matching, record
+        advantages, found = self.matched_advantages(rollout, rewards.total, prepared.draw)
+        policy, means = policy_loss(config, setup, settings, rollout, velocities, advantages)
+        loss, record = settings.policy_weight * policy + weight * matching, {**record, **means, **found}
+        if settings.direct is not None:
+            direct, found = direct_term(setup, settings.direct, rollout, velocities)
+            loss, record = loss + settings.direct.weight * direct, {**record, **found}
+        return loss, record
+
+    @torch.no_grad()
+    def matched_advantages(self, rollout: Rollout, total: Tensor, draw: Draw) -> Loss:
+        """The advantages [n]: the matching reward, estimated from draws that a group shares, and the reward."""
+        setup, settings, guidance = self.setup, self.settings, self.config.teacher.guidance
+        assert setup.fake_score is not None
+        shared, estimates = rollout.shared(draw), []
+        for k in range(settings.matching_reward_draws):
+            interval = require_matching(self.config).interval
+            t = shared.times(f"matching_reward_time_{k}", shift=1.0, interval=interval)
+            eps = shared.noise(setup.latent_shape, f"matching_reward_noise_{k}")
+            x_t = add_noise(rollout.x0, eps, t)
+            fake = setup.fake_score(x_t, t, rollout.condition).velocity
+            real = setup.teacher.velocity(x_t, t, rollout.condition, guidance)
+            reduction = settings.matching_reward_reduction
+            estimates.append(matching_reward(fake, real, eps - rollout.x0, t, reduction=reduction))
+        matching = torch.stack(estimates).mean(dim=0)
+        group, scale = rollout.groups.groups.to(total.device), settings.tilt_scale
+        record = {
+            "matching_reward_spread": group_std(matching, group).mean(),
+            "tilt_spread": group_std(scale * total, group).mean(),
+        }
+        return gndmr_advantages(matching, total, group, tilt_scale=scale), record

@@ -12,10 +12,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.core.paths import at_least_fp32
+from fewstep.core.paths import at_least_fp32, x0_from_velocity
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import expand_weight, require_same_shape
 from fewstep.dmd.loss import direction_normaliser
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    NoisedSamples,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    plain_step,
+    reward_plan,
+)
+from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import finite_values, over_elements, reference_penalty
+from fewstep.dmd.reward.matching import matching_term
+from fewstep.dmd.reward.methods.forward import forward_calls, noise_samples
+from fewstep.dmd.reward.scores import SliceRewards
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def optimality_probability(advantages: Tensor, *, max_advantage: float = 5.0) -> Tensor:
@@ -182,3 +200,53 @@ def _checked_probability(probability: Tensor) -> Tensor:
         low, high = torch.aminmax(values)
         raise ValueError(f"probabilities must lie in [0, 1], got {float(low)} to {float(high)}")
     return values
+
+
+class Nft:
+    """DiffusionNFT: samples of an older policy, noised anew, and a pull to the student at the start."""
+
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.nft is not None
+        self.config, self.setup, self.settings = config, setup, config.nft
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.nft is not None
+        return Needs(reference=config.nft.kl_weight > 0, snapshots={"old_policy": config.nft.old})
+
+    def plan(self, step: int) -> Plan:
+        return reward_plan(self.config, step, len(self.setup.student.times))
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        return plain_step(self.config, self.setup.student.times, call, noise)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw, noise_samples(self.setup, rollout, draw) if rollout.plan.judged else None)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        return forward_calls(self.setup, rollout, prepared)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        matching, record = matching_term(self.config, self.setup, rollout, prepared, velocities)
+        if rewards is None or prepared.noised is None:
+            return matching, record
+        loss, found = self.signed_loss(rollout, prepared.noised, velocities["noised"], rewards.advantages)
+        return self.settings.policy_weight * loss + matching, {**found, **record}
+
+    def signed_loss(self, rollout: Rollout, noised: NoisedSamples, velocity: Tensor, advantages: Tensor) -> Loss:
+        """The loss for the student's velocity at the noised samples, with its pull to the start."""
+        beta, highest = self.settings.nft_beta, self.settings.max_advantage
+        probability = optimality_probability(advantages, max_advantage=highest)
+        x0, old_x0 = (x0_from_velocity(noised.x_t, v, noised.t) for v in (velocity, noised.old_velocity))
+        if self.settings.adaptive:
+            loss = adaptive_nft_loss(x0, old_x0, rollout.x0, probability, nft_beta=beta, max_advantage=highest)
+        else:
+            loss = nft_loss(x0, old_x0, rollout.x0, probability, nft_beta=beta)
+        distance = (velocity - noised.old_velocity).detach().square().mean().sqrt()
+        record = {"policy_loss": loss.detach(), "old_policy_distance": distance}
+        if noised.reference_velocity is None:
+            return loss, record
+        penalty = reference_penalty(velocity, noised.reference_velocity).mean()
+        return loss + self.settings.kl_weight * penalty, {**record, "reference_penalty": penalty.detach()}

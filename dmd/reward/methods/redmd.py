@@ -8,20 +8,33 @@ or [B, C, H, W].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.randomness import Draw
 from fewstep.core.shapes import expand_weight, require_same_shape
 from fewstep.dmd.loss import NORMALISER_FLOOR, matching_direction
-from fewstep.dmd.reward.chain import Rollout
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    plain_step,
+    planned_calls,
+    reward_plan,
+)
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import finite_values
+from fewstep.dmd.reward.matching import ComparedScores, compare_scores, matching_term, require_matching
 from fewstep.dmd.reward.scores import SliceRewards
-from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,40 +206,59 @@ def _profile(values: Tensor, floor: float) -> Tensor:
     return raised / raised.mean(dim=-1, keepdim=True)
 
 
-def weighted_matching(
-    config: RewardRunConfig,
-    setup: RewardSetup,
-    rollout: Rollout,
-    rewards: SliceRewards,
-    *,
-    scores: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Matching weighted by exp(tilt_scale reward) per sample and, with `objective.saliency`, per element.
+class Redmd:
+    """Re-DMD: matching weighted by exp(tilt_scale reward) per sample, and with `saliency` per element."""
 
-    Args:
-        config: settings.
-        setup: the parts of the run.
-        rollout: the slice.
-        rewards: of the slice; the mean weight over the whole step is 1.
-        scores: x0 of the student (with graph), of the fake score and of the teacher.
-    """
-    objective = config.objective
-    x0, fake_x0, real_x0 = scores
-    weights = rollout_weights(
-        rewards.total,
-        tilt_scale=objective.tilt_scale,
-        max_weight=objective.max_weight,
-        population=rewards.population,
-    )
-    elements = element_weights(setup, rollout) if objective.saliency else None
-    per_sample = weights.weight
-    if elements is not None:
-        loss = weighted_matching_loss(
-            x0[:, :, None], fake_x0[:, :, None], real_x0[:, :, None], per_sample, element_weight=elements
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.redmd is not None
+        self.config, self.setup, self.settings = config, setup, config.redmd
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.redmd is not None
+        return Needs(reward_gradient=config.redmd.saliency)
+
+    def plan(self, step: int) -> Plan:
+        """The matched output is what is scored, so the rollout ends there."""
+        plan = reward_plan(self.config, step, len(self.setup.student.times))
+        assert plan.matching_step is not None
+        return replace(plan, last=plan.matching_step)
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        return plain_step(self.config, self.setup.student.times, call, noise)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        return planned_calls(self.setup, rollout)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        if rewards is None:
+            return matching_term(self.config, self.setup, rollout, prepared, velocities)
+        scores = compare_scores(self.config, self.setup, rollout, velocities, draw=prepared.draw)
+        loss, record = self.weighted_loss(rollout, scores, rewards)
+        return require_matching(self.config).weight * loss, {**scores.record, **record}
+
+    def weighted_loss(self, rollout: Rollout, scores: ComparedScores, rewards: SliceRewards) -> Loss:
+        """The weighted matching loss of the samples; the mean weight over the whole step is 1."""
+        weights = rollout_weights(
+            rewards.total,
+            tilt_scale=self.settings.tilt_scale,
+            max_weight=self.settings.max_weight,
+            population=rewards.population,
         )
-    else:
-        loss = weighted_matching_loss(x0, fake_x0, real_x0, per_sample)
-    return loss, {"effective_share": weights.effective_share, "clipped_weight_share": weights.clipped_share}
+        x0, fake_x0, real_x0 = scores.x0, scores.fake_x0, scores.real_x0
+        if self.settings.saliency:
+            elements = element_weights(self.setup, rollout)
+            # A picture is a clip of one frame.
+            clips = (x0[:, :, None], fake_x0[:, :, None], real_x0[:, :, None])
+            loss = weighted_matching_loss(*clips, weights.weight, element_weight=elements)
+        else:
+            loss = weighted_matching_loss(x0, fake_x0, real_x0, weights.weight)
+        return loss, {"effective_share": weights.effective_share, "clipped_weight_share": weights.clipped_share}
 
 
 def element_weights(setup: RewardSetup, rollout: Rollout) -> Tensor:

@@ -1,7 +1,7 @@
 """RTDMD's second stage (arXiv:2605.26108): distribution matching with a reward, KL(student || teacher e^{lambda r}).
 
 grad KL(student || tilted) = grad KL(student || teacher) - lambda grad E r. The first term is (AC-)DMD. The second is
-a hybrid gradient: stochastic steps by policy gradient (`grpo.clipped_surrogate` on `transition_log_prob` or
+a hybrid gradient: stochastic steps by policy gradient (`clipped_surrogate` on `transition_log_prob` or
 `distance_log_prob`), the deterministic last step by the reward's own gradient, because it has no log-probability.
 Each part alone is biased; the last step's x_t is the stored one, without graph, so nothing is counted twice. Written
 after the released code; proofs and ablations of the paper were not at hand.
@@ -14,11 +14,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.paths import at_least_fp32
+from fewstep.core.paths import at_least_fp32, x0_from_velocity
+from fewstep.core.randomness import Draw
 from fewstep.dmd.loss import direction_normaliser
+from fewstep.dmd.reward.chain import (
+    CallKey,
+    Loss,
+    Plan,
+    PolicyCall,
+    Prepared,
+    RandomStep,
+    Rollout,
+    Velocities,
+    chain_plan,
+    plain_step,
+    planned_calls,
+    policy_loss,
+    scored_step,
+)
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import finite_values
-from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.dmd.reward.matching import ComparedScores, match_call, require_matching
+from fewstep.dmd.reward.scores import SliceRewards
+from fewstep.dmd.reward.sections import DirectConfig
+from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
 def direct_reward_loss(rewards: Tensor, *, margin: float = 3.0) -> Tensor:
@@ -117,20 +136,83 @@ def effective_tilt(
     return EffectiveTilt(mean=ratio / by_mean, spread=ratio / by_spread)
 
 
+class Rtdmd:
+    """RTDMD: matching, policy gradients on random steps, and the reward's own gradient on the last."""
+
+    def __init__(self, config: RewardRunConfig, setup: RewardSetup) -> None:
+        assert config.rtdmd is not None
+        self.config, self.setup, self.settings = config, setup, config.rtdmd
+
+    @staticmethod
+    def needs(config: RewardRunConfig) -> Needs:
+        assert config.rtdmd is not None
+        direct = config.rtdmd.direct is not None
+        return Needs(reference=config.rtdmd.kl_weight > 0, reward_gradient=direct, teacher_variance=direct)
+
+    def plan(self, step: int) -> Plan:
+        return chain_plan(self.config, self.settings, step, len(self.setup.student.times))
+
+    def random_step(self, call: PolicyCall, noise: Tensor, *, trained: bool) -> RandomStep:
+        times = self.setup.student.times
+        if not trained:
+            return plain_step(self.config, times, call, noise)
+        return scored_step(self.config, self.settings, times, call, noise)
+
+    def prepare(self, rollout: Rollout, draw: Draw) -> Prepared:
+        return Prepared(draw)
+
+    def calls(self, rollout: Rollout, prepared: Prepared) -> dict[CallKey, tuple[Tensor, Tensor]]:
+        direct = self.settings.direct is not None and rollout.plan.judged
+        return planned_calls(self.setup, rollout, last=direct)
+
+    def loss(
+        self, rollout: Rollout, prepared: Prepared, velocities: dict[CallKey, Tensor], rewards: SliceRewards | None
+    ) -> Loss:
+        config, setup, settings = self.config, self.setup, self.settings
+        weights = {"matching_weight": require_matching(config).weight, "reward_weight": 0.0}
+        policy = direct = rollout.x0.new_zeros(())
+        record: dict[str, Tensor] = {}
+        if rewards is not None:
+            policy, record = policy_loss(config, setup, settings, rollout, velocities, rewards.advantages)
+        matched = match_call(config, setup, rollout, velocities, draw=prepared.draw)
+        record = {**record, **matched.record}
+        if matched.scores is not None:
+            record |= tilt_record(settings.direct, setup, matched.scores, weight=weights["matching_weight"])
+        if rewards is not None and settings.direct is not None:
+            direct, found = direct_term(setup, settings.direct, rollout, velocities)
+            weights["reward_weight"], record = settings.direct.weight, {**record, **found}
+        return hybrid_loss(settings.policy_weight * policy, matched.loss, direct, **weights), record
+
+
+def direct_term(setup: RewardSetup, direct: DirectConfig, rollout: Rollout, velocities: Velocities) -> Loss:
+    """`direct_reward_loss` of the last call's prediction, through decoder and scorers."""
+    state, last = rollout.states[rollout.plan.last], rollout.plan.last
+    t = torch.full((len(state),), setup.student.times[last], device=state.device)
+    x0 = x0_from_velocity(state, velocities[last], t)
+    values = setup.reward.with_gradient(setup.teacher.decode(x0), rollout.prompts)
+    term = direct_reward_loss(setup.reward.total(values), margin=direct.margin)
+    return term, {"direct_loss": term.detach()}
+
+
 @torch.no_grad()
 def tilt_record(
-    config: RewardRunConfig, setup: RewardSetup, x0: Tensor, real_x0: Tensor, *, t: Tensor
+    direct: DirectConfig | None, setup: RewardSetup, scores: ComparedScores, *, weight: float
 ) -> dict[str, Tensor]:
-    """The lambda of e^(lambda reward) at which a Gaussian student would rest under matching and the direct term."""
-    if setup.teacher_variance is None:
+    """The lambda of e^(lambda reward) at which a Gaussian student would rest under matching and the direct term.
+
+    Nothing without the direct term; `weight` is that of matching.
+    """
+    if direct is None:
         return {}
+    assert setup.teacher_variance is not None
+    x0 = scores.x0
     tilt = effective_tilt(
-        t,
-        reward_weight=config.objective.direct_weight,
-        matching_weight=config.objective.matching_weight,
+        scores.t,
+        reward_weight=direct.weight,
+        matching_weight=weight,
         elements=x0[0].numel(),
         teacher_variance=x0.new_tensor(setup.teacher_variance),
         student_variance=x0.var(),
-        normaliser=direction_normaliser(x0, real_x0),
+        normaliser=direction_normaliser(x0, scores.real_x0),
     )
     return {"effective_tilt_mean": tilt.mean, "effective_tilt_spread": tilt.spread}

@@ -1,6 +1,5 @@
 """A complete reward run of a tiny random student: its settings, for every method."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.config import OptimizerConfig, RunConfig
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import DataConfig, FakeScoreConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.reward.config import (
-    ChainConfig,
-    DecayConfig,
-    ForwardConfig,
+    AmbientConfig,
     MonitorConfig,
-    ObjectiveConfig,
-    PixelGanConfig,
-    PreferenceConfig,
-    ProcessConfig,
-    RewardMethod,
+    RewardMatchingConfig,
     RewardRunConfig,
     RewardSettings,
+    RewardStudentConfig,
     ScorerConfig,
 )
 from fewstep.dmd.reward.latent.network import (
@@ -36,45 +30,51 @@ from fewstep.dmd.reward.latent.network import (
     prompt_vector,
     save_latent_reward,
 )
+from fewstep.dmd.reward.methods.table import build_method, needs_of
+from fewstep.dmd.reward.sections import (
+    CrdConfig,
+    DecayConfig,
+    DirectConfig,
+    EuphoniumConfig,
+    FlashConfig,
+    FlowGrpoConfig,
+    GndmConfig,
+    NftConfig,
+    PixelGanConfig,
+    RedmdConfig,
+    RtdmdConfig,
+)
 from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
+from fewstep.dmd.reward.student_step import RewardMethod
 from fewstep.dmd.train import train_dmd
 from fewstep.embedded.digits.classifier import WEIGHTS_FILE, DigitsClassifier
 from fewstep.evaluation.scorers.scorer import Scorer, ScorerCard
-from tests.dmd.tiny_run import TinyInputs, tiny_config
+from tests.dmd.tiny_run import TinyInputs, changed, tiny_config
 from tests.tiny_pipelines import LATENT_SHAPE
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
 # A discriminator that tells samples apart after one update.
 QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0)
+FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=2)
+# Sections that let a method match.
+MATCHED: dict[str, Any] = {"matching": RewardMatchingConfig(), "fake_score": FAKE_SCORE}
 # What each method adds to the settings below, in the form of its configuration in configs/digits.
-METHODS: dict[RewardMethod, dict[str, Any]] = {
-    "redmd": {},
-    "gndm": {"objective": ObjectiveConfig(matching_reward_draws=2)},
-    "nft": {
-        "objective": ObjectiveConfig(matching_weight=0.0),
-        "forward": ForwardConfig(kl_weight=0.1, old=DecayConfig(slope=0.2)),
-    },
-    "crd": {
-        "objective": ObjectiveConfig(matching_weight=0.0),
-        "forward": ForwardConfig(kl_weight=0.1, lowest_kl_weight=1e-4, sampling=DecayConfig(start=0.25)),
-    },
-    "flow_grpo": {"objective": ObjectiveConfig(matching_weight=0.0), "chain": ChainConfig(kl_weight=0.04)},
-    "euphonium": {
-        "objective": ObjectiveConfig(matching_weight=0.0),
-        "chain": ChainConfig(kl_weight=0.04),
-        "process": ProcessConfig(guidance=1.0),
-    },
-    "flash": {"preference": PreferenceConfig(updates_per_matching=1, inject_decay=0.9)},
+METHODS: dict[str, dict[str, Any]] = {
+    "redmd": {"redmd": RedmdConfig(), **MATCHED},
+    "gndm": {"gndm": GndmConfig(matching_reward_draws=2), **MATCHED},
+    "nft": {"nft": NftConfig(kl_weight=0.1, old=DecayConfig(slope=0.2))},
+    "crd": {"crd": CrdConfig(kl_weight=0.1, lowest_kl_weight=1e-4, sampling=DecayConfig(start=0.25))},
+    "flow_grpo": {"flow_grpo": FlowGrpoConfig(kl_weight=0.04)},
+    "euphonium": {"euphonium": EuphoniumConfig(kl_weight=0.04, guidance=1.0)},
+    "flash": {"flash": FlashConfig(updates_per_matching=1, inject_decay=0.9), **MATCHED},
     "rtdmd": {
-        "objective": ObjectiveConfig(
-            matching="ambient",
-            matching_steps="last",
-            direct_weight=0.1,
-            direct_margin=100.0,
-            cold_start_steps=1,
-            consistency_weight=0.01,
+        "rtdmd": RtdmdConfig(
+            log_prob="distance", trained_steps=1, clip_range=1e-5, direct=DirectConfig(weight=0.1, margin=100.0)
         ),
-        "chain": ChainConfig(log_prob="distance", trained_steps=1, clip_range=1e-5),
+        "matching": RewardMatchingConfig(
+            steps="last", cold_start_steps=1, ambient=AmbientConfig(consistency_weight=0.01)
+        ),
+        "fake_score": FAKE_SCORE,
     },
 }
 
@@ -106,13 +106,11 @@ def write_pixel_backbone(folder: Path) -> Path:
     return folder
 
 
-def with_pixel_gan(inputs: TinyInputs, backbone: Path) -> dict[str, Any]:
-    """Changes that give flash its discriminator."""
-    return {
-        "objective.matching_steps": "early",
-        "data.latents": str(inputs.latents),
-        "pixel_gan": PixelGanConfig(weight=0.5, backbone=str(backbone), head_width=8, optimizer=QUICK),
-    }
+def with_pixel_gan(inputs: TinyInputs, backbone: Path, **others: Any) -> dict[str, Any]:
+    """Changes that give flash its discriminator; `others` are settings of it."""
+    settings: dict[str, Any] = {"weight": 0.5, "head_width": 8, "optimizer": QUICK, **others}
+    gan = PixelGanConfig(latents=str(inputs.latents), backbone=str(backbone), **settings)
+    return {"matching.steps": "early", "flash.pixel_gan": gan}
 
 
 @torch.no_grad()
@@ -145,11 +143,10 @@ def write_student(inputs: TinyInputs, directory: Path, *, steps: int = 2) -> Pat
 
 
 def reward_config(
-    inputs: TinyInputs, student: Path, directory: Path, method: RewardMethod, changes: Mapping[str, Any] | None = None
+    inputs: TinyInputs, student: Path, directory: Path, method: str, changes: Mapping[str, Any] | None = None
 ) -> RewardRunConfig:
-    """Settings of a run of a method; `changes` maps dotted keys to other values."""
+    """Settings of a run of a method; `changes` maps dotted keys to other values, bare names to other sections."""
     config = RewardRunConfig(
-        method=method,
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
         data=DataConfig(prompts=str(inputs.prompts), sample_count=2),
         run=RunConfig(
@@ -162,8 +159,7 @@ def reward_config(
             sample_every=1000,
             log_every=1,
         ),
-        student=StudentConfig(optimizer=OPTIMIZER, steps=2, ema_decay=0.8, init=str(student)),
-        fake_score=FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=2),
+        student=RewardStudentConfig(optimizer=OPTIMIZER, steps=2, ema_decay=0.8, init=str(student)),
         reward=RewardSettings(
             scorers=(ScorerConfig(name="stroke_weight", weight=2.0, mean=0.5, std=0.01),),
             held_out=(ScorerConfig(name="slant"),),
@@ -175,26 +171,15 @@ def reward_config(
     return changed(config, changes or {})
 
 
-def changed(config: RewardRunConfig, changes: Mapping[str, Any]) -> RewardRunConfig:
-    """The settings with other values at dotted keys; each dataclass is checked once, at the end."""
-    sections: dict[str, dict[str, Any]] = {}
-    whole = {key: value for key, value in changes.items() if "." not in key}
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        if name:
-            sections.setdefault(section, {})[name] = value
-    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **whole, **replaced)
-
-
 @contextmanager
-def started(config: RewardRunConfig, scorers: Sequence[Scorer] | None = None) -> Iterator[tuple[RewardSetup, Trainer]]:
-    """The parts of a run, ready for `train_step`."""
-    data = RewardData.read(config)
+def started(config: RewardRunConfig, scorers: Sequence[Scorer] | None = None) -> Iterator[tuple[RewardMethod, Trainer]]:
+    """The method of a run with its parts, ready for `train_step`."""
+    needs = needs_of(config)
+    data = RewardData.read(config, needs)
     trainer = Trainer(config.run, RunDirectory(config.run.directory), cpu=True)
-    setup = build_setup(config, data, trainer, scorers=scorers)
+    setup = build_setup(config, needs, data, trainer, scorers=scorers)
     try:
-        yield setup, trainer
+        yield build_method(config, setup), trainer
     finally:
         setup.reward.close()
         trainer.close()

@@ -12,7 +12,6 @@ from transformers import Dinov2Config, Dinov2Model, SamConfig, SamModel
 from fewstep.core.data import REAL_SEED, LatentDataset, rows_of_samples
 from fewstep.core.teacher import Teacher
 from fewstep.dmd.gan_loss import discriminator_loss
-from fewstep.dmd.reward.config import PixelGanConfig
 from fewstep.dmd.reward.pixel_discriminator import (
     PixelDiscriminator,
     RealPictures,
@@ -20,6 +19,7 @@ from fewstep.dmd.reward.pixel_discriminator import (
     build_discriminator,
     load_features,
 )
+from fewstep.dmd.reward.sections import PixelGanConfig
 from fewstep.embedded.digits.classifier import load_classifier
 from tests.dmd.reward.reward_run import QUICK, write_pixel_backbone
 from tests.dmd.tiny_run import TinyInputs
@@ -105,7 +105,9 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 def test_only_the_heads_learn_and_gradients_pass(tmp_path: Path) -> None:
     """Logits start at 0, where both losses are log 2; after a few steps bright and dark pictures are apart."""
-    settings = PixelGanConfig(weight=1.0, backbone=str(write_pixel_backbone(tmp_path)), head_width=8, optimizer=QUICK)
+    settings = PixelGanConfig(
+        latents="", weight=1.0, backbone=str(write_pixel_backbone(tmp_path)), head_width=8, optimizer=QUICK
+    )
     discriminator = build_discriminator(settings, seed=4)
     assert isinstance(discriminator, PixelDiscriminator)
     trained = [name for name, weight in discriminator.named_parameters() if weight.requires_grad]
@@ -140,11 +142,12 @@ def test_real_pictures_are_decoded_latents_in_their_own_order(inputs: TinyInputs
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": 0.1}, "set pixel_gan.backbone to the folder of a classifier"),
-        ({"weight": -0.1}, "weight -0.1"),
+        ({"weight": 0.0}, "weight 0.0.*leave pixel_gan out for no discriminator"),
+        ({"head_width": 0}, "head_width 0"),
         ({"boundary": 1.0}, "boundary 1.0"),
     ],
 )
 def test_settings_are_checked(changes: dict[str, float], message: str) -> None:
+    settings: dict[str, Any] = {"latents": "x", "backbone": "x", "weight": 1.0, "optimizer": QUICK}
     with pytest.raises(ValueError, match=message):
-        PixelGanConfig(**changes)  # pyright: ignore[reportArgumentType]
+        PixelGanConfig(**{**settings, **changes})

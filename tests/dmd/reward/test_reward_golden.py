@@ -2,7 +2,7 @@
 
 After an intended change of the numerics, write them anew and look at the difference:
 
-    UPDATE_GOLDEN=1 python -m pytest tests/dmd/test_reward_golden.py
+    UPDATE_GOLDEN=1 python -m pytest tests/dmd/reward/test_reward_golden.py
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from fewstep.dmd.reward.config import DecayConfig, ForwardConfig, RewardMethod, ScorerConfig
+from fewstep.dmd.reward.config import RewardMatchingConfig, RewardRunConfig, ScorerConfig
+from fewstep.dmd.reward.sections import CrdConfig, DecayConfig
 from fewstep.dmd.reward.train import train_step
 from tests.dmd.reward.reward_run import (
+    MATCHED,
     METHODS,
     reward_config,
     started,
@@ -32,24 +34,24 @@ WATCHED = ("student_loss", "policy_loss", "direct_loss", "fake_score_loss", "rew
 WATCHED += ("student_gan_loss", "discriminator_loss", "distill_loss", "latent_reward")
 # Where the settings of the other tests make the second step blind: policies that differ, and no cold start.
 CHANGES: dict[str, dict[str, Any]] = {
-    "rtdmd": {"objective.cold_start_steps": 0},
-    "crd": {"forward": ForwardConfig(kl_weight=0.1, lowest_kl_weight=1e-4, old=DecayConfig(start=0.5))},
+    "rtdmd": {"matching.cold_start_steps": 0},
+    "crd": {"crd": CrdConfig(kl_weight=0.1, lowest_kl_weight=1e-4, old=DecayConfig(start=0.5))},
     "redmd_saliency": {
-        "objective.saliency": True,
+        "redmd.saliency": True,
         "reward.scorers": (ScorerConfig(name="stroke_weight", mean=0.5, std=0.01), ScorerConfig(name="slant")),
         "reward.held_out": (),
     },
-    "nft_anchored": {"objective.matching_weight": 0.5, "forward.adaptive": True},
-    "euphonium_distilled": {"process.distill_weight": 0.5},
+    "nft_anchored": {**MATCHED, "matching": RewardMatchingConfig(weight=0.5), "nft.adaptive": True},
+    "euphonium_distilled": {"euphonium.distill_weight": 0.5},
 }
-VARIANTS: dict[str, RewardMethod] = {
+VARIANTS = {
     "redmd_saliency": "redmd",
     "nft_anchored": "nft",
     "flash_gan": "flash",
     "flash_latent": "flash",
     "euphonium_distilled": "euphonium",
 }
-CASES: dict[str, RewardMethod] = {**{method: method for method in METHODS}, **VARIANTS}
+CASES = {**{method: method for method in METHODS}, **VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +61,28 @@ def student(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
         return write_student(inputs, tmp_path_factory.mktemp("student") / "run")
 
 
-def two_steps(inputs: TinyInputs, student: Path, folder: Path, name: str) -> dict[str, Any]:
-    """What two steps report, and checksums of the student after them."""
+def golden_config(inputs: TinyInputs, student: Path, folder: Path, name: str) -> RewardRunConfig:
+    """Settings of a case, with the files that it reads written into the folder."""
     changes = CHANGES.get(name, {})
     if name == "flash_gan":
         changes = with_pixel_gan(inputs, write_pixel_backbone(folder / "backbone"))
     if name == "flash_latent":
-        model = write_latent_reward(inputs, folder / "latent_reward")
-        changes = {"preference.judge": "latent", "preference.latent_reward": str(model)}
-    config = reward_config(inputs, student, folder / "run", CASES[name], changes)
+        changes = {"flash.latent_reward": str(write_latent_reward(inputs, folder / "latent_reward"))}
+    return reward_config(inputs, student, folder / "run", CASES[name], changes)
+
+
+def two_steps(inputs: TinyInputs, student: Path, folder: Path, name: str) -> dict[str, Any]:
+    """What two steps report, and checksums of the student after them."""
     steps = []
-    with started(config) as (setup, trainer):
-        wake_heads(setup)
-        before = {key: weight.detach().clone() for key, weight in setup.student_role.parameters}
+    with started(golden_config(inputs, student, folder, name)) as (method, trainer):
+        wake_heads(method.setup)
+        role = method.setup.student_role
+        before = {key: weight.detach().clone() for key, weight in role.parameters}
         for _ in range(2):
-            metrics = train_step(config, setup, trainer)
+            metrics = train_step(method, trainer)
             steps.append({key: float(metrics[key]) for key in WATCHED if key in metrics})
             trainer.advance()
-        return {"steps": steps, "student": checksum(setup.student_role, before)}
+        return {"steps": steps, "student": checksum(role, before)}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,8 @@ import torch
 from fewstep.core.config import OptimizerConfig
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.trainer import NonFiniteError
-from fewstep.dmd.reward.config import RewardMethod, ScorerConfig
+from fewstep.dmd.reward.config import ScorerConfig
+from fewstep.dmd.reward.methods.table import needs_of
 from fewstep.dmd.reward.scores import RewardError
 from fewstep.dmd.reward.setup import RewardData
 from fewstep.dmd.reward.train import train_reward
@@ -19,13 +20,12 @@ from fewstep.evaluation.scorers.remote import Patience, RemoteScorer
 from fewstep.evaluation.scorers.remote_server import ScorerServer
 from tests.dmd.reward.reward_run import (
     Brittle,
-    changed,
     reward_config,
     with_pixel_gan,
     write_pixel_backbone,
     write_student,
 )
-from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, measured
+from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, changed, measured
 
 WILD = OptimizerConfig(learning_rate=1e30, clip=None)
 
@@ -43,9 +43,7 @@ def final(run: Path) -> Path:
 
 # The others keep a subset of what these keep.
 @pytest.mark.parametrize("method", ["crd", "rtdmd", "flash", "euphonium"])
-def test_a_resumed_run_is_the_undisturbed_one(
-    inputs: TinyInputs, student: Path, tmp_path: Path, method: RewardMethod
-) -> None:
+def test_a_resumed_run_is_the_undisturbed_one(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Bit for bit: student, fake score, older policies, averages, optimizers, monitor and metrics."""
     config = reward_config(inputs, student, tmp_path / "run", method, {"run.steps": 3})
     assert train_reward(config) == 0
@@ -98,7 +96,7 @@ def test_a_failure_inside_the_loss_goes_back_to_the_last_checkpoint(
     inputs: TinyInputs, student: Path, tmp_path: Path
 ) -> None:
     """The direct term scores again when the fake score has moved: the start of the step is gone."""
-    changes = {"objective.cold_start_steps": 0, "run.checkpoint_every": 1}
+    changes = {"matching.cold_start_steps": 0, "run.checkpoint_every": 1}
     config = reward_config(inputs, student, tmp_path / "run", "rtdmd", changes)
     with pytest.raises(RewardError, match="step 1: the reward failed") as raised:
         train_reward(config, scorers=[Brittle(5, with_nan=True)])
@@ -138,12 +136,18 @@ def test_a_remote_scorer_that_goes_away(inputs: TinyInputs, student: Path, tmp_p
 
 def test_missing_inputs_are_named_before_anything_is_loaded(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     config = reward_config(inputs, student, tmp_path / "run", "redmd")
-    with pytest.raises(ValueError, match=r"no run directory .*train a student with scripts/train_dmd.py"):
-        RewardData.read(changed(config, {"student.init": str(tmp_path)}))
-    with pytest.raises(ValueError, match=r"steps by \(2, 1.0, 'sde'\).*configuration by \(4, 1.0, 'sde'\)"):
-        RewardData.read(changed(config, {"student.steps": 4}))
-    with pytest.raises(ValueError, match=r"prompt file .* does not exist"):
-        RewardData.read(changed(config, {"data.prompts": str(tmp_path / "none.txt")}))
+    broken = {
+        r"student\.init .* is no \.safetensors file, no run directory or checkpoint": {"student.init": str(tmp_path)},
+        r"steps by \(2, 1.0, 'sde'\).*configuration by \(4, 1.0, 'sde'\)": {"student.steps": 4},
+        r"prompt file .* does not exist": {"data.prompts": str(tmp_path / "none.txt")},
+    }
+    for message, changes in broken.items():
+        with pytest.raises(ValueError, match=message):
+            RewardData.read(changed(config, changes), needs_of(config))
+    # A checkpoint of the run is held to its steps, too.
+    checkpoint = {"student.init": str(student / "checkpoint-2"), "student.shift": 3.0}
+    with pytest.raises(ValueError, match=r"steps by \(2, 1.0, 'sde'\).*configuration by \(2, 3.0, 'sde'\)"):
+        RewardData.read(changed(config, checkpoint), needs_of(config))
     for weights, told in ((None, "scorer digit_log_probability needs weights"), (str(tmp_path), str(tmp_path))):
         scorers = (ScorerConfig(name="digit_log_probability", weights=weights),)
         with pytest.raises(ValueError, match=re.escape(told)):

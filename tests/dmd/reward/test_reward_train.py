@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from fewstep.core.export.run import export_run
 from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.run_directory import read_metrics
-from fewstep.dmd.reward.config import RewardMethod, RewardRunConfig
+from fewstep.dmd.reward.config import RewardMatchingConfig, RewardRunConfig
+from fewstep.dmd.reward.methods.table import needs_of
 from fewstep.dmd.reward.monitor import Measured, RewardWatch
 from fewstep.dmd.reward.setup import RewardData
 from fewstep.dmd.reward.train import train_reward, train_step
-from tests.dmd.reward.reward_run import METHODS, reward_config, started, write_student
+from tests.dmd.reward.reward_run import MATCHED, METHODS, reward_config, started, write_student
 from tests.dmd.tiny_run import TinyInputs
 
 
@@ -38,14 +39,13 @@ def moved(module: nn.Module, before: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_what_the_method_trains_moves(
-    inputs: TinyInputs, student: Path, tmp_path: Path, method: RewardMethod
-) -> None:
+def test_only_what_the_method_trains_moves(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Student in each step; fake score where there is matching; old policies behind it; teacher and start never."""
     config = reward_config(inputs, student, tmp_path, method)
-    with started(config) as (setup, trainer):
+    with started(config) as (parts, trainer):
+        setup = parts.setup
         networks = {"student": setup.student_role.module, "teacher": setup.teacher.denoiser}
-        for name, role in (("fake", setup.fake_role), ("old", setup.old_role), ("sampling", setup.sampling_role)):
+        for name, role in {"fake": setup.fake_role, **setup.snapshots}.items():
             if role is not None:
                 networks[name] = role.module
         if setup.reference is not None:
@@ -55,36 +55,36 @@ def test_only_what_the_method_trains_moves(
             assert torch.equal(weight, origin["student_ema"][name])
         for _ in range(3):
             before = {name: weights_of(module) for name, module in networks.items()}
-            metrics = train_step(config, setup, trainer)
+            metrics = train_step(parts, trainer)
             trainer.advance()
             share = {name: moved(module, before[name]) for name, module in networks.items()}
             assert share["student"] > 0.9
             assert share["teacher"] == share.get("reference", 0.0) == 0.0
-            assert min(share.get(name, 1.0) for name in ("fake", "old", "sampling")) > 0.9
+            assert min(share.get(name, 1.0) for name in ("fake", "old_policy", "sampling")) > 0.9
             assert torch.isfinite(torch.tensor([float(value) for value in metrics.values()])).all()
             if "ratio_deviation" in metrics:
                 # On the policy's own samples the ratio is one, and nothing is clipped.
                 assert float(metrics["ratio_deviation"]) < 1e-6
                 assert float(metrics["clipped_share"]) == 0.0
         updates = setup.fake_role.updates if setup.fake_role is not None else 0
-    assert updates == (6 if config.matches else 0)
-    assert ("old" in networks, "sampling" in networks) == (method in ("nft", "crd"), method == "crd")
+    assert updates == (6 if config.matching is not None else 0)
+    assert ("old_policy" in networks, "sampling" in networks) == (method in ("nft", "crd"), method == "crd")
     assert ("reference" in networks) == (method in ("nft", "crd", "flow_grpo", "euphonium", "flash"))
 
 
 def run_steps(config: RewardRunConfig, count: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics of some steps and the student's weights after them."""
-    with started(config) as (setup, trainer):
+    with started(config) as (method, trainer):
         found = []
         for _ in range(count):
-            metrics = train_step(config, setup, trainer)
+            metrics = train_step(method, trainer)
             found.append({name: float(value) for name, value in metrics.items()})
             trainer.advance()
-        return found, weights_of(setup.student_role.module)
+        return found, weights_of(method.setup.student_role.module)
 
 
 @pytest.mark.parametrize("method", ["gndm", "crd", "rtdmd"])
-def test_two_slices_equal_one(inputs: TinyInputs, student: Path, tmp_path: Path, method: RewardMethod) -> None:
+def test_two_slices_equal_one(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Groups, shared draws and advantages do not know how a step is cut."""
     whole, expected = run_steps(reward_config(inputs, student, tmp_path / "whole", method), 2)
     changes = {"run.gradient_accumulation": 2, "reward.overlap": False}
@@ -99,8 +99,8 @@ def test_two_slices_equal_one(inputs: TinyInputs, student: Path, tmp_path: Path,
 
 def test_weights_without_a_tilt_are_plain_matching(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     """redmd with tilt_scale 0 in its first step minimises what gndm does without policy and with equal normalisers."""
-    plain = reward_config(inputs, student, tmp_path / "plain", "redmd", {"objective.tilt_scale": 0.0})
-    tilted = reward_config(inputs, student, tmp_path / "tilted", "redmd", {"objective.tilt_scale": 2.0})
+    plain = reward_config(inputs, student, tmp_path / "plain", "redmd", {"redmd.tilt_scale": 0.0})
+    tilted = reward_config(inputs, student, tmp_path / "tilted", "redmd", {"redmd.tilt_scale": 2.0})
     (left,), _ = run_steps(plain, 1)
     (right,), _ = run_steps(tilted, 1)
     assert left["effective_share"] == pytest.approx(1.0)
@@ -114,7 +114,7 @@ def test_weights_without_a_tilt_are_plain_matching(inputs: TinyInputs, student: 
 def test_saliency_without_places_weighs_nothing(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     """Every pixel moves the ink as much as every other: Stream-R1 is then Re-DMD."""
     plain, expected = run_steps(reward_config(inputs, student, tmp_path / "plain", "redmd"), 2)
-    changes = {"objective.saliency": True}
+    changes = {"redmd.saliency": True}
     same, found = run_steps(reward_config(inputs, student, tmp_path / "same", "redmd", changes), 2)
     assert same[1]["student_loss"] == pytest.approx(plain[1]["student_loss"], rel=1e-5)
     for name, weight in expected.items():
@@ -122,20 +122,26 @@ def test_saliency_without_places_weighs_nothing(inputs: TinyInputs, student: Pat
 
 
 def test_several_updates_on_one_rollout_leave_the_ratio(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
-    changes = {"objective.updates_per_rollout": 3, "chain.clip_range": 10.0}
-    with started(reward_config(inputs, student, tmp_path, "flow_grpo", changes)) as (setup, trainer):
-        metrics = train_step(reward_config(inputs, student, tmp_path, "flow_grpo", changes), setup, trainer)
-        assert (setup.student_role.updates, setup.student_role.total_updates) == (3, 12)
+    changes = {"student.updates_per_rollout": 3, "flow_grpo.clip_range": 10.0}
+    with started(reward_config(inputs, student, tmp_path, "flow_grpo", changes)) as (method, trainer):
+        metrics = train_step(method, trainer)
+        role = method.setup.student_role
+        assert (role.updates, role.total_updates) == (3, 12)
     assert 1e-6 < float(metrics["ratio_deviation"]) < 0.1
 
 
-CHANGES: dict[str, tuple[RewardMethod, dict[str, Any]]] = {
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "gdpo": ("flow_grpo", {"reward.combination": "gdpo", "reward.chunk": 3}),
-    "ode": ("flow_grpo", {"student.sampler": "ode", "chain.transition": "flow_sde"}),
-    "dance": ("euphonium", {"student.sampler": "ode", "chain.transition": "dance_sde", "chain.noise_scale": 0.3}),
-    "adaptive": ("nft", {"forward.adaptive": True}),
-    "cps": ("rtdmd", {"chain.transition": "cps"}),
-    "anchored": ("nft", {"objective.matching_weight": 0.5}),
+    "ode": ("flow_grpo", {"student.sampler": "ode", "flow_grpo.transition": "flow_sde"}),
+    "dance": (
+        "euphonium",
+        {"student.sampler": "ode", "euphonium.transition": "dance_sde", "euphonium.noise_scale": 0.3},
+    ),
+    "adaptive": ("nft", {"nft.adaptive": True}),
+    "cps": ("rtdmd", {"rtdmd.transition": "cps", "rtdmd.eta": 0.8}),
+    "x0": ("rtdmd", {"matching.ambient": None, "rtdmd.direct": None}),
+    "anchored": ("nft", {**MATCHED, "matching": RewardMatchingConfig(weight=0.5)}),
+    "ambient anchor": ("crd", {**MATCHED, "matching": METHODS["rtdmd"]["matching"]}),
 }
 
 
@@ -146,7 +152,7 @@ def test_variants_make_steps_of_finite_size(inputs: TinyInputs, student: Path, t
     config = reward_config(inputs, start, tmp_path, method, changes)
     found, _ = run_steps(config, 2)
     assert all(0 < record["student_grad_norm"] < 100 for record in found)
-    assert ("fake_score_loss" in found[0]) == config.matches
+    assert ("fake_score_loss" in found[0]) == (config.matching is not None)
 
 
 def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
@@ -171,8 +177,16 @@ def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student:
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
     # An export is a start as good as its run.
     again = reward_config(inputs, output, tmp_path / "again", "rtdmd")
-    assert RewardData.read(again).student == output / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert RewardData.read(again).fake_score is None
+    read = RewardData.read(again, needs_of(again))
+    assert read.init.files == (output / "transformer" / "diffusion_pytorch_model.safetensors",)
+    assert read.fake_score is None
+    # A checkpoint brings its fake score, which a run without matching leaves alone.
+    folder = student / "checkpoint-2"
+    for name, files in (("rtdmd", (folder / "fake_score.safetensors",)), ("nft", None)):
+        one = reward_config(inputs, folder, tmp_path / "again", name)
+        found = RewardData.read(one, needs_of(one))
+        assert found.init.files == (folder / "student_ema.safetensors",)
+        assert (None if found.fake_score is None else found.fake_score.files) == files
 
 
 def test_dry_run_keeps_nothing(
@@ -189,13 +203,13 @@ def test_dry_run_keeps_nothing(
 
 def test_hacking_is_told_once_and_remembered(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     config = reward_config(inputs, student, tmp_path, "nft")
-    with started(config) as (setup, trainer):
-        watch = RewardWatch(config, setup, trainer)
+    with started(config) as (method, trainer):
+        watch = RewardWatch(config, method.setup, trainer)
         for reward, slant in ((0.0, 0.9), (1.0, 0.8), (2.0, 0.7), (3.0, 0.6)):
             watch.monitor.hacking = watch.monitor.hacking.updated(Measured(reward, 0.1), [Measured(slant, 0.01)])
         watch.monitor.say()
         watch.monitor.say()
-        other = RewardWatch(config, setup, trainer)
+        other = RewardWatch(config, method.setup, trainer)
         other.load_state(json.loads(json.dumps(watch.state())))
         assert other.monitor.hacking == watch.monitor.hacking
         other.monitor.say()

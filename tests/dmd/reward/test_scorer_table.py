@@ -24,7 +24,8 @@ def test_names_without_weights() -> None:
     assert (lifted.card.name, lifted.card.needs_video) == ("slant_best_0.3", True)
 
 
-def test_digits(classifier_folder) -> None:
+def test_digits(repository) -> None:
+    classifier_folder = repository / "assets" / "digits_image" / "classifier"
     card = make_scorer(ScorerChoice("digit_log_probability", str(classifier_folder))).card
     assert (card.high, card.differentiable, card.weights) == (0.0, True, str(classifier_folder))
 
@@ -36,5 +37,8 @@ def test_mistakes() -> None:
         ScorerChoice("slant", "somewhere")
     with pytest.raises(ValueError, match="clip is for 'aesthetic'"):
         ScorerChoice("hpsv2", "a", clip="b")
+    with pytest.raises(ValueError, match="model is for clip_score, hpsv2, aesthetic, leave it out"):
+        ScorerChoice("pickscore", "a", model="ViT-B-32")
+    assert ScorerChoice("hpsv2", "a", model="ViT-B-32").architecture() == {"model": "ViT-B-32"}
     with pytest.raises(ValueError, match="which needs it"):
         ScorerChoice("aesthetic", "a")

@@ -1,4 +1,4 @@
-"""The latent reward model: what it is told, what it refuses, its training and its files."""
+"""The latent reward model: what it sees, what it refuses, its training and its files."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import TeacherConfig
 from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.run_directory import read_metrics
-from fewstep.dmd.reward.config import RewardSettings, ScorerConfig
+from fewstep.dmd.reward.config import ScorerConfig, ScorersConfig
 from fewstep.dmd.reward.latent.config import LatentNetworkConfig, LatentRewardConfig, LatentSamplesConfig
 from fewstep.dmd.reward.latent.network import (
     LatentReward,
@@ -151,7 +151,7 @@ def latent_config(inputs: TinyInputs, source: Path, directory: Path, **changes: 
     config = LatentRewardConfig(
         teacher=TeacherConfig(path=str(inputs.teacher)),
         samples=LatentSamplesConfig(source=str(source), prompts=str(inputs.prompts), count=80, held_out=0.2),
-        reward=RewardSettings(scorers=(ScorerConfig(name="stroke_weight", weight=2.0),), group_size=4),
+        reward=ScorersConfig(scorers=(ScorerConfig(name="stroke_weight", weight=2.0),), group_size=4),
         run=RunConfig(
             directory=str(directory),
             seed=3,
@@ -203,6 +203,9 @@ def test_latents_of_a_folder_and_mistakes(
     latents = sample_noise(4, range(16), (4, 8, 8), stream="data")
     LatentDataset(latents, ("one", "two") * 8).save(tmp_path / "latents")
     config = latent_config(inputs, tmp_path / "latents", tmp_path / "run")
+    with pytest.raises(ValueError, match="latents have prompts, leave prompts out"):
+        scored_samples(config, device=CPU)
+    config = dataclasses.replace(config, samples=dataclasses.replace(config.samples, prompts=None))
     dry = dataclasses.replace(config, run=dataclasses.replace(config.run, dry_run=True))
     assert train_latent_reward(dry) == 0
     assert "bradley_terry: 4 groups of 4, 3 of them to learn from" in capsys.readouterr().out
@@ -214,14 +217,20 @@ def test_latents_of_a_folder_and_mistakes(
     samples = dataclasses.replace(config.samples, source=str(student), prompts=None)
     with pytest.raises(ValueError, match=r"is a student; set samples.prompts"):
         scored_samples(dataclasses.replace(config, samples=samples), device=CPU)
+    half = dataclasses.replace(config.teacher, dtype="bfloat16")
+    samples = dataclasses.replace(samples, prompts=str(inputs.prompts))
+    with pytest.raises(ValueError, match="a student draws its samples in float32"):
+        scored_samples(dataclasses.replace(config, samples=samples, teacher=half), device=CPU)
 
 
 def test_settings_are_checked_and_the_configuration_reads() -> None:
-    path = Path(__file__).resolve().parents[4] / "configs" / "dmd" / "digits_latent_reward.yaml"
+    path = Path(__file__).resolve().parents[4] / "configs" / "digits" / "latent_reward.yaml"
     config, _ = load_config(LatentRewardConfig, ["--config", str(path)], prog="train_latent_reward.py", description="")
     assert (config.objective, config.samples.count, config.reward.group_size) == ("bradley_terry", 4096, 8)
     for changes, told in (
         ({"temperature": 0.0}, "temperature > 0"),
+        ({"temperature": 0.2, "objective": "regression"}, "'regression' has no pairs to read it"),
+        ({"teacher": TeacherConfig(path="x", guidance=2.0)}, "and does not sample; leave it out"),
         ({"t_min": 0.99}, "0 <= t_min < t_max <= 1"),
         ({"report_times": (1.5,)}, r"give at least one time in \[0, 1\]"),
         ({"reward": dataclasses.replace(config.reward, group_size=7)}, "group_size 7 does not divide"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.dmd.reward.chain import clipped_surrogate
 from fewstep.dmd.reward.flow_sde import Transition, sde_transition, transition_log_prob
 from fewstep.dmd.reward.methods.euphonium import (
     dual_surrogate,
@@ -18,7 +19,6 @@ from fewstep.dmd.reward.methods.euphonium import (
     tilted_velocity,
     unit_gradient,
 )
-from fewstep.dmd.reward.methods.flow_grpo import clipped_surrogate
 from tests.dmd.gaussian_bench import Gaussian, hermite_grid
 
 TEACHER = Gaussian(0.4, 1.2)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fewstep.dmd.reward.chain import clipped_surrogate, select_steps
 from fewstep.dmd.reward.flow_sde import Transition, transition_log_prob
 from fewstep.dmd.reward.inputs import group_mean, group_std, group_sum
-from fewstep.dmd.reward.methods.flow_grpo import clipped_surrogate, select_steps, transition_noise
+from fewstep.dmd.reward.rollout import transition_noise
 from tests.dmd.gaussian_bench import hermite_grid
 
 

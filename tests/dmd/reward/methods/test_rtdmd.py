@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fewstep.core.paths import add_noise
 from fewstep.dmd.loss import direction_normaliser, distribution_matching_loss
+from fewstep.dmd.reward.chain import clipped_surrogate
 from fewstep.dmd.reward.flow_sde import Transition, transition_log_prob
-from fewstep.dmd.reward.methods.flow_grpo import clipped_surrogate
 from fewstep.dmd.reward.methods.rtdmd import EffectiveTilt, direct_reward_loss, effective_tilt, hybrid_loss
 from tests.dmd.gaussian_bench import Gaussian, hermite_grid
 
