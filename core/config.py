@@ -152,16 +152,20 @@ def load_config(
     if not for_help:
         check_missing(set(given), keys)
     hidden = set(methods) - {chosen}
+    section = None if chosen is None else (chosen, dataclass_of(typing.get_type_hints(config_class)[chosen])[0])
     told = description
     if methods and chosen is None:
         told += f" One of the sections {', '.join(methods)} is the method; --config FILE --help shows its settings."
-    parser = _build_parser(config_class, prog=prog, description=told, hidden=hidden)
+    parser = _build_parser(config_class, prog=prog, description=told, hidden=hidden, section=section)
     try:
         values = parser.parse_args(arguments).as_dict()
     except jsonargparse.ArgumentError as error:
         _raise_readable(str(error), keys)
     values.pop("config", None)
     values |= dict.fromkeys(hidden)
+    if chosen is not None:
+        # A section without settings has nothing that the parser could give.
+        values.setdefault(chosen, {})
     config = _build(config_class, values, prefix="")
     return config, plain_values(config)
 
@@ -203,7 +207,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build_parser(config_class: type, *, prog: str, description: str, hidden: set[str]) -> jsonargparse.ArgumentParser:
+def _build_parser(
+    config_class: type, *, prog: str, description: str, hidden: set[str], section: tuple[str, type | None] | None
+) -> jsonargparse.ArgumentParser:
+    """A parser without the hidden sections; `section` is the method's, name and class."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
@@ -211,7 +218,12 @@ def _build_parser(config_class: type, *, prog: str, description: str, hidden: se
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with the whole configuration.")
-    parser.add_class_arguments(config_class, skip={*hidden})
+    skipped: set[str | int] = {*hidden}
+    if section is not None and section[1] is not None:
+        # As an optional group it would stand in --help as one line.
+        skipped.add(section[0])
+        parser.add_class_arguments(section[1], section[0])
+    parser.add_class_arguments(config_class, skip=skipped)
     return parser
 
 

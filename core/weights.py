@@ -7,6 +7,7 @@ pipeline (its transformer or unet, also in shards), the folder of such a network
 from __future__ import annotations
 
 import json
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class StoredWeights:
     checkpoint: Path | None = None
 
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors, as in the network. Raises ValueError for a file that cannot be read."""
+        """Names of the tensors without what stands around the network. Raises ValueError for a file that is broken."""
         found: list[str] = []
         for path in self.files:
             try:
@@ -47,14 +48,14 @@ class StoredWeights:
                     found += file.keys()
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
-        return tuple(_bare(name) for name in found)
+        return tuple(_name_in(name, frozenset()) for name in found)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their names in the network. Raises ValueError for a file that cannot be read."""
+    def tensors(self, own: AbstractSet[str] = frozenset()) -> dict[str, Tensor]:
+        """The tensors by their names in the network whose names are `own`. Raises ValueError for a file that is broken."""
         found: dict[str, Tensor] = {}
         for path in self.files:
             try:
-                found |= {_bare(name): tensor for name, tensor in load_file(path).items()}
+                found |= {_name_in(name, own): tensor for name, tensor in load_file(path).items()}
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
         return found
@@ -67,8 +68,14 @@ class StoredWeights:
         return file if file.is_file() else None
 
 
-def _bare(name: str) -> str:
+def _name_in(name: str, own: AbstractSet[str]) -> str:
+    """The name without what stands around the network; one of the network's own is kept as it is.
+
+    A network may have a child that is called like a wrapper: SANA with a ControlNet has a `transformer`.
+    """
     for prefix in PREFIXES:
+        if name in own:
+            return name
         name = name.removeprefix(prefix)
     return name
 
@@ -129,8 +136,8 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
     Raises:
         ValueError: a file cannot be read, or does not hold exactly this network's weights.
     """
-    tensors = weights.tensors()
     own = network.state_dict()
+    tensors = weights.tensors(own.keys())
     # An average holds all floating buffers, also computed tables that no state_dict has.
     computed = {name for name, _ in network.named_buffers()} - own.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in computed}
