@@ -51,7 +51,7 @@ class StoredWeights:
         return tuple(_name_in(name, frozenset()) for name in found)
 
     def tensors(self, own: AbstractSet[str] = frozenset()) -> dict[str, Tensor]:
-        """The tensors by their names in the network whose names are `own`. Raises ValueError for a file that is broken."""
+        """The tensors by their names in the network whose names are `own`. Raises ValueError for a broken file."""
         found: dict[str, Tensor] = {}
         for path in self.files:
             try:

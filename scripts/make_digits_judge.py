@@ -22,8 +22,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from fewstep.embedded.digits.classifier import save_classifier, train_classifier
-    from fewstep.embedded.digits.clip_judges import save_judges, train_judges
     from fewstep.embedded.digits.held_out_classifier import save_held_out, train_held_out
+    from fewstep.embedded.moving_digits.judges import save_judges, train_judges
 
     seed, length = DEFAULTS[arguments.kind]
     seed = seed if arguments.seed is None else arguments.seed

@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch
 
-    from fewstep.embedded.digits.clip_teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
+    from fewstep.embedded.moving_digits.teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
 
     torch.set_num_threads(arguments.threads)
     names = ("autoencoder_steps", "short_steps", "transformer_steps")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -109,19 +110,23 @@ def test_every_key_of_another_method_is_refused(path: Path) -> None:
     assert tried >= 1 or len(config_class.METHODS) == 1
 
 
+def attributes_read(path: Path) -> Iterator[str]:
+    """Attributes that the code of a file takes; in settings the checks of values do not count."""
+    tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    is_settings = path.name.endswith(("config.py", "sections.py"))
+    for node in [tree] if not is_settings else ast.walk(tree):
+        checks = isinstance(node, ast.FunctionDef) and re.match(r"__post_init__|check|require|refuse", node.name)
+        if not is_settings or (isinstance(node, ast.FunctionDef) and not checks):
+            yield from (inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute))
+
+
 def test_every_setting_of_a_section_is_read() -> None:
     """By a module of the method's layer that is not its configuration."""
     unread = []
     for config_class in WITH_METHODS:
         folders = (LAYER[config_class], *SHARED.get(config_class, ()))
         found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-        files = [path for path in found if not path.name.endswith(("config.py", "sections.py"))]
-        read = {
-            node.attr
-            for path in files
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Attribute)
-        }
+        read = {name for path in found for name in attributes_read(path)}
         for section in config_class.METHODS:
             for key in leaves(section_of(config_class, section)):
                 name = key.removesuffix(".learning_rate").rpartition(".")[2]

@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from fewstep.core.families.sana_control import with_controlnet
-from fewstep.embedded.digits.sana_teacher import TEXT_WIDTH, build_text_encoder, build_tokenizer
+from fewstep.embedded.digits.sana_teacher import TEXT_WIDTH, build_gemma, build_gemma_tokenizer
 from tests.tiny_networks import widen_weights
 
 LATENT_SHAPE = (8, 4, 4)
@@ -67,10 +67,10 @@ def build_sana(*, shift: float = 3.0, dense: bool = False, seed: int = 0, **conf
         config = {"timestep_scale": 0.001, "qk_norm": "rms_norm_across_heads", **config}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = build_gemma_tokenizer()
         pipeline = SanaPipeline(
             tokenizer=tokenizer,
-            text_encoder=build_text_encoder(tokenizer, seed=seed),
+            text_encoder=build_gemma(tokenizer, seed=seed),
             vae=build_autoencoder(),
             transformer=build_transformer(**config),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),

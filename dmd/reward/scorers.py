@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fewstep.dmd.reward.config import ScorerConfig
-from fewstep.embedded.digits.clip_scorers import ClipLight, ClipMotionError, load_clip_digit, load_clip_motion
 from fewstep.embedded.digits.held_out_classifier import load_held_out
 from fewstep.embedded.digits.scorers import Slant, StrokeWeight, load_digit_log_probability
+from fewstep.embedded.moving_digits.scorers import ClipLight, ClipMotionError, load_clip_digit, load_clip_motion
 from fewstep.evaluation.scorers.clip import load_aesthetic, load_clip_score, load_hpsv2, load_pickscore
 from fewstep.evaluation.scorers.frames import FrameScore
 from fewstep.evaluation.scorers.remote import RemoteScorer

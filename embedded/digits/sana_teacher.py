@@ -47,7 +47,7 @@ class SanaRecipe:
     condition_dropout: float = 0.1
 
 
-def build_transformer() -> SanaTransformer2DModel:
+def build_sana_transformer() -> SanaTransformer2DModel:
     """An untrained SANA transformer: 4 blocks of width 128 on 16 image tokens, about 1.7 M parameters."""
     return SanaTransformer2DModel(
         in_channels=LATENT_CHANNELS,
@@ -66,14 +66,14 @@ def build_transformer() -> SanaTransformer2DModel:
     )
 
 
-def build_pipeline(vae: AutoencoderDC, *, seed: int) -> SanaPipeline:
+def build_sana_pipeline(vae: AutoencoderDC, *, seed: int) -> SanaPipeline:
     """The pipeline around an autoencoder, with a text encoder of random weights and an untrained transformer."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_gemma_tokenizer()
     return SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=build_text_encoder(tokenizer, seed=seed),
+        text_encoder=build_gemma(tokenizer, seed=seed),
         vae=vae,
-        transformer=build_transformer(),
+        transformer=build_sana_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),  # pyright: ignore[reportArgumentType]
     )
 
@@ -83,13 +83,15 @@ def train_sana(recipe: SanaRecipe) -> tuple[SanaPipeline, dict[str, list[dict[st
     torch.manual_seed(recipe.seed)
     images = load_digits_split("train")
     logs = {name: StepLog(name, every=every) for name, every in (("autoencoder", 100), ("transformer", 200))}
-    vae = build_autoencoder()
-    train_autoencoder(vae, images.pixels, steps=recipe.autoencoder_steps, seed=recipe.seed, log=logs["autoencoder"])
-    pipeline = build_pipeline(vae, seed=recipe.seed)
+    vae = build_sana_autoencoder()
+    train_sana_autoencoder(
+        vae, images.pixels, steps=recipe.autoencoder_steps, seed=recipe.seed, log=logs["autoencoder"]
+    )
+    pipeline = build_sana_pipeline(vae, seed=recipe.seed)
     family = build_family(pipeline)
     captions = family.encode_prompts(pipeline, all_captions())
     conditions = Condition.cat([captions, family.encode_null(pipeline)])
-    latents = raw_latents(vae, images.pixels) * vae.config["scaling_factor"]
+    latents = raw_sana_latents(vae, images.pixels) * vae.config["scaling_factor"]
     shared = {name: value for name, value in asdict(recipe).items() if name in TeacherRecipe.__dataclass_fields__}
     train_transformer(
         Denoiser(pipeline.transformer, family),
@@ -142,7 +144,7 @@ def instruction_text() -> str:
     return "\n".join(lines)
 
 
-def build_tokenizer() -> GemmaTokenizer:
+def build_gemma_tokenizer() -> GemmaTokenizer:
     """A Gemma tokenizer whose merges build every word of the captions and of SANA's instruction from left to right.
 
     Other text falls back to letters, and letters it does not know to bytes, so no input raises.
@@ -168,7 +170,7 @@ def build_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab=vocab, merges=merges, model_max_length=1024, add_bos_token=True)
 
 
-def build_text_encoder(tokenizer: GemmaTokenizer, *, seed: int) -> Gemma2Model:
+def build_gemma(tokenizer: GemmaTokenizer, *, seed: int) -> Gemma2Model:
     """A two-layer Gemma2 of width 32 with random weights, which stay: words differ in it, and that is enough."""
     config = Gemma2Config(
         vocab_size=len(tokenizer),
@@ -193,7 +195,7 @@ def build_text_encoder(tokenizer: GemmaTokenizer, *, seed: int) -> Gemma2Model:
     return encoder.requires_grad_(False).eval()
 
 
-def build_autoencoder() -> AutoencoderDC:
+def build_sana_autoencoder() -> AutoencoderDC:
     """An untrained deep-compression autoencoder (arXiv:2410.10733): eight times smaller sides, 16 channels."""
     widths = (16, 32, 64, 64)
     plain = ((),) * len(widths)
@@ -213,7 +215,7 @@ def build_autoencoder() -> AutoencoderDC:
     )
 
 
-def train_autoencoder(vae: AutoencoderDC, pixels: Tensor, *, steps: int, seed: int, log: StepLog) -> None:
+def train_sana_autoencoder(vae: AutoencoderDC, pixels: Tensor, *, steps: int, seed: int, log: StepLog) -> None:
     """Fit reconstruction (L1 + MSE) on pixels [N, 3, 32, 32]; sets the scaling factor and freezes.
 
     The decoder sees latents with a little noise, and their square is penalised as the KL term of a posterior of that
@@ -239,11 +241,11 @@ def train_autoencoder(vae: AutoencoderDC, pixels: Tensor, *, steps: int, seed: i
         schedule.step()
         log.add(step, loss=loss.item(), size=size.item())
     vae.requires_grad_(False).eval()
-    vae.register_to_config(scaling_factor=1.0 / raw_latents(vae, pixels).std().item())
+    vae.register_to_config(scaling_factor=1.0 / raw_sana_latents(vae, pixels).std().item())
 
 
 @torch.no_grad()
-def raw_latents(vae: AutoencoderDC, pixels: Tensor, batch_size: int = 256) -> Tensor:
+def raw_sana_latents(vae: AutoencoderDC, pixels: Tensor, batch_size: int = 256) -> Tensor:
     """Latents [N, 16, 4, 4] of pixels in [0, 1], before scaling."""
     parts = [vae.encode(part * 2.0 - 1.0, return_dict=False)[0] for part in pixels.split(batch_size)]
     return torch.cat(parts)

@@ -34,9 +34,9 @@ from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint, load_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE
 from fewstep.core.weights import find_weights
-from fewstep.embedded.digits.clip_judges import VideoJudges, load_judges
-from fewstep.embedded.digits.clip_measures import VideoReference, VideoResult, measure_clips, video_reference
-from fewstep.embedded.digits.clips import balanced_clip_prompt, moving_digits
+from fewstep.embedded.moving_digits.clips import balanced_clip_prompt, moving_digits
+from fewstep.embedded.moving_digits.judges import VideoJudges, load_judges
+from fewstep.embedded.moving_digits.measures import VideoReference, VideoResult, measure_clips, video_reference
 from fewstep.evaluation.provenance import collect_provenance
 
 TEACHER = "assets/digits_video"

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import save_grid
-from fewstep.embedded.digits.clip_judges import held_out_clips, load_judges
-from fewstep.embedded.digits.clip_measures import VideoResult, measure_clips, video_reference
-from fewstep.embedded.digits.clips import CANVAS, CLIP_FRAMES, all_clip_captions
+from fewstep.embedded.moving_digits.clips import CANVAS, CLIP_FRAMES, all_clip_captions
+from fewstep.embedded.moving_digits.judges import held_out_clips, load_judges
+from fewstep.embedded.moving_digits.measures import VideoResult, measure_clips, video_reference
 
 REFERENCE_CLIPS = 1000
 SHEET_CLIPS, SHEET_EVERY = 16, 3

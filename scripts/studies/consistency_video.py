@@ -29,8 +29,8 @@ from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import frame_row, save_grid
-from fewstep.embedded.digits.clip_judges import VideoJudges, held_out_clips, load_judges
-from fewstep.embedded.digits.clip_measures import VideoReference, VideoResult, measure_clips, video_reference
+from fewstep.embedded.moving_digits.judges import VideoJudges, held_out_clips, load_judges
+from fewstep.embedded.moving_digits.measures import VideoReference, VideoResult, measure_clips, video_reference
 from fewstep.evaluation.provenance import collect_provenance
 
 TEACHER = "assets/digits_video"

@@ -32,9 +32,9 @@ from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.stream.world import spread as spread_over_frame
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.sample_grid import save_grid
-from fewstep.embedded.digits.clip_judges import VideoJudges, load_judges
-from fewstep.embedded.digits.clips import ACTION_FRAMES, ACTION_WORDS, SteeredDigits, steered_digits
-from fewstep.embedded.digits.steering import SteeringResult, measure_steering
+from fewstep.embedded.moving_digits.clips import ACTION_FRAMES, ACTION_WORDS, SteeredDigits, steered_digits
+from fewstep.embedded.moving_digits.judges import VideoJudges, load_judges
+from fewstep.embedded.moving_digits.steering import SteeringResult, measure_steering
 from fewstep.evaluation.provenance import collect_provenance
 
 # Of the captions and actions that are asked for. Settings were chosen on those of seed 0.

@@ -16,7 +16,7 @@ from fewstep.causal_video.model.controls import FrameControls
 from fewstep.causal_video.stream.world import latent_actions
 from fewstep.core.data import LatentDataset
 from fewstep.core.teacher import Teacher
-from fewstep.embedded.digits.clips import ACTION_WORDS, CLIP_FRAMES, steered_digits
+from fewstep.embedded.moving_digits.clips import ACTION_WORDS, CLIP_FRAMES, steered_digits
 
 BATCH = 32
 

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, WanPipeline
 
 from fewstep.core.data import LatentDataset, read_prompts
 from fewstep.core.teacher import Teacher
-from fewstep.embedded.digits.clip_autoencoder import scaled_video_latents
-from fewstep.embedded.digits.clips import all_clip_captions, moving_digits
+from fewstep.embedded.moving_digits.autoencoder import scaled_video_latents
+from fewstep.embedded.moving_digits.clips import all_clip_captions, moving_digits
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "digits_video"
 MEBIBYTE = 2**20

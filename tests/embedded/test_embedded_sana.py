@@ -13,19 +13,19 @@ from fewstep.embedded.digits.images import all_captions, load_digits_split
 from fewstep.embedded.digits.progress import StepLog
 from fewstep.embedded.digits.sana_teacher import (
     SanaRecipe,
-    build_autoencoder,
-    build_text_encoder,
-    build_tokenizer,
+    build_gemma,
+    build_gemma_tokenizer,
+    build_sana_autoencoder,
     instruction_text,
-    raw_latents,
+    raw_sana_latents,
     save_sana,
-    train_autoencoder,
     train_sana,
+    train_sana_autoencoder,
 )
 
 
 def test_every_word_of_a_caption_is_one_token() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_gemma_tokenizer()
     for caption in all_captions():
         assert len(tokenizer(caption).input_ids) == 1 + len(caption.split())
     assert tokenizer("").input_ids == [tokenizer.bos_token_id]
@@ -39,9 +39,9 @@ def test_every_word_of_a_caption_is_one_token() -> None:
 
 
 def test_text_encoder_tells_digits_apart_and_is_its_seed() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_gemma_tokenizer()
     state = torch.random.get_rng_state()
-    encoder, again = (build_text_encoder(tokenizer, seed=3) for _ in range(2))
+    encoder, again = (build_gemma(tokenizer, seed=3) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     ids = tokenizer(["the digit one", "the digit two", "a one"], padding=True, return_tensors="pt")
     found = encoder(**ids)[0]
@@ -55,10 +55,10 @@ def test_text_encoder_tells_digits_apart_and_is_its_seed() -> None:
 def test_autoencoder_learns_and_scales() -> None:
     pixels = load_digits_split("train").pixels[:64]
     torch.manual_seed(0)
-    vae, log = build_autoencoder(), StepLog("autoencoder", every=5)
-    train_autoencoder(vae, pixels, steps=15, seed=0, log=log)
+    vae, log = build_sana_autoencoder(), StepLog("autoencoder", every=5)
+    train_sana_autoencoder(vae, pixels, steps=15, seed=0, log=log)
     assert log.records[-1]["loss"] < 0.7 * log.records[0]["loss"]
-    latents = raw_latents(vae, pixels) * vae.config["scaling_factor"]
+    latents = raw_sana_latents(vae, pixels) * vae.config["scaling_factor"]
     assert latents.shape == (64, 16, 4, 4)
     assert latents.std().item() == pytest.approx(1.0, abs=1e-4)
     assert not any(parameter.requires_grad for parameter in vae.parameters())

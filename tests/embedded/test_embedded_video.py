@@ -9,23 +9,23 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
 from fewstep.core.data import LatentDataset, read_prompts
-from fewstep.embedded.digits.clip_autoencoder import (
+from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.digits.progress import StepLog
+from fewstep.embedded.moving_digits.autoencoder import (
     AutoencoderStage,
     build_video_autoencoder,
     scaled_video_latents,
     standardise_latents,
     train_video_autoencoder,
 )
-from fewstep.embedded.digits.clip_teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
-from fewstep.embedded.digits.clip_text import (
+from fewstep.embedded.moving_digits.clips import all_clip_captions, moving_digits
+from fewstep.embedded.moving_digits.teacher import VideoTeacherRecipe, save_video_teacher, train_video_teacher
+from fewstep.embedded.moving_digits.text import (
     build_video_text_encoder,
     build_video_tokenizer,
     clip_caption_targets,
     train_video_text_encoder,
 )
-from fewstep.embedded.digits.clips import all_clip_captions, moving_digits
-from fewstep.embedded.digits.images import label_of_prompt
-from fewstep.embedded.digits.progress import StepLog
 
 RECIPE = VideoTeacherRecipe(
     text_steps=2,

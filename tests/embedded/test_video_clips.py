@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.embedded.digits.clips import (
+from fewstep.embedded.digits.images import DIGIT_WORDS, label_of_prompt
+from fewstep.embedded.moving_digits.clips import (
     ACTION_FRAMES,
     ACTION_HOLD,
     ACTION_SPEED,
@@ -29,7 +30,6 @@ from fewstep.embedded.digits.clips import (
     steered_positions,
     straight_positions,
 )
-from fewstep.embedded.digits.images import DIGIT_WORDS, label_of_prompt
 
 FINITE = st.floats(0.0, REACH, allow_nan=False)
 

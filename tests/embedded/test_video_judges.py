@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.embedded.digits.clip_judges import (
+from fewstep.embedded.moving_digits.clips import moving_digits
+from fewstep.embedded.moving_digits.judges import (
     ClipJudge,
     FrameJudge,
     JudgesRecord,
@@ -19,7 +20,6 @@ from fewstep.embedded.digits.clip_judges import (
     save_judges,
     train_judges,
 )
-from fewstep.embedded.digits.clips import moving_digits
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "digits_video" / "judges"
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.embedded.digits.clip_judges import VideoJudges, held_out_clips, load_judges
-from fewstep.embedded.digits.clip_measures import (
+from fewstep.embedded.moving_digits.clips import SPEEDS, moving_digits, render, small_digits, straight_positions
+from fewstep.embedded.moving_digits.judges import VideoJudges, held_out_clips, load_judges
+from fewstep.embedded.moving_digits.measures import (
     VideoReference,
     light_centres,
     measure_clips,
@@ -14,7 +15,6 @@ from fewstep.embedded.digits.clip_measures import (
     segments,
     video_reference,
 )
-from fewstep.embedded.digits.clips import SPEEDS, moving_digits, render, small_digits, straight_positions
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "digits_video" / "judges"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.embedded.digits.clip_judges import VideoJudges, load_judges
-from fewstep.embedded.digits.clips import steered_digits
-from fewstep.embedded.digits.steering import action_pieces, measure_steering
+from fewstep.embedded.moving_digits.clips import steered_digits
+from fewstep.embedded.moving_digits.judges import VideoJudges, load_judges
+from fewstep.embedded.moving_digits.steering import action_pieces, measure_steering
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "digits_video" / "judges"
 

@@ -12,10 +12,10 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.stages.train import train_causal_video
-from fewstep.embedded.digits.clip_judges import load_judges
-from fewstep.embedded.digits.clip_measures import VideoReference, VideoResult, video_reference
-from fewstep.embedded.digits.clips import direction_of_prompt, moving_digits, speed_of_prompt
 from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.clips import direction_of_prompt, moving_digits, speed_of_prompt
+from fewstep.embedded.moving_digits.judges import load_judges
+from fewstep.embedded.moving_digits.measures import VideoReference, VideoResult, video_reference
 from tests.causal_video.tiny_causal_run import FLOWS, VideoInputs, tiny_causal, write_inputs
 
 POLICY = CachePolicy(2, 1, "static")

@@ -8,8 +8,8 @@ import torch
 from studies import steered as study
 from studies.steered_clips import action_channels
 
-from fewstep.embedded.digits.clip_judges import load_judges
-from fewstep.embedded.digits.steering import SteeringResult
+from fewstep.embedded.moving_digits.judges import load_judges
+from fewstep.embedded.moving_digits.steering import SteeringResult
 
 
 def result_of(obeyed: float) -> SteeringResult:

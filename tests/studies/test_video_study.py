@@ -21,7 +21,7 @@ from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import save_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE, RunDirectory
 from fewstep.core.training.trainer import Trainer
-from fewstep.embedded.digits.clip_measures import VideoResult
+from fewstep.embedded.moving_digits.measures import VideoResult
 
 
 def digits_config(repository: Path, method: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> ConsistencyConfig:

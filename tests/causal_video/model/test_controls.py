@@ -36,7 +36,7 @@ from fewstep.causal_video.stream.world import ActionSpace, latent_actions, sprea
 from fewstep.core.condition import Condition
 from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher
-from fewstep.embedded.digits.clips import ACTION_WORDS
+from fewstep.embedded.moving_digits.clips import ACTION_WORDS
 from fewstep.kernels.check_jvp import Float64Inside
 from tests.causal_video.tiny_causal import FRAME_TOKENS, build_student, largest, latents, noise, text
 from tests.causal_video.tiny_causal_run import VideoInputs

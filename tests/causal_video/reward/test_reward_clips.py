@@ -9,10 +9,10 @@ from torch import Tensor
 from fewstep.dmd.reward.config import RewardSettings, ScorerConfig
 from fewstep.dmd.reward.scorers import SCORERS, load_scorers
 from fewstep.dmd.reward.scores import RewardModel
-from fewstep.embedded.digits.clip_judges import load_judges
-from fewstep.embedded.digits.clip_scorers import ClipLight, ClipMotion, ClipMotionError, pieces
-from fewstep.embedded.digits.clips import MovingDigits, moving_digits
 from fewstep.embedded.digits.scorers import Slant
+from fewstep.embedded.moving_digits.clips import MovingDigits, moving_digits
+from fewstep.embedded.moving_digits.judges import load_judges
+from fewstep.embedded.moving_digits.scorers import ClipLight, ClipMotion, ClipMotionError, pieces
 from fewstep.evaluation.scorers.scorer import score
 
 SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "digits_video" / "judges"

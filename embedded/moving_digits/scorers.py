@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.embedded.digits.clip_judges import (
+from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.clips import CLIP_FRAMES, SPEEDS, direction_of_prompt, speed_of_prompt
+from fewstep.embedded.moving_digits.judges import (
     ClipLogits,
     FrameJudge,
     VideoJudges,
@@ -22,9 +24,7 @@ from fewstep.embedded.digits.clip_judges import (
     frame_logits,
     load_judges,
 )
-from fewstep.embedded.digits.clip_measures import light_centres
-from fewstep.embedded.digits.clips import CLIP_FRAMES, SPEEDS, direction_of_prompt, speed_of_prompt
-from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.measures import light_centres
 from fewstep.evaluation.scorers.scorer import ScorerCard
 
 Question = Literal["direction", "axis", "speed"]

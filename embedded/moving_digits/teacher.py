@@ -19,7 +19,8 @@ from fewstep.core.families.wan import STOCK_TEXT_TOKENS
 from fewstep.core.grids import shift_time
 from fewstep.core.paths import add_noise
 from fewstep.core.training.ema import Ema
-from fewstep.embedded.digits.clip_autoencoder import (
+from fewstep.embedded.digits.progress import StepLog
+from fewstep.embedded.moving_digits.autoencoder import (
     LATENT_CHANNELS,
     AutoencoderStage,
     build_video_autoencoder,
@@ -27,15 +28,14 @@ from fewstep.embedded.digits.clip_autoencoder import (
     standardise_latents,
     train_video_autoencoder,
 )
-from fewstep.embedded.digits.clip_text import (
+from fewstep.embedded.moving_digits.clips import CLIP_FRAMES, all_clip_captions, moving_digits
+from fewstep.embedded.moving_digits.text import (
     TEXT_TOKENS,
     TEXT_WIDTH,
     build_video_text_encoder,
     build_video_tokenizer,
     train_video_text_encoder,
 )
-from fewstep.embedded.digits.clips import CLIP_FRAMES, all_clip_captions, moving_digits
-from fewstep.embedded.digits.progress import StepLog
 
 # Of the scheduler and, as for Wan at 480p, towards noise: there it is decided which digit moves where.
 SHIFT = 3.0

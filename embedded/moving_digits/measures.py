@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.embedded.digits.clip_judges import ClipJudge, FrameJudge, VideoJudges, clip_logits, frames_of
-from fewstep.embedded.digits.clips import CLIP_FRAMES, direction_of_prompt, speed_of_prompt
 from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.clips import CLIP_FRAMES, direction_of_prompt, speed_of_prompt
+from fewstep.embedded.moving_digits.judges import ClipJudge, FrameJudge, VideoJudges, clip_logits, frames_of
 from fewstep.evaluation.fid import frechet_inception_distance
 
 FEATURE_BATCH = 512

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from fewstep.embedded.digits.clips import all_clip_captions, direction_of_prompt, speed_of_prompt
 from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.clips import all_clip_captions, direction_of_prompt, speed_of_prompt
 
 # Captions have at most 6 words. The stock pipeline pads to 512 unless it is told this number.
 TEXT_TOKENS = 16

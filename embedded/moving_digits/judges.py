@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fewstep.embedded.digits.clips import CANVAS, CLIP_FRAMES, MovingDigits, moving_digits
+from fewstep.embedded.moving_digits.clips import CANVAS, CLIP_FRAMES, MovingDigits, moving_digits
 
 FEATURES = 64
 DIGITS, DIRECTIONS, SPEEDS = 10, 4, 2

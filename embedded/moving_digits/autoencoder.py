@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from fewstep.embedded.digits.clips import moving_digits
 from fewstep.embedded.digits.progress import StepLog
+from fewstep.embedded.moving_digits.clips import moving_digits
 
 LATENT_CHANNELS = 8
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 4

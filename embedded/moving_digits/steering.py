@@ -11,10 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.embedded.digits.clip_judges import VideoJudges
-from fewstep.embedded.digits.clip_measures import frame_features, light_centres, segments
-from fewstep.embedded.digits.clips import ACTION_FRAMES, ACTION_SPEED, ACTION_WORDS, CANVAS, DIGIT, DIRECTION_STEPS
 from fewstep.embedded.digits.images import label_of_prompt
+from fewstep.embedded.moving_digits.clips import (
+    ACTION_FRAMES,
+    ACTION_SPEED,
+    ACTION_WORDS,
+    CANVAS,
+    DIGIT,
+    DIRECTION_STEPS,
+)
+from fewstep.embedded.moving_digits.judges import VideoJudges
+from fewstep.embedded.moving_digits.measures import frame_features, light_centres, segments
 
 # A digit that was told to stay may move by this many pixels in a piece; one that was told to move goes four.
 STILL = 2.0
