@@ -105,27 +105,6 @@ def central_derivative(
     return (after - before) / _expand((forward + backward).to(after.dtype), after)
 
 
-@torch.no_grad()
-def require_visible_step(
-    function: Function,
-    x: Tensor,
-    time: Times,
-    dtime: Times,
-    *,
-    step: float,
-    interval: tuple[float, float] | None = None,
-) -> None:
-    """Check once, before training, that a central difference sees its step in time: x stands still here.
-
-    bf16 keeps 8 bits, so a network that multiplies its time by 1000 and rounds it sees 937.5 and 936.5 as the same
-    number. `central_derivative` cannot tell, since x moves too.
-
-    Raises:
-        ValueError: most samples give exactly the same value on both sides.
-    """
-    central_derivative(function, x, time, torch.zeros_like(x), dtime, step=step, interval=interval)
-
-
 def _checked(x: Tensor, time: Times, dx: Tensor, dtime: Times) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     times = time if isinstance(time, tuple) else (time,)
     dtimes = dtime if isinstance(dtime, tuple) else (dtime,)

@@ -69,19 +69,6 @@ def grid_times(uniform: Tensor, *, steps: int, shift: float = 1.0, skip: int = 1
     return TimePair(grid[index], grid[(index + skip).clamp(max=steps)])
 
 
-def listed_times(uniform: Tensor, times: tuple[float, ...]) -> Tensor:
-    """One of the given times with equal probability; uniform is [B] in [0, 1).
-
-    Raises:
-        ValueError: there are no times.
-    """
-    if len(times) == 0:
-        raise ValueError("give at least one time")
-    uniform = at_least_fp32(uniform)
-    table = torch.tensor(times, dtype=uniform.dtype, device=uniform.device)
-    return table[(uniform * len(times)).long().clamp(0, len(times) - 1)]
-
-
 def mix_max_time(time: Tensor, uniform: Tensor, *, share: float, maximum: float = 1.0) -> Tensor:
     """`maximum` where uniform < share, else `time`, all [B] (SANA-Sprint, arXiv:2503.09641: share 0.5).
 
@@ -110,20 +97,6 @@ def ordered_times(first: Tensor, second: Tensor, uniform: Tensor, *, equal_share
     first, second = at_least_fp32(first), at_least_fp32(second)
     t = torch.maximum(first, second)
     return TimePair(t, torch.where(uniform < equal_share, t, torch.minimum(first, second)))
-
-
-def meanflow_cifar_times(normal_t: Tensor, normal_r: Tensor, uniform: Tensor, *, equal_share: float = 0.25) -> TimePair:
-    """t logit-normal(-0.6, 1.6), r the smaller of t and logit-normal(-4, 1.6); r = t where uniform < equal_share.
-
-    The recipe of the public MeanFlow code for CIFAR-10 in its first version (three quarters have r != t at most).
-
-    Raises:
-        ValueError: equal_share is not in [0, 1].
-    """
-    _require_share(equal_share)
-    t = logit_normal(normal_t, mean=-0.6, std=1.6)
-    r = torch.minimum(t, logit_normal(normal_r, mean=-4.0, std=1.6))
-    return TimePair(t, torch.where(uniform < equal_share, t, r))
 
 
 def anyflow_times(first: Tensor, second: Tensor, indices: Tensor, *, shift: float = 5.0) -> TimePair:

@@ -14,6 +14,11 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, nargs="+", help="network calls of each chunk, such as 4 2; default: the run's")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the files")
     add("--overwrite", action="store_true", help="replace an earlier export")
+    add(
+        "--far",
+        metavar="DIR",
+        help="also write it as diffusers' AnyFlowFARPipeline; for students of one call per chunk",
+    )
     add("--device", default="cpu", help="cpu or cuda: where the export is compared with the rollout of the training")
     return parser.parse_args()
 
@@ -22,7 +27,9 @@ def main() -> None:
     options = parse()
     # Imports are slow; --help and mistyped options answer without them.
     from fewstep.causal_video.export.card import streaming_snippet
+    from fewstep.causal_video.export.far import export_far
     from fewstep.causal_video.export.pipeline import export_causal_run
+    from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
     from fewstep.core.export.check import ExportMismatchError
 
     try:
@@ -36,8 +43,11 @@ def main() -> None:
             overwrite=options.overwrite,
             device=options.device,
         )
+        far = None if options.far is None else export_far(CausalVideoPipeline.from_pretrained(directory), options.far)
     except (ValueError, FileExistsError, ExportMismatchError) as error:
         sys.exit(f"error: {error}")
+    if far is not None:
+        print(f"{options.far}: AnyFlowFARPipeline, {far:.1e} of the largest latent from the stream")
     print(f"{directory}: {record.method}, step {record.training_step}\n")
     print(streaming_snippet(record, str(directory)), end="")
 

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.policy import CachePolicy, ChunkWindow, PositionKind, QuantiseKind
-
-# Bytes of one number and of one scale per token and head.
-QUANTISED_BYTES = {"int8": (1, 4), "fp8": (1, 4)}
+from fewstep.causal_video.policy import CachePolicy, ChunkWindow, PositionKind
 
 
 @dataclass(frozen=True)
@@ -96,17 +93,3 @@ def cache_bytes(
     Wan 2.1 1.3B at 480 x 832 in bf16: 287.5 million bytes a frame.
     """
     return 2 * layers * batch * frames * tokens_per_frame * heads * head_width * number_bytes
-
-
-def quantised_cache_bytes(
-    frames: int, *, tokens_per_frame: int, layers: int, batch: int, heads: int, head_width: int, kind: QuantiseKind
-) -> int:
-    """Size of quantised keys and values: a byte per number, and an fp32 scale per token and head.
-
-    Raises:
-        ValueError: the kind is "none".
-    """
-    if kind not in QUANTISED_BYTES:
-        raise ValueError(f"kind must be one of {sorted(QUANTISED_BYTES)}, got {kind!r}; else use cache_bytes")
-    number, scale = QUANTISED_BYTES[kind]
-    return 2 * layers * batch * frames * tokens_per_frame * heads * (head_width * number + scale)

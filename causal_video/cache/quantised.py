@@ -16,8 +16,6 @@ from fewstep.causal_video.policy import QuantiseKind
 INT8_LARGEST = 127.0
 # e4m3 without infinities: largest number, relative half step of normal numbers, and half the step below them.
 FP8_LARGEST = 448.0
-FP8_RELATIVE = 2.0**-4
-FP8_ABSOLUTE = 2.0**-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +88,3 @@ def quantise(x: Tensor, kind: QuantiseKind) -> QuantisedTensor:
     scaled = (wide / scales).clamp(-limit, limit)
     numbers = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)
     return QuantisedTensor(numbers, scales)
-
-
-def error_bound(x: Tensor, kind: QuantiseKind) -> Tensor:
-    """The largest difference between x and what `quantise` restores, number by number, fp32 rounding apart.
-
-    Half a step: scale / 2 for int8; for fp8 the larger of |x| / 16 and scale / 1024.
-
-    Raises:
-        ValueError: the kind is "none".
-    """
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    if kind == "int8":
-        return (largest / INT8_LARGEST / 2).expand_as(x)
-    if kind != "fp8":
-        raise ValueError(f"kind must be int8 or fp8, got {kind!r}")
-    return torch.maximum(x.abs() * FP8_RELATIVE, largest / FP8_LARGEST * FP8_ABSOLUTE)

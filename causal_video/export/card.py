@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fewstep.causal_video.layout import ChunkLayout
-from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import FILE_NAME, CausalSettings, StreamDefaults
-from fewstep.core.export.model_card import CARD_FILE, RECORD_FILE, Figure, Verification, license_of
+from fewstep.core.export.model_card import CARD_FILE, RECORD_FILE, Figure, Verification
 
 
 @dataclass(frozen=True)
@@ -61,49 +57,9 @@ def write_causal_record(record: CausalRecord, directory: Path) -> None:
     (directory / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_causal_record(directory: str | Path) -> CausalRecord:
-    """Read the `distillation.json` of an export of a causal student.
-
-    Raises:
-        ValueError: there is none, or one of another kind of student.
-    """
-    path = Path(directory) / RECORD_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: the directory is no export")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if "settings" not in content:
-        raise ValueError(f"{path} is of a student of pictures: read it with core.export.model_card.read_record")
-    settings = content["settings"]
-    content["settings"] = CausalSettings(
-        ChunkLayout(tuple(settings["layout"]["lengths"])),
-        CachePolicy(**settings["policy"]),
-        StepSchedule(tuple(map(tuple, settings["schedule"]["times"]))),
-    )
-    content["trained_times"] = tuple(map(tuple, content["trained_times"]))
-    content["defaults"] = StreamDefaults(**content["defaults"])
-    content["verification"] = Verification(**content["verification"])
-    content["versions"] = tuple(content["versions"].items())
-    content["figures"] = tuple(Figure(**figure) for figure in content["figures"])
-    return CausalRecord(**content)
-
-
 def write_causal_card(record: CausalRecord, directory: Path, *, license_fields: dict[str, str]) -> None:
     """Write README.md into `directory`."""
     (directory / CARD_FILE).write_text(causal_card(record, license_fields=license_fields), encoding="utf-8")
-
-
-def add_causal_figures(directory: str | Path, figures: Sequence[Figure]) -> CausalRecord:
-    """Put measured figures into the record and the model card of an export, beside those that are there.
-
-    A figure of the same name and setting is replaced. Raises ValueError as `read_causal_record`.
-    """
-    directory = Path(directory)
-    record = read_causal_record(directory)
-    named = {(figure.name, figure.setting): figure for figure in (*record.figures, *figures)}
-    record = replace(record, figures=tuple(named.values()))
-    write_causal_record(record, directory)
-    write_causal_card(record, directory, license_fields=license_of(directory))
-    return record
 
 
 def causal_card(record: CausalRecord, *, license_fields: dict[str, str]) -> str:

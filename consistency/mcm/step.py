@@ -65,7 +65,7 @@ def train_mcm_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: 
         with ExitStack() as stack:
             for role in learning:
                 stack.enter_context(trainer.sync(role, number == len(slices) - 1))
-            steps.append(student_backward(config, setup, trainer, draw=draw))
+            steps.append(motion_backward(config, setup, trainer, draw=draw))
     metrics: dict[str, float | Tensor] = {**mean_records([step.record for step in steps])}
     for role in learning:
         metrics[f"{role.name}_grad_norm"] = trainer.update(role)
@@ -78,7 +78,7 @@ def train_mcm_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: 
     return {**metrics, **mean_records(records), "heads_grad_norm": trainer.update(heads)}
 
 
-def student_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmStep:
+def motion_backward(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> McmStep:
     """Add the gradients of student and motion head for one slice of data."""
     assert config.mcm is not None
     assert setup.mcm is not None
@@ -169,7 +169,7 @@ def mcm_student_step(
     if heads is not None:
         settings = require_discriminator(mcm)
         judged = fake_frames(prediction, noised.condition, draw=draw, settings=settings, stream="mcm_student")
-        features = teacher_features(judged, networks.teacher, draw=draw, settings=settings, stream="mcm_student")
+        features = frame_features(judged, networks.teacher, draw=draw, settings=settings, stream="mcm_student")
         with frozen(heads.module):
             adversarial = hinge_generator_loss(heads.module(features))
         total = total + settings.weight * adversarial
@@ -206,7 +206,7 @@ def mcm_discriminator_step(
     fake = fake_frames(samples, condition, draw=draw, settings=settings, stream="mcm_fake")
     with torch.no_grad():
         kinds = [
-            teacher_features(judged, teacher, draw=draw, settings=settings, stream=stream)
+            frame_features(judged, teacher, draw=draw, settings=settings, stream=stream)
             for judged, stream in ((fake, "mcm_fake"), (real, "mcm_real"))
         ]
         features = [torch.cat(maps) for maps in zip(*kinds, strict=True)]
@@ -242,7 +242,7 @@ def drawn_frames(video: Tensor, condition: Condition, *, draw: Draw, count: int,
     return Judged(pick_frames(video, frame_places(uniform, video.shape[2])), condition.repeat(count))
 
 
-def teacher_features(
+def frame_features(
     judged: Judged, teacher: Teacher, *, draw: Draw, settings: McmDiscriminatorConfig, stream: str
 ) -> list[Tensor]:
     """Features [M, D, N] of the teacher's conditional call on noised single frames, with the graph to the frames."""

@@ -24,7 +24,7 @@ from fewstep.consistency.sample_loss import ConsistencyLoss, finite_samples, kee
 from fewstep.consistency.sections import AnyflowConfig
 from fewstep.consistency.times import TimePair
 from fewstep.core.condition import Condition
-from fewstep.core.grids import step_grid, validate_grid
+from fewstep.core.grids import step_grid
 from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.shapes import require_same_shape
@@ -169,20 +169,6 @@ def simulate(
         called = function if jump.trained or frozen_function is None else frozen_function
         with torch.set_grad_enabled(torch.is_grad_enabled() and reached):
             x = _jump(called, x, jump.t, jump.r)
-    return x
-
-
-@torch.no_grad()
-def sample_flow_map(function: FlowMap, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Jumps through `times`, then to 0, [B, ...], without graph. Deterministic; any grid, `step_grid` for instance.
-
-    Raises:
-        ValueError: the times are no grid, see `validate_grid`.
-    """
-    validate_grid(times)
-    x = at_least_fp32(noise)
-    for t, r in zip(times, (*times[1:], 0.0), strict=True):
-        x = _jump(function, x, t, r)
     return x
 
 

@@ -35,21 +35,6 @@ def improved_prediction(prediction: Tensor, derivative: Tensor, t: Tensor, r: Te
     return at_least_fp32(prediction) + gap * at_least_fp32(derivative.detach())
 
 
-def random_guidance(uniform: Tensor, *, exponent: float = 1.0, low: float = 1.0, high: float = 8.0) -> Tensor:
-    """Guidance scales with density proportional to w^-exponent on [low, high], from uniform numbers in [0, 1).
-
-    Raises:
-        ValueError: not 0 < low < high.
-    """
-    if not 0 < low < high:
-        raise ValueError(f"need 0 < low < high, got {low} and {high}")
-    uniform = at_least_fp32(uniform)
-    if abs(exponent - 1) < 1e-6:
-        return low * (high / low) ** uniform
-    power = 1 - exponent
-    return (low**power + uniform * (high**power - low**power)) ** (1 / power)
-
-
 @torch.no_grad()
 def improved_guided_velocity(velocity: Tensor, conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
     """v + (1 - 1/w) (v_c - v_0): the target of improved MeanFlow at guidance w [B], an input of its network.

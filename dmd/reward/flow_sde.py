@@ -135,24 +135,6 @@ def distance_log_prob(x_next: Tensor, transition: Transition) -> Tensor:
     return over_elements(-(at_least_fp32(x_next.detach()) - transition.mean).square(), "mean")
 
 
-def guarded_log_ratio(log_prob: Tensor, old_log_prob: Tensor, transition: Transition, old_mean: Tensor) -> Tensor:
-    """(log_prob - old_log_prob) std + mean (mean - old_mean)^2 / (2 std), [B] (GRPO-Guard, arXiv:2510.22319).
-
-    Both log-probabilities are means over elements of the same x_next. For x_next from the old policy this is mean(z
-    (mean - old_mean)): zero on average and without the 1 / std of the plain ratio, whose mean is negative. Written
-    after the released code; the equation of the paper was not compared.
-
-    Raises:
-        ValueError: the shapes differ, or std has more than one value a sample.
-    """
-    require_same_shape(mean=transition.mean, old_mean=old_mean)
-    std = transition.std.flatten(1) if transition.std.ndim > 1 else transition.std[:, None]
-    if std.shape[1] != 1:
-        raise ValueError(f"the guarded ratio needs one std a sample, got shape {tuple(transition.std.shape)}")
-    moved = over_elements((transition.mean - at_least_fp32(old_mean.detach())).square(), "mean")
-    return (log_prob - old_log_prob.detach()) * std[:, 0] + moved / (2 * std[:, 0])
-
-
 def transition_kl(transition: Transition, reference_mean: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """KL(N(mean, std^2) || N(reference_mean, std^2)) = |mean - reference_mean|^2 / (2 std^2), [B].
 

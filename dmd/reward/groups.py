@@ -84,17 +84,6 @@ def gather_step(processes: Processes, local: Tensor) -> Tensor:
     return torch.cat(list(rows), dim=-1)
 
 
-def local_part(step: Tensor, *, rank: int, world_size: int) -> Tensor:
-    """The values [..., n] of the samples of one process from those of the whole step [..., N].
-
-    Raises ValueError when the step does not divide by the processes.
-    """
-    if step.shape[-1] % world_size:
-        raise ValueError(f"a step of {step.shape[-1]} samples does not divide by {world_size} processes")
-    local = step.shape[-1] // world_size
-    return step[..., rank * local : (rank + 1) * local]
-
-
 def group_advantages(rewards: Tensor, groups: Tensor, *, scale: Scale = "residual", floor: float = FLOOR) -> Advantages:
     """Rewards [N] minus the mean of their group, over a scale.
 

@@ -95,7 +95,7 @@ def train_step(method: RewardMethod, trainer: Trainer) -> Metrics:
         prepared = first
         if number:
             prepared = [method.prepare(rollout, inner_draw(rollout, number, updates)) for rollout in rollouts]
-        metrics |= student_backward(method, trainer, rollouts, rewards=rewards, prepared=prepared)
+        metrics |= rewarded_backward(method, trainer, rollouts, rewards=rewards, prepared=prepared)
         metrics["student_grad_norm"] = trainer.update(setup.student_role)
     move_snapshots(setup, plan)
     return metrics
@@ -175,7 +175,7 @@ def discriminator_backward(
     return mean_records(records)
 
 
-def student_backward(
+def rewarded_backward(
     method: RewardMethod,
     trainer: Trainer,
     rollouts: Sequence[Rollout],

@@ -16,7 +16,7 @@ from fewstep.causal_video.denoise import ChunkNoise
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.model.prefix import Prefix
-from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
+from fewstep.causal_video.policy import KEEP_ALL, CachePolicy, QuantiseKind
 from tests.tiny_networks import draw, widen_weights
 
 CHANNELS = 4
@@ -146,3 +146,12 @@ def windows(draw_: st.DrawFn, layout: ChunkLayout, *, positions: str = "absolute
 def largest(a: Tensor, b: Tensor) -> float:
     """The largest difference of two tensors."""
     return float((a - b).detach().abs().max())
+
+
+def quantised_cache_bytes(
+    frames: int, *, tokens_per_frame: int, layers: int, batch: int, heads: int, head_width: int, kind: QuantiseKind
+) -> int:
+    """Size of quantised keys and values: a byte per number, and an fp32 scale per token and head."""
+    assert kind in ("int8", "fp8")
+    number, scale = 1, 4
+    return 2 * layers * batch * frames * tokens_per_frame * heads * (head_width * number + scale)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.consistency.tangents import central_derivative, require_visible_step, total_derivative
+from fewstep.consistency.tangents import central_derivative, total_derivative
 from fewstep.consistency.trigflow import trig_function
 from tests.consistency.analytic import Gaussian, fp64
 
@@ -131,23 +131,6 @@ def test_dropout_masks_agree_and_the_random_state_is_restored(method: str) -> No
     mask = value / x
     torch.testing.assert_close(result.derivative, mask * dx, rtol=0, atol=1e-10)
     assert 0.3 < float((mask == 0).double().mean()) < 0.7
-
-
-def test_a_step_in_bf16_time_is_refused() -> None:
-    def rounded(x: Tensor, t: Tensor) -> Tensor:
-        return x * (1000 * t).bfloat16().to(x.dtype)
-
-    x = torch.randn(8, dtype=torch.float64)
-    t, one = torch.linspace(0.8, 0.95, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
-    with pytest.raises(ValueError, match="does not see the step"):
-        central_derivative(rounded, x, t, 0 * x, one, step=1e-4)
-    with pytest.raises(ValueError, match="keep the time and its embedding in fp32"):
-        require_visible_step(rounded, x, t, one, step=1e-4)
-    # x that moves hides the blindness from the difference, which is why the check exists.
-    assert central_derivative(rounded, x, t, one, one, step=1e-4).shape == (8,)
-    require_visible_step(lambda x, t: x * 1000 * t, x, t, one, step=1e-4)
-    # Where no time moves there is nothing to see.
-    assert float(central_derivative(rounded, x, t, 0 * x, 0 * one, step=1e-4).abs().max()) == 0.0
 
 
 def test_end_of_the_angle_moves_nothing_and_is_not_refused() -> None:

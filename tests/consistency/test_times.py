@@ -13,10 +13,8 @@ from fewstep.consistency.times import (
     anyflow_times,
     ect_times,
     grid_times,
-    listed_times,
     logit_normal,
     lognormal_tan,
-    meanflow_cifar_times,
     mix_max_time,
     ordered_times,
 )
@@ -65,19 +63,6 @@ def test_grid_times_are_neighbours(steps: int, skip: int, u: float) -> None:
     assert pair.r.item() == grid[min(index + skip, steps)]
 
 
-def test_grid_covers_every_time_alike() -> None:
-    pair = grid_times(torch.arange(48) / 48 + 1e-3, steps=48, shift=5.0)
-    assert sorted(pair.t.tolist(), reverse=True) == pytest.approx(list(step_grid(48, shift=5.0)))
-    assert pair.t.max().item() == 1.0
-    assert pair.r.min().item() == 0.0
-    # fp32 rounds this product up to 48.
-    assert grid_times(torch.tensor([0.99999997]), steps=48).r.item() == 0.0
-    times = listed_times(torch.tensor([0.0, 0.4, 0.99]), (1.5, 1.4, 1.0))
-    assert times.tolist() == pytest.approx([1.5, 1.4, 1.0])
-    with pytest.raises(ValueError, match="at least one"):
-        listed_times(torch.tensor([0.0]), ())
-
-
 def test_max_time_takes_its_share() -> None:
     t, u = torch.rand(N, dtype=torch.float64), torch.rand(N, dtype=torch.float64)
     mixed = mix_max_time(t, u, share=0.5)
@@ -101,17 +86,6 @@ def test_ordered_times(share: float) -> None:
     assert torch.equal(pair.t, torch.maximum(first, second))
     free = ~pair.equal
     assert torch.equal(pair.r[free], torch.minimum(first, second)[free])
-
-
-def test_meanflow_recipe_of_cifar() -> None:
-    normal_t, normal_r = torch.randn(2, N, dtype=torch.float64)
-    pair = meanflow_cifar_times(normal_t, normal_r, torch.rand(N, dtype=torch.float64))
-    require_pair(pair)
-    assert torch.logit(pair.t).mean().item() == pytest.approx(-0.6, abs=0.03)
-    assert torch.logit(pair.t).std().item() == pytest.approx(1.6, abs=0.03)
-    # Equal by choice, or because the draw for r lies above t: P(N(-4, 1.6) > N(-0.6, 1.6)).
-    above = 0.5 * math.erfc(3.4 / (1.6 * math.sqrt(2)) / math.sqrt(2))
-    assert float(pair.equal.double().mean()) == pytest.approx(0.25 + 0.75 * above, abs=0.01)
 
 
 def test_anyflow_partition_is_exact_and_ignores_the_process() -> None:

@@ -100,7 +100,7 @@ def scored_samples(config: LatentRewardConfig, *, device: torch.device) -> Score
     """
     settings, source = config.samples, Path(config.samples.source)
     if (source / SETTINGS_FILE).is_file():
-        teacher, dataset = student_samples(config, device=device)
+        teacher, dataset = draw_of_student(config, device=device)
     else:
         if settings.prompts is not None:
             raise ValueError(f"samples.source {source} is no run of a student: latents have prompts, leave prompts out")
@@ -125,7 +125,7 @@ def scored_samples(config: LatentRewardConfig, *, device: torch.device) -> Score
 
 
 @torch.no_grad()
-def student_samples(config: LatentRewardConfig, *, device: torch.device) -> tuple[Teacher, LatentDataset]:
+def draw_of_student(config: LatentRewardConfig, *, device: torch.device) -> tuple[Teacher, LatentDataset]:
     """Samples of the averaged student of a run, in groups of one prompt, which go through the prompts in turn."""
     settings, source, size = config.samples, Path(config.samples.source), config.reward.group_size
     if settings.prompts is None:

@@ -129,12 +129,6 @@ def subinterval_matching_loss(
     return distribution_matching_loss(x_s, fake_s, real_s)
 
 
-def transition_gain(s: Tensor, t: Tensor, *, cosine: float) -> Tensor:
-    """s cos (1 - t) - (1 - s) t, [B]: change of the state at s per change of velocity at t; -t for s = 0."""
-    s, t = at_least_fp32(s), at_least_fp32(t)
-    return s * cosine * (1 - t) - (1 - s) * t
-
-
 def consistency_regulariser(anchor_x0: Tensor, first_x0: Tensor, second_x0: Tensor) -> Tensor:
     """mean (first - anchor) (second - anchor): unbiased for |E[first | x_t] - anchor|^2, and possibly negative.
 

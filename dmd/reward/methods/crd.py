@@ -150,20 +150,6 @@ def crd_loss(
     raise ValueError(f"form {form!r} is unknown; choose mse or bce")
 
 
-def guided_anchor_penalty(velocity: Tensor, conditional: Tensor, unconditional: Tensor, *, guidance: float) -> Tensor:
-    """mean |v - (u + guidance (c - u))|^2, [B], u and c of the frozen reference: an anchor at its guided sampler.
-
-    The policy is sampled without guidance, so this also bakes guidance in (4.5 in the released preset). Zero at the
-    reference itself only for guidance 1.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    require_same_shape(velocity=velocity, conditional=conditional, unconditional=unconditional)
-    null = at_least_fp32(unconditional)
-    return reference_penalty(velocity, null + guidance * (at_least_fp32(conditional) - null))
-
-
 def reward_adaptive_penalty(
     penalty: Tensor, external: Tensor, *, kl_weight: float = 0.1, lowest_weight: float = 1e-4
 ) -> Tensor:

@@ -95,30 +95,6 @@ def unit_gradient(gradient: Tensor, *, floor: float = 1e-8) -> Tensor:
     return gradient / expand_weight(norm, gradient)
 
 
-def spsa_gradient(plus: Tensor, minus: Tensor, directions: Tensor, *, radius: float) -> Tensor:
-    """mean over draws of (r(x + radius u) - r(x - radius u)) / (2 radius) u: a gradient from rewards alone, [B, ...].
-
-    Unbiased for a linear reward and normal directions; the error of a smooth one is of order radius^2.
-
-    Args:
-        plus: [N, B] rewards at x + radius u.
-        minus: [N, B] at x - radius u.
-        directions: [N, B, ...] standard normal u.
-        radius: positive.
-
-    Raises:
-        ValueError: the shapes do not fit, a reward is not finite, or the radius is not positive.
-    """
-    if radius <= 0 or plus.shape != minus.shape or plus.shape != directions.shape[:2]:
-        raise ValueError(
-            f"need radius > 0, rewards [N, B] twice and directions [N, B, ...], got {radius}, {tuple(plus.shape)}, "
-            f"{tuple(minus.shape)}, {tuple(directions.shape)}"
-        )
-    slope = (finite_values(plus.flatten(), "rewards") - finite_values(minus.flatten(), "rewards")) / (2 * radius)
-    slope = slope.view(*plus.shape, *([1] * (directions.ndim - 2)))
-    return (slope * at_least_fp32(directions)).mean(dim=0)
-
-
 def dual_surrogate(
     log_ratio: Tensor,
     outcome_advantages: Tensor,

@@ -37,26 +37,6 @@ from fewstep.dmd.reward.scores import SliceRewards, latent_judgement
 from fewstep.dmd.reward.setup import Needs, RewardSetup
 
 
-def routed_loss(matching: Tensor, adversarial: Tensor, t: Tensor, *, boundary: float, gan_weight: float) -> Tensor:
-    """Mean over the batch of matching where t >= boundary and of gan_weight adversarial where not, 0-dim.
-
-    Args:
-        matching: [B] distribution matching loss of each sample's step.
-        adversarial: [B] generator's adversarial loss of the same.
-        t: [B] time at which the student was called.
-        boundary: see `route_steps`.
-        gan_weight: of the adversarial loss.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    require_same_shape(matching=matching, adversarial=adversarial, t=t)
-    zero = torch.zeros_like(matching)
-    # Selected before the sum: a nan on the side that is not asked for does not pass, its gradient is zero.
-    high = torch.where(t >= boundary, matching, zero)
-    return (high + gan_weight * torch.where(t >= boundary, zero, adversarial)).mean()
-
-
 def best_and_worst(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [P] of the highest and of the lowest of K candidates from one state, scores [P, K].
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.core.paths import at_least_fp32, x0_from_velocity
 from fewstep.core.randomness import Draw
-from fewstep.core.shapes import expand_weight, require_same_shape
+from fewstep.core.shapes import require_same_shape
 from fewstep.dmd.loss import direction_normaliser
 from fewstep.dmd.reward.chain import (
     CallKey,
@@ -104,62 +104,6 @@ def adaptive_nft_loss(
         for branch in (positive, negative)
     ]
     return max_advantage / nft_beta * (r * errors[0] + (1 - r) * errors[1]).mean()
-
-
-def nft_target(old_prediction: Tensor, target: Tensor, probability: Tensor, *, nft_beta: float) -> Tensor:
-    """old + (2 r - 1) (target - old) / beta: what `nft_loss` regresses on, [B, ...], without graph.
-
-    Raises:
-        ValueError: the shapes differ, a probability is outside [0, 1], or nft_beta is not positive.
-    """
-    _require_beta(nft_beta)
-    require_same_shape(old_prediction=old_prediction, target=target)
-    old = at_least_fp32(old_prediction.detach())
-    sign = expand_weight(2 * _checked_probability(probability) - 1, old)
-    return old + sign * (at_least_fp32(target.detach()) - old) / nft_beta
-
-
-def advantage_flow_loss(
-    x0_prediction: Tensor,
-    old_x0_prediction: Tensor,
-    reference_x0_prediction: Tensor,
-    x0: Tensor,
-    advantages: Tensor,
-    *,
-    old_weight: float = 1.1,
-    reference_weight: float = 1e-3,
-) -> Tensor:
-    """mean A |p - x0|^2 + old_weight |p - old|^2 + reference_weight |p - reference|^2 (AdvantageFlow).
-
-    Known to us from its description in the work on average velocities only. Convex, since A >= -1 and old_weight > 1:
-    the minimiser is their weighted mean. For a Gaussian and A = c (x - mean), without reference, one fit shifts the
-    mean by c variance / old_weight.
-
-    Args:
-        x0_prediction: [B, ...] of the policy, with graph.
-        old_x0_prediction: [B, ...].
-        reference_x0_prediction: [B, ...] of the frozen start.
-        x0: [B, ...] sample of the old policy.
-        advantages: [B] in [-1, 1].
-        old_weight: pull to the old policy.
-        reference_weight: pull to the reference.
-
-    Raises:
-        ValueError: the shapes differ, an advantage is not finite, or A + both weights is not positive (no minimum).
-    """
-    advantage = finite_values(advantages.detach(), "advantages")
-    lowest = float(advantage.min()) + old_weight + reference_weight
-    if lowest <= 0:
-        raise ValueError(
-            f"advantage + old_weight + reference_weight reaches {lowest}, so the loss has no minimum; "
-            "clip the advantages to [-1, 1] and keep old_weight above 1"
-        )
-    pulls = (
-        advantage * reference_penalty(x0_prediction, x0)
-        + old_weight * reference_penalty(x0_prediction, old_x0_prediction)
-        + reference_weight * reference_penalty(x0_prediction, reference_x0_prediction)
-    )
-    return pulls.mean()
 
 
 def ramped_decay(step: int, *, start: float = 0.0, delay: int = 0, slope: float = 0.001, ceiling: float = 0.5) -> float:

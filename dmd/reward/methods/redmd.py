@@ -83,36 +83,6 @@ def rollout_weights(
     )
 
 
-def balanced_reward(axis_rewards: Tensor, history: Tensor, *, penalty: float = 0.5) -> Tensor:
-    """mean_k r_k - penalty std_k(drift_k), [B] (Stream-R1, arXiv:2605.03849, after its released code).
-
-    drift_k is the mean of the second half of an axis' history minus that of the first half; an axis that falls behind
-    makes the std positive. One number is subtracted from all rewards of a step, so after self-normalisation inside
-    that step it cancels; it acts in weights that are compared between steps.
-
-    Args:
-        axis_rewards: [B, K], normalised to comparable scales, K >= 2.
-        history: [T, K] past rewards, oldest first, the same on all processes, T >= 4; fewer rows (the start of a run)
-            give no penalty.
-        penalty: weight of the imbalance.
-
-    Raises:
-        ValueError: a reward is not finite, or the shapes do not fit.
-    """
-    if axis_rewards.ndim != 2 or history.ndim != 2 or axis_rewards.shape[1] != history.shape[1] or history.shape[1] < 2:
-        raise ValueError(
-            f"need rewards [B, K] and history [T, K] of K >= 2 axes, got {tuple(axis_rewards.shape)} and "
-            f"{tuple(history.shape)}"
-        )
-    mean = finite_values(axis_rewards.detach().mean(dim=1), "rewards")
-    if len(history) < 4:
-        return mean
-    past = at_least_fp32(history.detach())
-    half = len(past) // 2
-    drift = finite_values(past[half:].mean(dim=0) - past[:half].mean(dim=0), "reward history")
-    return mean - penalty * drift.std()
-
-
 @torch.no_grad()
 def space_time_weight(
     saliency: Tensor,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.causal_video.cache.plan import cache_bytes, quantised_cache_bytes
+from fewstep.causal_video.cache.plan import cache_bytes
 from fewstep.causal_video.cache.rolling import RollingCache, recache
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.prefix import KeysValues, Prefix
@@ -23,6 +23,7 @@ from tests.causal_video.tiny_causal import (
     largest,
     latents,
     layouts,
+    quantised_cache_bytes,
     shared_student,
     text,
     windows,

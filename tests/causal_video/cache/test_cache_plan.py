@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.causal_video.cache.plan import CachePlan, Segment, cache_bytes, positions_of, quantised_cache_bytes
+from fewstep.causal_video.cache.plan import CachePlan, Segment, cache_bytes, positions_of
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy, PositionKind
-from tests.causal_video.tiny_causal import layouts, windows
+from tests.causal_video.tiny_causal import layouts, quantised_cache_bytes, windows
 
 
 @given(st.data())

@@ -4,8 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fewstep.causal_video.cache.quantised import QuantisedKeysValues, error_bound, quantise, stored
+from fewstep.causal_video.cache.quantised import (
+    FP8_LARGEST,
+    INT8_LARGEST,
+    QuantisedKeysValues,
+    quantise,
+    stored,
+)
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.prefix import KeysValues
 from fewstep.causal_video.policy import CachePolicy, QuantiseKind
@@ -13,6 +20,25 @@ from tests.causal_video.tiny_causal import chunk_times, fill, latents, shared_st
 from tests.tiny_networks import distance
 
 KINDS: tuple[QuantiseKind, ...] = ("int8", "fp8")
+
+
+FP8_RELATIVE, FP8_ABSOLUTE = 2.0**-4, 2.0**-10
+
+
+def error_bound(x: Tensor, kind: QuantiseKind) -> Tensor:
+    """The largest difference between x and what `quantise` restores, number by number, fp32 rounding apart.
+
+    Half a step: scale / 2 for int8; for fp8 the larger of |x| / 16 and scale / 1024.
+
+    Raises:
+        ValueError: the kind is "none".
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    if kind == "int8":
+        return (largest / INT8_LARGEST / 2).expand_as(x)
+    if kind != "fp8":
+        raise ValueError(f"kind must be int8 or fp8, got {kind!r}")
+    return torch.maximum(x.abs() * FP8_RELATIVE, largest / FP8_LARGEST * FP8_ABSOLUTE)
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 1000), scale=st.sampled_from([1e-6, 1.0, 1e4]))

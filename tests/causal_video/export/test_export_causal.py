@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.export import pipeline as export_module
-from fewstep.causal_video.export.card import add_causal_figures, read_causal_record
 from fewstep.causal_video.export.pipeline import check_verification, export_causal_run, merged_network
 from fewstep.causal_video.export.run import load_run_network, read_causal_run
 from fewstep.causal_video.model.network import CausalWan
@@ -18,7 +17,7 @@ from fewstep.causal_video.settings import FILE_NAME, CausalSettings
 from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.core.export.check import ExportMismatchError
-from fewstep.core.export.model_card import Figure, Verification
+from fewstep.core.export.model_card import Verification
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint
 from tests.causal_video.tiny_causal import largest
@@ -41,7 +40,10 @@ def test_an_export_streams_what_the_training_rolls_out(run: Path) -> None:
     assert record.verification.sampler_difference < 1e-6
     assert record.verification.rounding_difference == 0
     assert record.stock_difference < 1e-5
-    assert read_causal_record(output) == record
+    content = json.loads((output / "distillation.json").read_text(encoding="utf-8"))
+    assert (content["method"], content["training_step"]) == (record.method, 2)
+    assert content["settings"]["layout"]["lengths"] == list(record.settings.layout.lengths)
+    assert content["verification"]["sampler_difference"] == record.verification.sampler_difference
     assert (record.defaults.height, record.defaults.width) == (32, 32)
     files = sorted(path.name for path in output.iterdir() if path.is_file())
     assert files == ["README.md", FILE_NAME, "distillation.json", "model_index.json"]
@@ -64,10 +66,6 @@ def test_an_export_streams_what_the_training_rolls_out(run: Path) -> None:
     assert str(run.parent) not in card + (output / "distillation.json").read_text()
     with pytest.raises(FileExistsError):
         export_causal_run(run)
-    add_causal_figures(output, [Figure("digit accuracy", 0.5, "50 videos"), Figure("drift", 1.25)])
-    record = add_causal_figures(output, [Figure("digit accuracy", 0.75, "50 videos")])
-    assert read_causal_record(output) == record
-    assert [figure.value for figure in record.figures] == [0.75, 1.25]
     assert "| digit accuracy | 0.75 | 50 videos |" in (output / "README.md").read_text()
 
 
@@ -126,12 +124,6 @@ def test_runs_that_cannot_be_exported(run: Path, inputs: VideoInputs, tmp_path: 
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no export"):
         export_causal_run(run, tmp_path / "notes", overwrite=True)
-    record_file = flow / "export" / "distillation.json"
-    content = json.loads(record_file.read_text())
-    del content["settings"]
-    record_file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="of a student of pictures"):
-        read_causal_record(flow / "export")
 
 
 def test_an_export_that_streams_something_else_does_not_appear(

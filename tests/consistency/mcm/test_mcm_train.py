@@ -14,12 +14,12 @@ from fewstep.consistency.mcm.motion import motion_loss
 from fewstep.consistency.mcm.step import (
     Judged,
     fake_frames,
+    frame_features,
     mcm_discriminator_step,
     mcm_noised,
     mcm_student_step,
     starts_from_student,
     student_videos,
-    teacher_features,
 )
 from fewstep.consistency.methods.dcm import distilled_pair
 from fewstep.consistency.setup import ConsistencySetup
@@ -131,9 +131,7 @@ def test_the_students_loss_is_motion_plus_judged_frames(parts: Any, motion: Any)
     judged = fake_frames(prediction, noised.condition, draw=DRAW, settings=HEADS, stream="mcm_student")
     assert judged.frames.shape == (6, 4, 1, 8, 8)
     with torch.no_grad():
-        logits = roles[1].module(
-            teacher_features(judged, setup.teacher, draw=DRAW, settings=HEADS, stream="mcm_student")
-        )
+        logits = roles[1].module(frame_features(judged, setup.teacher, draw=DRAW, settings=HEADS, stream="mcm_student"))
     assert logits.shape == (6,)
     assert float(step.loss.detach()) == pytest.approx(
         float(expected) + 0.7 * float(hinge_generator_loss(logits)), rel=1e-5

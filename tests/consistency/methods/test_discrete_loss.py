@@ -10,17 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.consistency.methods.dcm import (
-    boundary_scale,
     consistency_distillation_loss,
-    discrete_trig_tangent,
     teacher_step,
-    trig_teacher_step,
 )
 from fewstep.consistency.methods.ect import ect_weight, pseudo_huber_loss, shared_noise_states
-from fewstep.consistency.methods.scm import flow_tangent, trig_tangent
+from fewstep.consistency.methods.scm import flow_tangent
 from fewstep.consistency.sample_loss import pseudo_huber
 from fewstep.consistency.tangents import total_derivative
-from fewstep.consistency.trigflow import add_trig_noise, trig_function, trig_target
 from fewstep.core.grids import step_grid
 from fewstep.core.paths import add_noise, x0_from_velocity
 from tests.consistency.analytic import BIMODAL, Gaussian, fp64
@@ -51,14 +47,6 @@ def test_euler_step_is_exact_on_one_pair_and_second_order_on_a_teacher() -> None
     assert slope(errors) == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize("sd", [0.5, 1.0])
-def test_rotation_is_exact_on_one_pair(sd: float) -> None:
-    x0, eps = torch.randn(2, 3, 2, dtype=torch.float64)
-    tau, end = fp64(0.5, 1.2, math.pi / 2), fp64(0.0, 0.3, 1.1)
-    moved = trig_teacher_step(add_trig_noise(x0, eps, tau, sd), trig_target(x0, eps, tau, sd), tau, end, sigma_data=sd)
-    torch.testing.assert_close(moved, add_trig_noise(x0, eps, end, sd), rtol=0, atol=1e-13)
-
-
 def test_discrete_gradient_over_the_step_is_the_continuous_one() -> None:
     velocity = BIMODAL.velocity(X, T)
     value, derivative = total_derivative(nonlinear, X, T, velocity, torch.ones_like(T))
@@ -75,42 +63,6 @@ def test_discrete_gradient_over_the_step_is_the_continuous_one() -> None:
         errors.append(float((gradient - -2 * T * h / 3).abs().max()))
     assert slope(errors) == pytest.approx(1, abs=0.1)
     assert errors[-1] < 0.01
-
-
-@pytest.mark.parametrize("sd", [0.5, 1.0])
-def test_difference_quotient_tends_to_the_tangent(sd: float) -> None:
-    gaussian = Gaussian(0.3, 0.8, sd)
-    student = trig_function(nonlinear, sd)
-    tau = fp64(0.4, 0.9, 1.4)
-    teacher = gaussian.trig(X, tau)
-    scale = torch.cos(tau) * torch.sin(tau)
-    value, derivative = total_derivative(student, X, tau, scale * sd * teacher, scale)
-    for warmup in (1.0, 0.4):
-        exact = trig_tangent(X, value, teacher, derivative, tau, warmup=warmup, sigma_data=sd).total / torch.cos(tau)
-        errors = []
-        for step in (0.04, 0.02, 0.01, 0.005):
-            end = tau - step
-            moved = trig_teacher_step(X, teacher, tau, end, sigma_data=sd)
-            quotient = discrete_trig_tangent(
-                X, value, student(moved, end), teacher, (tau, end), warmup=warmup, sigma_data=sd
-            )
-            errors.append(float((quotient - exact).abs().max()))
-        assert slope(errors) == pytest.approx(1, abs=0.1)
-        assert errors[-1] < 0.05
-
-
-def test_difference_quotient_is_that_of_the_consistency_function() -> None:
-    tau, end = fp64(0.4, 0.9, 1.4), fp64(0.1, 0.5, 1.3)
-    teacher = GAUSSIAN.trig(X, tau)
-    student = trig_function(nonlinear)
-    moved = trig_teacher_step(X, teacher, tau, end)
-
-    def consistency(x: Tensor, angle: Tensor) -> Tensor:
-        return torch.cos(angle) * x - torch.sin(angle) * student(x, angle)
-
-    quotient = discrete_trig_tangent(X, student(X, tau), student(moved, end), teacher, (tau, end))
-    expected = (consistency(X, tau) - consistency(moved, end)) / torch.sin(tau - end)
-    torch.testing.assert_close(quotient, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_converged_discrete_student_is_off_by_one_over_n() -> None:
@@ -200,25 +152,12 @@ def test_ect_weights_in_their_own_units(sigma: float, ratio: float, sd: float) -
     assert ect_weight(t, r, kind="gap").item() == pytest.approx(1 / (sigma - sigma * ratio), rel=1e-9)
 
 
-def test_boundary_of_lcm() -> None:
-    x, x0 = torch.randn(2, 3, 4, dtype=torch.float64)
-    n = torch.tensor([0, 10, 999])
-    f = boundary_scale(x, x0, n)
-    assert f[0].tolist() == pytest.approx(x[0].tolist(), abs=1e-6)
-    k = 40.0
-    expected = 0.25 / (k * k + 0.25) * x[1] + k / math.sqrt(k * k + 0.25) * x0[1]
-    torch.testing.assert_close(f[1], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(f[2], x0[2], rtol=1e-4, atol=1e-6)
-
-
 def test_bad_arguments_are_named() -> None:
     x, t = torch.zeros(2, 3), torch.zeros(2)
     with pytest.raises(ValueError, match="choose snr or gap"):
         ect_weight(t, t, kind="sigma")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         ect_weight(t, t, sigma_data=0.0)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        discrete_trig_tangent(x, x, x, x, (t, t), warmup=2.0)
     with pytest.raises(ValueError, match="one shape"):
         teacher_step(x, x[:, :1], t, t)
     with pytest.raises(ValueError, match="one shape"):

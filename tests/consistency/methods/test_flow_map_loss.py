@@ -1,6 +1,8 @@
 """Flow maps: exact jumps on any grid, AnyFlow's target, guidance and weights, and the three-jump simulation."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,31 @@ from fewstep.consistency.methods.anyflow import (
     flow_map_jump,
     fuse_guidance,
     match_scale,
-    sample_flow_map,
     simulate,
     time_weight,
 )
 from fewstep.consistency.methods.meanflow import meanflow_target
 from fewstep.consistency.tangents import central_derivative
 from fewstep.consistency.times import anyflow_times
-from fewstep.core.grids import step_grid
+from fewstep.core.grids import step_grid, validate_grid
 from tests.consistency.analytic import BIMODAL, Gaussian, fp64
 
 GAUSSIAN = Gaussian()
+
+
+@torch.no_grad()
+def sample_flow_map(function: Any, noise: Tensor, times: Sequence[float]) -> Tensor:
+    """Jumps through `times`, then to 0, [B, ...], without graph. Deterministic; any grid, `step_grid` for instance.
+
+    Raises:
+        ValueError: the times are no grid, see `validate_grid`.
+    """
+    validate_grid(times)
+    x = noise
+    for t, r in zip(times, (*times[1:], 0.0), strict=True):
+        start, end = (torch.full((len(x),), value, dtype=x.dtype) for value in (t, r))
+        x = flow_map_jump(x, function(x, start, end), start, end)
+    return x
 
 
 def constant_velocity(x: Tensor, t: Tensor, r: Tensor) -> Tensor:

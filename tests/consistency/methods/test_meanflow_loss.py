@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.consistency.methods.dmf import cauchy_loss
 from fewstep.consistency.methods.flow_map import effective_guidance, folded_velocity
-from fewstep.consistency.methods.imf import improved_guided_velocity, improved_prediction, random_guidance
+from fewstep.consistency.methods.imf import improved_guided_velocity, improved_prediction
 from fewstep.consistency.methods.meanflow import adaptive_weight, meanflow_loss, meanflow_target
 from fewstep.consistency.methods.scm import flow_tangent
 from fewstep.consistency.tangents import central_derivative, total_derivative
@@ -167,19 +167,6 @@ def test_improved_guidance_has_its_fixed_point_at_w(w: float, v: float, u: float
     guided = fp64(u + w * (v - u))
     target = improved_guided_velocity(fp64(v), guided, fp64(u), fp64(w))
     assert target.item() == pytest.approx(guided.item(), abs=1e-9)
-
-
-@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
-def test_random_guidance_has_its_density(exponent: float) -> None:
-    scale = random_guidance(torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1], exponent=exponent)
-    assert scale.min().item() == pytest.approx(1.0)
-    assert scale.max().item() == pytest.approx(8.0, abs=0.01)
-    grid = torch.linspace(1, 8, 20_001, dtype=torch.float64)
-    density = grid**-exponent
-    expected = float((grid * density).sum() / density.sum())
-    assert scale.mean().item() == pytest.approx(expected, abs=5e-3)
-    with pytest.raises(ValueError, match="low < high"):
-        random_guidance(scale, low=2.0, high=1.0)
 
 
 def test_cauchy_loss() -> None:

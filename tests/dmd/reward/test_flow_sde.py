@@ -15,7 +15,6 @@ from fewstep.dmd.reward.flow_sde import (
     cps_transition,
     distance_log_prob,
     flow_sde_diffusion,
-    guarded_log_ratio,
     sde_transition,
     transition_kl,
     transition_log_prob,
@@ -178,19 +177,6 @@ def test_distance_log_prob_of_a_deterministic_step_has_no_gradient() -> None:
         transition_kl(policy, mean)
 
 
-def test_guarded_ratio_has_no_bias_and_no_std() -> None:
-    points, weights = hermite_grid(8, 1)
-    old, std, move = torch.zeros_like(points), tensor(0.4).expand(len(points)).view(-1, 1), 0.05
-    x = old + std * points
-    policy = Transition(old + move, std)
-    log_prob, old_log_prob = transition_log_prob(x, policy), transition_log_prob(x, Transition(old, std))
-    plain = log_prob - old_log_prob
-    guarded = guarded_log_ratio(log_prob, old_log_prob, policy, old)
-    torch.testing.assert_close(guarded, points[:, 0] * move)
-    assert float((weights * guarded).sum()) == pytest.approx(0.0, abs=1e-14)
-    assert float((weights * plain).sum()) == pytest.approx(-(move**2) / (2 * 0.16))
-
-
 def test_ratio_integrates_to_one_when_summed_and_to_less_when_averaged() -> None:
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(100_000, 4, generator=generator, dtype=torch.float64)
@@ -221,5 +207,3 @@ def test_wrong_input() -> None:
         cps_transition(x, x, t, t / 2, eta=1.5)
     with pytest.raises(ValueError, match="one shape"):
         cps_transition(x, torch.zeros(1, 3), t, t / 2, eta=0.5)
-    with pytest.raises(ValueError, match="one std a sample"):
-        guarded_log_ratio(t, t, Transition(x, torch.ones(1, 2)), x)

@@ -9,6 +9,7 @@ import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fewstep.core.training.processes import Processes
 from fewstep.dmd.reward.groups import (
@@ -16,7 +17,6 @@ from fewstep.dmd.reward.groups import (
     gather_step,
     group_advantages,
     group_samples,
-    local_part,
     normalised_advantages,
     require_group_size,
     summed_advantages,
@@ -25,6 +25,17 @@ from fewstep.dmd.reward.groups import (
 SCALES: list[Scale] = ["none", "leave_one_out", "group", "residual", "batch"]
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 16.0])
+
+
+def local_part(step: Tensor, *, rank: int, world_size: int) -> Tensor:
+    """The values [..., n] of the samples of one process from those of the whole step [..., N].
+
+    Raises ValueError when the step does not divide by the processes.
+    """
+    if step.shape[-1] % world_size:
+        raise ValueError(f"a step of {step.shape[-1]} samples does not divide by {world_size} processes")
+    local = step.shape[-1] // world_size
+    return step[..., rank * local : (rank + 1) * local]
 
 
 def test_closed_forms() -> None:

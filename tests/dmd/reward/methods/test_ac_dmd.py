@@ -21,7 +21,6 @@ from fewstep.dmd.reward.methods.ac_dmd import (
     sample_subinterval_times,
     subinterval_coefficients,
     subinterval_matching_loss,
-    transition_gain,
 )
 from tests.dmd.gaussian_bench import (
     Gaussian,
@@ -34,6 +33,11 @@ from tests.dmd.gaussian_bench import (
 )
 
 TEACHER, STUDENT = Gaussian(0.7, 1.3), Gaussian(-0.4, 0.6)
+
+
+def transition_gain(s: Tensor, t: Tensor, *, cosine: float) -> Tensor:
+    """s cos (1 - t) - (1 - s) t, [B]: change of the state at s per change of velocity at t; -t for s = 0."""
+    return s * cosine * (1 - t) - (1 - s) * t
 
 
 def full(value: float, count: int = 1) -> Tensor:

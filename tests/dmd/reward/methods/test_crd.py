@@ -11,7 +11,6 @@ from fewstep.dmd.reward.inputs import group_sum
 from fewstep.dmd.reward.methods.crd import (
     centring_weights,
     crd_loss,
-    guided_anchor_penalty,
     implicit_reward,
     reward_adaptive_penalty,
 )
@@ -113,19 +112,6 @@ def test_one_time_has_its_own_temperature_and_noise_shrinks_it(t: float) -> None
     assert fitted_shift(t, shared_noise=True) == pytest.approx(shared)
     # Noise of its own for each sample attenuates by t^2 / D (errors in the regressor).
     assert fitted_shift(t, shared_noise=False) == pytest.approx(shared * t**2 / OLD.variance(t))
-
-
-def test_guided_anchor_is_zero_at_the_guided_reference() -> None:
-    velocity, conditional, unconditional = batch()
-    assert float(guided_anchor_penalty(conditional, conditional, unconditional, guidance=1.0).max()) < 1e-30
-    assert float(guided_anchor_penalty(conditional, conditional, unconditional, guidance=4.5).min()) > 0.1
-    guided = unconditional + 4.5 * (conditional - unconditional)
-    assert float(guided_anchor_penalty(guided, conditional, unconditional, guidance=4.5).max()) == 0.0
-    velocity.requires_grad_()
-    conditional.requires_grad_()
-    guided_anchor_penalty(velocity, conditional, unconditional, guidance=2.0).sum().backward()
-    assert conditional.grad is None
-    assert velocity.grad is not None
 
 
 def test_adaptive_penalty_golden() -> None:

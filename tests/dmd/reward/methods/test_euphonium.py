@@ -14,7 +14,6 @@ from fewstep.dmd.reward.methods.euphonium import (
     guided_transition,
     langevin_scale,
     process_gradient,
-    spsa_gradient,
     step_scale,
     tilted_velocity,
     unit_gradient,
@@ -86,19 +85,6 @@ def test_tilted_velocity_is_the_tilts_own() -> None:
 def test_unit_gradient() -> None:
     unit = unit_gradient(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     assert unit.flatten().tolist() == pytest.approx([0.6, 0.8, 0.0, 0.0])
-
-
-def test_spsa_is_unbiased_for_a_linear_reward() -> None:
-    slope, x = tensor(0.7, -1.1), tensor(0.2, 0.5)
-    points, weights = hermite_grid(4, 2)
-    directions = points[:, None, :]
-    plus, minus = ((x + sign * 0.3 * directions) @ slope for sign in (1, -1))
-    mass = weights.view(-1, 1, 1) * len(points)
-    # The weights of the rule go to one factor of the product.
-    gradient = spsa_gradient(plus, minus, mass * directions, radius=0.3)
-    assert gradient.flatten().tolist() == pytest.approx([0.7, -1.1])
-    with pytest.raises(ValueError, match="radius > 0"):
-        spsa_gradient(plus, minus, directions, radius=0.0)
 
 
 def test_unguided_log_prob_of_guided_samples_carries_the_drift() -> None:

@@ -10,15 +10,24 @@ from fewstep.core.paths import add_noise
 from fewstep.dmd.reward.inputs import reference_penalty
 from fewstep.dmd.reward.methods.nft import (
     adaptive_nft_loss,
-    advantage_flow_loss,
     nft_loss,
-    nft_target,
     optimality_probability,
     ramped_decay,
 )
 from tests.dmd.gaussian_bench import Gaussian, hermite_grid
 
 OLD = Gaussian(0.4, 1.2)
+
+
+def nft_target(old_prediction: Tensor, target: Tensor, probability: Tensor, *, nft_beta: float) -> Tensor:
+    """old + (2 r - 1) (target - old) / beta: what `nft_loss` regresses on, [B, ...], without graph.
+
+    Raises:
+        ValueError: the shapes differ, a probability is outside [0, 1], or nft_beta is not positive.
+    """
+    old = old_prediction.detach()
+    sign = (2 * probability - 1).view(-1, *([1] * (old.ndim - 1)))
+    return old + sign * (target.detach() - old) / nft_beta
 
 
 def tensor(*values: float) -> Tensor:
@@ -137,42 +146,6 @@ def test_wrong_input() -> None:
         adaptive_nft_loss(x, x, x, torch.tensor([0.5, math.nan]), nft_beta=1.0)
     with pytest.raises(ValueError, match="one shape"):
         nft_loss(x, x[:1], x, torch.tensor([0.5, 0.5]), nft_beta=1.0)
-
-
-def test_advantage_flow_minimiser_is_the_weighted_mean() -> None:
-    x0, old, reference = batch()
-    advantages = tensor(-1.0, -0.2, 0.0, 1.0)
-    prediction = torch.zeros_like(x0, requires_grad=True)
-    weights = {"old_weight": 1.1, "reference_weight": 0.3}
-    loss = advantage_flow_loss(prediction, old, reference, x0, advantages, **weights)
-    (gradient,) = torch.autograd.grad(loss, prediction)
-    total = advantages[:, None] + 1.4
-    best = (advantages[:, None] * x0 + 1.1 * old + 0.3 * reference) / total
-    torch.testing.assert_close(gradient, 2 * total * (prediction - best).detach() / x0.numel())
-    with pytest.raises(ValueError, match="no minimum"):
-        advantage_flow_loss(prediction, old, reference, x0, advantages - 1, **weights)
-
-
-def test_advantage_flow_shifts_a_gaussian_by_c_variance_over_weight() -> None:
-    # A = c (x0 - m), no reference: E[A (p - x0)] + w (p - old) = 0 with E[A | x_t] small, exact for Cov / (E A + w).
-    points, weights = hermite_grid(12, 1)
-    t, slope, old_weight = 0.6, 0.05, 1.1
-    # At the x_t with x0 prediction m, E[A | x_t] = 0 and the update is exactly Cov / w = c posterior variance / w.
-    posterior = OLD.std**2 * t**2 / OLD.variance(t)
-    x0 = OLD.mean + math.sqrt(posterior) * points
-    prediction = torch.full_like(x0, float(OLD.mean + slope * posterior / old_weight)).requires_grad_()
-    old = torch.full_like(x0, float(OLD.mean))
-    # Exact expectation: advantages and pulls are polynomials of degree three, summed with the points' weights.
-    advantages = (slope * (x0 - OLD.mean))[:, 0]
-    losses = [
-        advantage_flow_loss(prediction[i : i + 1], old[i : i + 1], old[i : i + 1], x0[i : i + 1], advantages[i : i + 1],
-                            old_weight=old_weight, reference_weight=0.0)
-        for i in range(12)
-    ]  # fmt: skip
-    (gradient,) = torch.autograd.grad((weights * torch.stack(losses)).sum(), prediction)
-    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-12)
-    # That shift of the x0 prediction, delta t^2 / D, is the mean shift c S / w.
-    assert slope * posterior / old_weight == pytest.approx(slope * OLD.std**2 / old_weight * t**2 / OLD.variance(t))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.core.paths import add_noise
 from fewstep.dmd.loss import distribution_matching_loss
-from fewstep.dmd.reward.methods.redmd import balanced_reward, rollout_weights, space_time_weight, weighted_matching_loss
+from fewstep.dmd.reward.methods.redmd import rollout_weights, space_time_weight, weighted_matching_loss
 from tests.dmd.gaussian_bench import Gaussian, hermite_grid
 
 TEACHER = Gaussian(0.7, 1.3)
@@ -63,20 +63,8 @@ def test_non_finite_rewards_are_refused() -> None:
         rollout_weights(tensor(math.nan, 0.0), tilt_scale=1.0)
     with pytest.raises(ValueError, match="max_weight"):
         rollout_weights(tensor(0.0), tilt_scale=1.0, max_weight=0.5)
-    with pytest.raises(ValueError, match="history"):
-        balanced_reward(torch.zeros(2, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="saliency must be finite"):
         space_time_weight(-torch.ones(1, 1, 2, 2, 2), torch.zeros(1, 1))
-
-
-def test_balanced_reward_golden() -> None:
-    rewards = tensor(1.0, 2.0, 6.0)[None]
-    rising = torch.stack([torch.zeros(3), torch.zeros(3), tensor(1.0, 1.0, 4.0), tensor(1.0, 1.0, 4.0)]).double()
-    # Drifts 1, 1, 4: unbiased std sqrt(3).
-    assert float(balanced_reward(rewards, rising)) == pytest.approx(3.0 - 0.5 * math.sqrt(3.0))
-    assert float(balanced_reward(rewards, rising, penalty=0.0)) == pytest.approx(3.0)
-    assert float(balanced_reward(rewards, rising[:3])) == pytest.approx(3.0)
-    assert float(balanced_reward(rewards, torch.arange(8.0)[:, None].expand(8, 3))) == pytest.approx(3.0)
 
 
 def make_saliency() -> tuple[Tensor, Tensor]:
