@@ -10,7 +10,7 @@ import dataclasses
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -151,6 +151,8 @@ def load_config(
     chosen = check_methods(given, methods, lenient=for_help)
     if not for_help:
         check_missing(set(given), keys)
+    # Names were checked above, of all sections.
+    arguments = [*_without_empty_sections(arguments, config_class, methods)]
     hidden = set(methods) - {chosen}
     section = None if chosen is None else (chosen, dataclass_of(typing.get_type_hints(config_class)[chosen])[0])
     told = description
@@ -205,6 +207,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value
+
+
+def _without_empty_sections(arguments: Sequence[str], config_class: type, methods: Sequence[str]) -> Iterator[str]:
+    """The arguments without `--dmd {}` of sections that have no settings, which the parser does not know.
+
+    Raises ConfigError for a method's section that is given as null: another one cannot take its place from there.
+    """
+    hints = typing.get_type_hints(config_class)
+    skip = False
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if skip or not argument.startswith("--") or name not in methods:
+            if not skip:
+                yield argument
+            skip = False
+            continue
+        value = value if equals else "".join(arguments[position + 1 : position + 2])
+        if value == "null":
+            raise ConfigError(f"{name}: given null on the command line; change the section of the method in the file")
+        section = dataclass_of(hints[name])[0]
+        if section is not None and not dataclasses.fields(section):
+            skip = not equals
+        else:
+            yield argument
 
 
 def _build_parser(

@@ -31,7 +31,7 @@ def main() -> None:
     recipe = VideoTeacherRecipe(seed=arguments.seed, **chosen)
     pipeline, dataset, log = train_video_teacher(recipe, arguments.output)
     save_video_teacher(pipeline, dataset, arguments.output, recipe=recipe, log=log)
-    print(f"wrote {arguments.output}; measure it with python -m studies.clip_evaluation")
+    print(f"wrote {arguments.output}; measure it with scripts/evaluate_digits_video.py")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def violations(root: Path, files: list[Path]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_repository_follows_the_architecture(repository: Path, repository_files: list[Path]) -> None:
     found = violations(repository, repository_files)
     assert len(found) == 0, "\n".join(found)

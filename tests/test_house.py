@@ -207,6 +207,7 @@ def sources(repository: Path, repository_files: list[Path]) -> dict[str, str]:
     return {path.relative_to(repository).as_posix(): path.read_text(encoding="utf-8") for path in chosen}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps_the_rule(sources: dict[str, str], rule: Callable[[Sources], Findings]) -> None:
     found = list(rule(sources))

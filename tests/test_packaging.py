@@ -130,6 +130,7 @@ def test_get_kernel_is_the_installed_one(repository: Path, stub_kernels: Path, s
     assert run_python("-c", code, cwd=stub_kernels.parent, path=path) == "stub x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_stub", [True, False])
 def test_diffusers_and_transformers_beside_the_folder(repository: Path, stub_kernels: Path, with_stub: bool) -> None:
     code = """if True:
@@ -174,6 +175,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path) -> None:
     """Without the repository beside it: nothing packaged needs scripts, configurations or tests."""
     names = [path.relative_to(installed).with_suffix("").as_posix() for path in installed.glob("fewstep/**/*.py")]
@@ -185,6 +187,7 @@ def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Pa
     assert int(run_python("-c", code, cwd=tmp_path, path=(installed,)).splitlines()[-1]) == len(chosen)
 
 
+@pytest.mark.slow
 def test_wheel_works_from_elsewhere(installed: Path, tmp_path: Path, project: dict[str, Any]) -> None:
     code = """if True:
         import importlib.metadata

@@ -81,6 +81,7 @@ def test_every_configuration_is_found_and_used() -> None:
     assert shown - used == {"sid", "f_distill"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_loads(path: Path) -> None:
     config_class = class_of(path)
@@ -91,6 +92,7 @@ def test_every_configuration_loads(path: Path) -> None:
         assert isinstance(config.method, str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_key_of_another_method_is_refused(path: Path) -> None:
     config_class = class_of(path)
@@ -135,6 +137,7 @@ def test_every_setting_of_a_section_is_read() -> None:
     assert unread == [], unread
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_two_methods_are_one_too_many(data: st.DataObject) -> None:

@@ -1,6 +1,6 @@
 """Several scorers as one reward: their weighted sum, with the parts kept for the log.
 
-Sums whose parts are normalised per group of samples first (GDPO) are in `dmd/groups.py`, from the same parts.
+Sums whose parts are normalised per group of samples first (GDPO) are in `dmd/reward/groups.py`, from the same parts.
 
 Shapes: B samples, R scorers, values [R, B].
 """

@@ -1,14 +1,11 @@
 """How well clips of a teacher of moving digits show what their prompts say, as a JSON record and a sheet of frames.
 
-Run `python -m studies.clip_evaluation --teacher assets/digits_video --output DIR`.
+Behind `scripts/evaluate_digits_video.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,38 +62,29 @@ def generate_clips(
     return torch.cat(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Judge a teacher of moving digits.")
-    parser.add_argument("--teacher", required=True, help="folder of the pipeline, with its judges")
-    parser.add_argument("--output", type=Path, required=True, help="folder for evaluation.json and samples.png")
-    parser.add_argument("--samples", type=int, default=320)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    judges = load_judges(Path(arguments.teacher) / "judges")
-    real = held_out_clips(REFERENCE_CLIPS + arguments.samples)
+def evaluate_teacher(
+    path: str, output: Path, *, samples: int, steps: int, guidance: float, seed: int, command: str
+) -> VideoEvaluation:
+    """Judge the teacher at `path` beside real clips; writes evaluation.json and samples.png into `output`."""
+    judges = load_judges(Path(path) / "judges")
+    real = held_out_clips(REFERENCE_CLIPS + samples)
     reference = video_reference(judges, real.pixels[:REFERENCE_CLIPS])
     rest = slice(REFERENCE_CLIPS, None)
     floor = measure_clips(judges, real.pixels[rest], prompts=real.captions[rest], reference=reference)
-    teacher = Teacher.load(arguments.teacher)
-    prompts = evaluation_prompts(arguments.samples, seed=arguments.seed)
-    settings = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
-    pixels = generate_clips(teacher, prompts, **settings)
+    prompts = evaluation_prompts(samples, seed=seed)
+    pixels = generate_clips(Teacher.load(path), prompts, steps=steps, guidance=guidance, seed=seed)
     evaluation = VideoEvaluation(
-        teacher=arguments.teacher,
-        **settings,
+        teacher=path,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
         torch_version=torch.__version__,
-        command=shlex.join(["python", "-m", "fewstep.evaluation.video_evaluation", *sys.argv[1:]]),
+        command=command,
         result=measure_clips(judges, pixels, prompts=prompts, reference=reference),
         floor=floor,
     )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=1) + "\n", encoding="ascii")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=1) + "\n", encoding="ascii")
     sheet = [clip[:, ::SHEET_EVERY].transpose(0, 1) for clip in pixels[:SHEET_CLIPS]]
-    save_grid(sheet, arguments.output / "samples.png", labels=prompts[:SHEET_CLIPS])
-    print(evaluation.result)
-
-
-if __name__ == "__main__":
-    main()
+    save_grid(sheet, output / "samples.png", labels=prompts[:SHEET_CLIPS])
+    return evaluation

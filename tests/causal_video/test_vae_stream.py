@@ -12,6 +12,9 @@ from tests.causal_video.tiny_causal import build_vae, largest, latents, layouts,
 
 VAE = build_vae()
 
+# Of float64: pieces are summed in another order on some CPUs, by 4e-16 at most where it was seen.
+ROUNDING = 2e-15
+
 
 def decoded(frames: int, seed: int = 1) -> Tensor:
     """What the stock decoder makes of latents, in [0, 1]."""
@@ -37,7 +40,7 @@ def test_chunks_decode_as_the_whole(layout: ChunkLayout) -> None:
     assert [p.shape[2] for p in pieces] == [layout.pixel_frames(c) for c in range(layout.chunks)]
     whole = decoded(layout.frames)
     assert whole.shape == (1, 3, 4 * layout.frames - 3, 16, 16)
-    assert largest(torch.cat(pieces, dim=2), whole) == 0
+    assert largest(torch.cat(pieces, dim=2), whole) <= ROUNDING
 
 
 def test_the_vae_of_wan_2_2_decodes_and_encodes_in_pieces_too() -> None:
@@ -47,7 +50,7 @@ def test_the_vae_of_wan_2_2_decodes_and_encodes_in_pieces_too() -> None:
     whole = vae.decode(x * scale + shift, return_dict=False)[0] / 2 + 0.5
     first, state = decode_stream(vae, x[:, :, :1])
     rest, _ = decode_stream(vae, x[:, :, 1:], state)
-    assert largest(torch.cat([first, rest], dim=2), whole) == 0
+    assert largest(torch.cat([first, rest], dim=2), whole) <= ROUNDING
     pixels = torch.rand(1, 3, 5, 16, 16, dtype=torch.float64)
     mode = vae.encode(2 * pixels - 1, return_dict=False)[0].mode()
     assert largest(encode_stream(vae, pixels)[0], (mode - shift) / scale) < 1e-12
@@ -62,8 +65,8 @@ def test_two_sessions_do_not_touch_each_other() -> None:
             pixels, states[session] = decode_stream(VAE, x[:, :, frame : frame + 1], states[session])
             pieces[session].append(pixels)
         VAE.decode(b, return_dict=False)  # A stock call in between, which clears the VAE's own history.
-    assert largest(torch.cat(pieces[0], dim=2), decoded(4)) == 0
-    assert largest(torch.cat(pieces[1], dim=2), decoded(4, seed=2)) == 0
+    assert largest(torch.cat(pieces[0], dim=2), decoded(4)) <= ROUNDING
+    assert largest(torch.cat(pieces[1], dim=2), decoded(4, seed=2)) <= ROUNDING
 
 
 def test_a_state_is_a_snapshot() -> None:
@@ -92,7 +95,7 @@ def test_clips_encode_in_pieces_as_the_whole(groups: tuple[int, ...]) -> None:
     scale, shift = latent_statistics(VAE, mode)
     whole = torch.cat(pieces, dim=2)
     assert whole.shape == (1, 4, 3, 4, 4)
-    assert largest(whole, (mode - shift) / scale) == 0
+    assert largest(whole, (mode - shift) / scale) <= ROUNDING
     assert state.frames == 9
 
 

@@ -67,6 +67,7 @@ def read(repository: Path, name: str, *changes: str) -> ConsistencyConfig:
     return load_config(ConsistencyConfig, arguments, prog="test", description="")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_committed_files_name_their_method(repository: Path, tmp_path: Path, name: str) -> None:
     config = read(repository, name)
@@ -77,6 +78,7 @@ def test_committed_files_name_their_method(repository: Path, tmp_path: Path, nam
     assert again == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_field_of_another_method_is_refused(repository: Path, name: str) -> None:
     own = next(method for method in FIELDS if getattr(read(repository, name), method) is not None)

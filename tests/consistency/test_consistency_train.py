@@ -43,6 +43,7 @@ def test_steps_of_rcm(inputs: TinyInputs, tmp_path: Path) -> None:
     assert logged == [["consistency_loss"], both, ["fake_score_loss"], both, ["fake_score_loss"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scm", "rcm", "ect"])
 def test_a_resumed_run_equals_an_uninterrupted_one(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
     straight = tiny_consistency(inputs, tmp_path / "straight", name)
@@ -88,6 +89,7 @@ def test_the_check_of_the_tangent_passes_and_is_reported(inputs: TinyInputs, tmp
     assert check_tangent(config, setup, trainer) is None
 
 
+@pytest.mark.slow
 def test_the_export_opens_and_steps_as_it_was_trained(inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_consistency(inputs, tmp_path / "run", "dcm")
     assert train_consistency(config) == 0

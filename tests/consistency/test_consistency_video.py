@@ -51,6 +51,7 @@ def two_steps(inputs: VideoInputs, folder: Path, name: str) -> list[dict[str, fl
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIDEO_CASES)
 def test_two_steps_give_the_committed_numbers(videos: VideoInputs, tmp_path: Path, name: str) -> None:
     found = two_steps(videos, tmp_path, name)
@@ -64,6 +65,7 @@ def test_two_steps_give_the_committed_numbers(videos: VideoInputs, tmp_path: Pat
     assert known.keys() <= VIDEO_CASES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rcm", "anyflow", "mcm"])
 def test_a_resumed_run_equals_an_uninterrupted_one(videos: VideoInputs, tmp_path: Path, name: str) -> None:
     assert train_consistency(tiny_video(videos, tmp_path / "straight", name)) == 0
@@ -74,6 +76,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(videos: VideoInputs, tmp_path
     assert_same_checkpoint(left, right)
 
 
+@pytest.mark.slow
 def test_one_time_exports_as_a_wan_pipeline_at_any_steps(videos: VideoInputs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train_consistency(tiny_video(videos, run, "mcm", {"steps": 1})) == 0

@@ -66,6 +66,7 @@ def test_weights_of_the_second_time_move(inputs: TinyInputs, tmp_path: Path, nam
     assert layers <= moved
 
 
+@pytest.mark.slow
 def test_with_adapters_the_second_embedding_is_trained_beside_them(inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_consistency(inputs, tmp_path / "run", "anyflow")
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, lora_rank=2))
@@ -78,6 +79,7 @@ def test_with_adapters_the_second_embedding_is_trained_beside_them(inputs: TinyI
     assert (record.steps, record.weights, record.sampler) == (3, "merged", "flow_map")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alphaflow", "anyflow_dmd"])
 def test_a_resumed_run_equals_an_uninterrupted_one(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
     """The run is of one length throughout, since alphaflow's schedule follows it: the last checkpoint is taken away."""
@@ -91,6 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(inputs: TinyInputs, tmp_path:
     assert_same_checkpoint(left, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("meanflow", 1), ("imf", 2), ("anyflow", 4), ("alphaflow", 8)])
 def test_export_of_any_number_of_steps(inputs: TinyInputs, tmp_path: Path, name: str, steps: int) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "run", name)) == 0
@@ -102,6 +105,7 @@ def test_export_of_any_number_of_steps(inputs: TinyInputs, tmp_path: Path, name:
     assert record.verification.sampler_difference < 1e-5
 
 
+@pytest.mark.slow
 def test_decoupled_is_sampled_here_and_has_no_export(inputs: TinyInputs, tmp_path: Path) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "run", "dmf")) == 0
     with pytest.raises(ValueError, match="'decoupled' has no export"):
@@ -114,6 +118,7 @@ def test_decoupled_is_sampled_here_and_has_no_export(inputs: TinyInputs, tmp_pat
     assert latents.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["two", "one"])
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "file"])
 def test_a_run_starts_from_weights_of_one_time_or_two(
@@ -137,6 +142,7 @@ def test_a_run_starts_from_weights_of_one_time_or_two(
     assert torch.equal(found[f"{place}.second.linear_1.weight"], second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "message"), [("anyflow", "cannot start adapters"), ("dcm", "adapters are saved")])
 def test_adapters_start_from_the_teacher_alone(inputs: TinyInputs, tmp_path: Path, name: str, message: str) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "first", name, {"steps": 1})) == 0

@@ -199,6 +199,7 @@ def test_every_spelling_of_a_float_is_a_float(complete: str, literal: str) -> No
     assert load(["--config", complete, f"--student.shift={literal}"])[0].student.shift == 1e-4
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     name=st.one_of(st.sampled_from(["1e-4", "null", "yes", "0x1", "1:20", "", "~", "a: b", "2020-01-01"]), st.text()),

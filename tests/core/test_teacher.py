@@ -35,6 +35,7 @@ def stock_latents(pipeline: Any, noise: Tensor, steps: int, guidance: float) -> 
     ).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_t5", [False, True])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sample_equals_the_stock_sd3_pipeline(with_t5: bool, shift: float) -> None:
@@ -49,6 +50,7 @@ def test_sample_equals_the_stock_sd3_pipeline(with_t5: bool, shift: float) -> No
             assert (ours - noise).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [build_sd15, build_sdxl])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_sample_equals_stock_ddim(build, prediction: str) -> None:

@@ -126,6 +126,7 @@ def test_decoupled_blocks_see_their_own_time() -> None:
     assert torch.allclose(seen[2], stock.time_text_embed(1000 * R, pooled), atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_tangent_along_state_and_both_times(kind: SecondTime) -> None:
     student, condition = build(kind, shaken=True)

@@ -116,6 +116,7 @@ def sgd(parameters: list[Tensor], *, lr: float) -> Optimizer:
     return torch.optim.SGD(parameters, lr=lr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "make", "lr", "times"),
     [

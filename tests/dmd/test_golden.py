@@ -60,6 +60,7 @@ def two_steps(inputs: TinyInputs, folder: Path, name: str, steps: int) -> dict[s
     return {"losses": losses, **sums}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), CASES)
 def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, tmp_path: Path, name: str, steps: int) -> None:
     found, path = two_steps(inputs, tmp_path, name, steps), GOLDEN / f"{name}.json"

@@ -28,6 +28,7 @@ def run_script(config: DmdConfig, folder: Path, *arguments: str) -> subprocess.C
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -41,7 +42,7 @@ def run_script(config: DmdConfig, folder: Path, *arguments: str) -> subprocess.C
         (["--dmd.alpha", "1.5"], "unknown key dmd.alpha on the command line; did you mean sid.alpha?"),
         (
             ["--dmd", "null"],
-            "no method is given: add one of the sections dmd, sid, f_distill (dmd: {}",
+            "dmd: given null on the command line; change the section of the method in the file",
         ),
         (["--gan.weight", "0.1"], "missing keys: gan.latents (str)"),
     ],
@@ -87,6 +88,7 @@ def test_settings_that_do_not_fit_together_are_refused(
         changed(config, changes)
 
 
+@pytest.mark.slow
 def test_empty_prompt_file_ends_the_script(config: DmdConfig, server: RunServer, tmp_path: Path) -> None:
     prompts = tmp_path / "empty.txt"
     prompts.write_text("\n \n", encoding="utf-8")

@@ -71,6 +71,7 @@ def assert_equal_runs(run: Path, undisturbed: Path) -> None:
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{n:07d}.png" for n in (0, 5, 10)]
 
 
+@pytest.mark.slow
 def test_undisturbed_run_is_complete(undisturbed: Path) -> None:
     assert [path.name for path in list_checkpoints(undisturbed)] == [f"checkpoint-{n}" for n in (3, 6, 9, 12, 14)]
     state = last_checkpoint(undisturbed).state
@@ -117,6 +118,7 @@ def moment(run: Path, number: int, chance: random.Random) -> Callable[[], bool]:
     return has_come
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_and_the_run_goes_on_bit_identical(
     inputs: TinyInputs, server: RunServer, undisturbed: Path, tmp_path: Path, number: int, code: int
@@ -136,6 +138,7 @@ def test_signal_saves_and_the_run_goes_on_bit_identical(
     assert_equal_runs(run, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resume", "message"),
     [
@@ -153,6 +156,7 @@ def test_resume_from_nothing_is_an_error(
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_new_run_does_not_overwrite_an_old_one(inputs: TinyInputs, server: RunServer, undisturbed: Path) -> None:
     log = undisturbed.parent / "again.txt"
     started = server.start("--config", str(undisturbed.parent / "config.yaml"), log=log)

@@ -27,6 +27,7 @@ def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, WITH_GAN, {"student.lora_rank": 2, "fake_score.lora_rank": 3, **WITH_GAN}])
 def test_each_turn_moves_its_own_network(inputs: TinyInputs, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Student in steps 0, 3, 6; fake score and heads in every step; teacher, frozen weights and prompts never."""
@@ -72,6 +73,7 @@ def run_steps(config, count: int) -> tuple[list[dict[str, float]], dict[str, dic
     return losses, {role.name: weights_of(role.module) for role in (setup.student_role, setup.fake_role)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [WITH_REGRESSION, {"student.steps": 2, **WITH_GAN}])
 def test_accumulating_two_slices_equals_one(inputs: TinyInputs, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole, expected = run_steps(tiny_config(inputs, tmp_path / "whole", changes), 4)
@@ -85,6 +87,7 @@ def test_accumulating_two_slices_equals_one(inputs: TinyInputs, tmp_path: Path, 
             torch.testing.assert_close(found[name][key], weight, rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_start", [0, 2])
 def test_ema_is_the_closed_form(inputs: TinyInputs, tmp_path: Path, ema_start: int) -> None:
     """shadow_n = d^n w_0 + (1 - d) sum_k d^(n - k) w_k, counted from `ema_start`, where the shadow is the weights."""
@@ -172,6 +175,7 @@ def test_dry_run_writes_nothing_into_the_run_directory(
     assert [line.split()[0] for line in shown.splitlines()[-5:-1]] == ["teacher", "student", "fake_score", "all"]
 
 
+@pytest.mark.slow
 def test_every_step_and_grid_is_kept(inputs: TinyInputs, tmp_path: Path) -> None:
     config = tiny_config(inputs, tmp_path, {"run.log_every": 2, "run.sample_every": 3, "run.steps": 5})
     assert train_dmd(config) == 0
@@ -189,6 +193,7 @@ def poison(role: Role) -> None:
         role.parameters[3][1].view(-1)[0] = float("nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("poisoned", "step", "message"),
     [

@@ -83,6 +83,7 @@ def test_two_processes_equal_one_and_one_goes_on(inputs: TinyInputs, one: Path, 
     assert load_checkpoint(tmp_path / "run" / "checkpoint-6").tensors["generators"]["cpu"].shape[0] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_one(inputs: TinyInputs, server: RunServer, one: Path, tmp_path: Path) -> None:
     save_resolved(tmp_path / "config.yaml", config_of(inputs, tmp_path / "run"))
     runs = start_two(server, tmp_path, "--config", str(tmp_path / "config.yaml"), "--resume", str(one / "checkpoint-3"))
@@ -90,6 +91,7 @@ def test_two_processes_go_on_from_one(inputs: TinyInputs, server: RunServer, one
     assert_close_runs(tmp_path / "run", one, first_step=4)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(inputs: TinyInputs, server: RunServer, tmp_path: Path) -> None:
     save_resolved(tmp_path / "config.yaml", config_of(inputs, tmp_path / "run", {"run.batch_size": 5}))
     runs = start_two(server, tmp_path, "--config", str(tmp_path / "config.yaml"))

@@ -64,6 +64,7 @@ def test_gradients_are_exact() -> None:
         assert torch.autograd.gradcheck(lambda x, s=scorer: score(s, x, ["a", "b"], gradient=True), (pixels,))
 
 
+@pytest.mark.slow
 def test_log_probability_is_that_of_the_prompted_digit(trained, classifier_folder) -> None:
     scorer = load_digit_log_probability(classifier_folder)
     digits = load_digits_split("test")

@@ -55,6 +55,7 @@ def test_sizes(teacher: Teacher) -> None:
     assert network.config["rope_max_seq_len"] == 1024
 
 
+@pytest.mark.slow
 def test_autoencoder_reconstructs_held_out_clips(teacher: Teacher) -> None:
     pixels = moving_digits("test", seed=4, indices=range(8), frames=49).pixels
     latents = teacher.encode_pixels(pixels)

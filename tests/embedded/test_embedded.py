@@ -137,6 +137,7 @@ def test_log_keeps_means_of_windows() -> None:
     assert (log.records[0]["step"], log.records[0]["loss"]) == (2, 2.0)
 
 
+@pytest.mark.slow
 def test_saved_teacher_is_a_stock_pipeline(trained, tmp_path: Path) -> None:
     pipeline, log = trained
     save_teacher(pipeline, tmp_path, recipe=RECIPE, log=log)
@@ -160,6 +161,7 @@ def test_saved_teacher_is_a_stock_pipeline(trained, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights(trained) -> None:
     pipeline, again = trained[0], train_teacher(RECIPE)[0]
     count = 0

@@ -24,6 +24,7 @@ def judge():
     return train_held_out(1, 3, command="pytest")
 
 
+@pytest.mark.slow
 def test_a_few_epochs_learn_and_repeat(judge) -> None:
     classifier, record = judge
     assert record.test_accuracy > 0.6

@@ -18,6 +18,7 @@ def judge(classifier_folder):
     return digits_judge("test", classifier=classifier_folder)
 
 
+@pytest.mark.slow
 def test_real_images_score_at_the_floor(judge) -> None:
     """Training images in the place of generated ones."""
     images = load_digits_split("train")
@@ -54,6 +55,7 @@ def test_untrained_pipeline_is_far_from_the_floor(pipeline_folder, classifier_fo
     assert again.fid.value == pytest.approx(result.fid.value, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compare_groups_training_seeds_and_times_each_row(judge, pipeline_folder, export_folder) -> None:
     systems = [
         read_system(pipeline_folder, steps=3, guidance=2.0),

@@ -25,6 +25,7 @@ def test_help_is_quick(repository) -> None:
     assert done.stdout.count("--pipeline") >= 1
 
 
+@pytest.mark.slow
 def test_report_of_two_systems(
     repository, pipeline_folder, export_folder, classifier_folder, tmp_path, monkeypatch, capsys
 ) -> None:

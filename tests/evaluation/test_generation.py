@@ -85,6 +85,7 @@ def build_unet(scheduler):
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [LCMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler])
 def test_stochastic_unet_schedulers_do_not_depend_on_the_batch(scheduler) -> None:
     pipeline: Any = build_unet(scheduler)

@@ -225,6 +225,7 @@ def test_func_grad_of_attention_and_of_its_jvp(part: int, kind: str) -> None:
         close(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [(2, 2), (2, 1)], ids=str)
 def test_gradcheck(heads: tuple[int, int]) -> None:
     mask = masks.from_predicate(lambda i, j: (j <= i) & (i != 1) & (j != 2), 4, 5)

@@ -49,6 +49,7 @@ def inputs_of_kind(kind: str) -> tuple[AttentionMask | None, Inputs]:
     return None if kind == "none" else inputs.mask, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [*((kind, "aot_eager") for kind in KINDS), pytest.param("causal", *INDUCTOR.values, marks=INDUCTOR.marks)],
@@ -67,6 +68,7 @@ def test_jvp_equals_eager(kind: str, backend: str) -> None:
         close(tangent, eager[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
@@ -95,6 +97,7 @@ def test_training_step_in_one_graph(kind: str, backend: str) -> None:
         close(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_outside_of_the_graph(backend: str) -> None:
     mask, inputs = inputs_of_kind("block_causal")
@@ -140,6 +143,7 @@ def test_a_gradient_at_a_constant_tangent_is_an_error() -> None:
             torch.autograd.grad(loss, points)
 
 
+@pytest.mark.slow
 def test_lse_and_the_explicit_pair() -> None:
     mask, inputs = inputs_of_kind("teacher_forcing_constant")
 
@@ -167,6 +171,7 @@ def test_lse_and_the_explicit_pair() -> None:
             close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_masks_and_lengths_may_change_between_calls() -> None:
     @compiled
     def tangent(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, mask: AttentionMask) -> Tensor:
@@ -211,6 +216,7 @@ def test_autocast_inside_and_outside_of_the_graph() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.15", reason="torch 2.11 refuses such layouts aloud")
 def test_layouts() -> None:
     mask, inputs = inputs_of_kind("block_causal")
@@ -277,6 +283,7 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             compiled(function)(q)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.15", reason="before torch 2.15, inductor drops the tangent without a word")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_region_that_is_called_with_dual_tensors(backend: str) -> None:
@@ -315,6 +322,7 @@ def test_other_tracers_keep_the_tangent() -> None:
     close(torch.export.export(Tangent(), (q,)).module()(other), there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["none", "teacher_forcing_constant"])
 def test_operators_keep_their_contract_with_torch(kind: str, transposed: bool) -> None:

@@ -40,6 +40,7 @@ def rounded_attention(mask: AttentionMask) -> Callable[..., Tensor]:
     return attend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["full", "causal", "window_sink", "teacher_forcing_constant", "documents", "mixed"])
 def test_errors_are_at_most_twice_those_of_plain_torch(name: str, dtype: torch.dtype) -> None:

@@ -61,6 +61,7 @@ def check_everything(inputs: Inputs, *, with_lse: bool) -> None:
             close(mine, theirs, 1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_all_quantities_over_masks_and_groups(name: str, heads: tuple[int, int]) -> None:
@@ -77,6 +78,7 @@ def test_widths_of_keys_and_values(widths: tuple[int, int]) -> None:
         check_everything(draw(masks.block_causal([9, 14, 10]), widths=widths, heads=(2, 1)), with_lse=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(mask_cases(max_tokens=90, batch=BATCH), st.sampled_from([(2, 2), (4, 2), (4, 1)]), st.booleans())
 def test_any_mask_with_any_activity(case: MaskCase, heads: tuple[int, int], with_lse: bool) -> None:

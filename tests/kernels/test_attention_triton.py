@@ -240,6 +240,7 @@ def compile_for(kernel: Any, capability: int, config: TileConfig, width: int, fl
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 86])
 @pytest.mark.parametrize("kind", ["forward", "jvp", "dq", "dkdv"])
 def test_first_candidate_compiles_into_the_memory_on_chip(
@@ -258,6 +259,7 @@ def test_first_candidate_compiles_into_the_memory_on_chip(
     assert (compiled.asm["ttgir"].count("async_copy_global") > 0) == (config.stages > 1)
 
 
+@pytest.mark.slow
 def test_classes_of_zero_tangents_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = {"HAS_TQ": True, "HAS_TK": True, "HAS_TV": True, "ACTIVITY": True}

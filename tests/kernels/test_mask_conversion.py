@@ -56,6 +56,7 @@ def test_rule_of_the_block_mask_is_the_mask(case: MaskCase) -> None:
     assert values == case.seen[:, ::9, :: max(1, len(k) // 7)].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_flex_attention_agrees_with_the_reference(batch: int) -> None:

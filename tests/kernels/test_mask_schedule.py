@@ -47,6 +47,7 @@ def activity(mask: AttentionMask) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(mask_cases(), st.integers(1, 48), st.sampled_from([1, 7, 16, 32, 64]))
 def test_classes_equal_those_of_the_whole_matrix(case: MaskCase, query_tile: int, key_tile: int) -> None:

@@ -65,6 +65,7 @@ def test_clean_tangents_are_zero_under_teacher_forcing() -> None:
     assert all(float(x[:, :, 32:].abs().sum()) > 1 for x in inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_call() -> None:
     """Dense scores of 1,024 tokens and two heads are 8 MB a copy; the outputs of ours are 0.13 MB."""

@@ -71,6 +71,7 @@ class Traced(StrokeWeight):
         return super().forward(pixels, prompts)
 
 
+@pytest.mark.slow
 def test_scorers_wait_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     inputs = write_inputs(tmp_path)

@@ -58,6 +58,7 @@ def test_points_are_balanced() -> None:
     assert points.square().mean(dim=0).tolist() == pytest.approx([1.0] * 3, abs=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "rtdmd", "gndmr", "nft", "astrolabe", "crd", "flash_dmd", "euphonium"])
 def test_linear_reward_tilts_the_teacher(method: Method) -> None:
     result = run_reward_toy(method, updates=200 if method == "rtdmd" else 120)

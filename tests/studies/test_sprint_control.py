@@ -59,6 +59,7 @@ def test_edges_of_a_step_are_at_the_step() -> None:
         edge_pictures(pixels[:, :1])
 
 
+@pytest.mark.slow
 def test_the_controlnet_alone_learns_to_follow(sana: TinyInputs) -> None:
     teacher = Teacher(build_controlled_sana(), path="tiny")
     pipeline: Any = teacher.pipeline
@@ -95,6 +96,7 @@ def test_both_networks_of_the_student_learn_in_its_step(sana: TinyInputs, tmp_pa
     assert {name.split(".")[1] for name in moved} == {"transformer", "controlnet"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_exported_to_the_stock_pipeline(sana: TinyInputs, tmp_path: Path) -> None:
     assert train_consistency(controlled(sana, tmp_path / "straight")) == 0
     assert train_consistency(controlled(sana, tmp_path / "run", **{"run.steps": 3})) == 0

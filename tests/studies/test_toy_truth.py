@@ -24,6 +24,7 @@ from tests.consistency.analytic import BIMODAL, Gaussian, fp64
 NORMAL = Mixture((1.0,), (0.7,), (1.6,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("teacher", [NORMAL, BIMODAL], ids=["gaussian", "mixture"])
 def test_short_training_reaches_the_truth(teacher: Mixture, objective: ToyObjective) -> None:
@@ -32,6 +33,7 @@ def test_short_training_reaches_the_truth(teacher: Mixture, objective: ToyObject
     assert errors.mean < (0.08 if objective in ("scm_flow", "anyflow") else 0.05)
 
 
+@pytest.mark.slow
 def test_the_teacher_itself_is_far_from_the_truth() -> None:
     teacher = train_toy(NORMAL, ToySettings("scm_flow", steps=0, pretraining=600, batch=256))
     x, t = torch.randn(64), torch.full((64,), 0.7)

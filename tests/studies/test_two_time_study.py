@@ -50,6 +50,7 @@ def test_committed_configurations_are_read(repository: Path, method: str) -> Non
     assert config.run.steps * config.run.batch_size > 10_000
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_export(inputs: TinyInputs, tmp_path: Path) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "run", "anyflow", {"steps": 2})) == 0
     prompts = ["ab", "c"] * 2

@@ -56,6 +56,7 @@ def test_committed_configurations_make_a_step(
     assert 0 < float(metrics["consistency_loss"]) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", study.METHODS)
 def test_clips_are_those_of_the_export(
     repository: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

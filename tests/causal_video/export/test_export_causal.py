@@ -66,7 +66,6 @@ def test_an_export_streams_what_the_training_rolls_out(run: Path) -> None:
     assert str(run.parent) not in card + (output / "distillation.json").read_text()
     with pytest.raises(FileExistsError):
         export_causal_run(run)
-    assert "| digit accuracy | 0.75 | 50 videos |" in (output / "README.md").read_text()
 
 
 def test_weights_and_steps_can_be_chosen(run: Path, tmp_path: Path) -> None:
@@ -84,6 +83,7 @@ def test_weights_and_steps_can_be_chosen(run: Path, tmp_path: Path) -> None:
     assert "It was trained at other times" in (tmp_path / "live" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:
     changes = {"run.steps": 3, "student.init": str(inputs.init), "data.image_share": 0.0}
     folder = tmp_path / "student"
@@ -107,6 +107,7 @@ def test_adapters_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:
     assert set(merged_network(with_adapters).state_dict()) == set(base)
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_exported(run: Path, inputs: VideoInputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the directory of a run of scripts/train_causal_video"):
         export_causal_run(tmp_path)

@@ -60,6 +60,7 @@ def run_steps(config: CausalRewardConfig, count: int) -> tuple[list[dict[str, fl
         return found, weights_of(setup.causal.student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_only_the_student_learns_and_the_others_follow(inputs: VideoInputs, tmp_path: Path, rank: int) -> None:
     """The older policy is an average of it, the reference one of its states, teacher and VAE never change."""
@@ -89,6 +90,7 @@ def test_only_the_student_learns_and_the_others_follow(inputs: VideoInputs, tmp_
         assert not any(p.requires_grad for p in [*setup.old.parameters(), *setup.reference.parameters()])
 
 
+@pytest.mark.slow
 def test_a_large_penalty_resets_the_reference(inputs: VideoInputs, tmp_path: Path) -> None:
     found = []
     for bound in (1e-12, 10.0):
@@ -112,6 +114,7 @@ def finished(inputs: VideoInputs, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_golden_numbers_and_an_exact_resume(inputs: VideoInputs, finished: Path, tmp_path: Path) -> None:
     records = [record for record in measured(finished) if "student_loss" in record]
     found = {name: [record[name] for record in records] for name in GOLDEN}
@@ -236,6 +239,7 @@ def test_the_state_of_the_penalty_survives(inputs: VideoInputs, tmp_path: Path) 
 
 
 # Calls of a scorer: two windows for the monitor at step 0, one in the first step, two for the monitor after it.
+@pytest.mark.slow
 @pytest.mark.parametrize(("with_nan", "message"), [(False, "the model forgot a token"), (True, "are not finite")])
 def test_a_failing_scorer_keeps_the_start_of_its_step(
     inputs: VideoInputs, tmp_path: Path, with_nan: bool, message: str
@@ -257,6 +261,7 @@ def test_a_failing_scorer_keeps_the_start_of_its_step(
     assert_same_checkpoint(left, right)
 
 
+@pytest.mark.slow
 def test_a_failing_measurement_goes_back_to_the_last_checkpoint(inputs: VideoInputs, tmp_path: Path) -> None:
     config = reward_settings(inputs, tmp_path / "run")
     with pytest.raises(RewardError, match=r"step 2: the measurement failed \(KeyError") as raised:

@@ -59,6 +59,7 @@ def test_the_section_that_is_there_is_the_stage(repository: Path, name: str) -> 
     assert config.reads_videos == (config.data.latents is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_field_of_another_stage_is_refused(repository: Path, name: str) -> None:
     """For every file and every field of the other stages' sections."""

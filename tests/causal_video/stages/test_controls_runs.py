@@ -58,6 +58,7 @@ def judge(inputs: VideoInputs, controls: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
+@pytest.mark.slow
 def test_a_steered_run_is_resumed_exactly(inputs: VideoInputs, controls: Path, forced: Path, tmp_path: Path) -> None:
     for changes in ({"run.steps": 2}, {"run.resume": "latest"}):
         config = tiny_causal(inputs, tmp_path, "teacher_forcing", {"data.controls": str(controls), **changes})

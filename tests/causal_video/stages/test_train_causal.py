@@ -80,6 +80,7 @@ def test_steps_of_self_forcing_with_a_discriminator(inputs: VideoInputs, tmp_pat
     assert [c[2] for c in counts] == [1, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["self_forcing", "self_forcing_long", "self_forcing_sid", "self_forcing_asd"])
 def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
     changes = {"run.seed": 7, "student.steps": (2,), **({"student.steps": (1, 1)} if name.endswith("long") else {})}
@@ -97,6 +98,7 @@ def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, t
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 2e-5 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["teacher_forcing_context", "tf_scm", "ode", "self_forcing", "self_forcing_long", "self_forcing_asd"]
 )
@@ -121,6 +123,7 @@ def test_a_slice_at_a_time_gives_the_gradient_of_the_batch(inputs: VideoInputs, 
     assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other(inputs: VideoInputs, tmp_path: Path) -> None:
     """Teacher forcing, then consistency from its run, then self-forcing from a checkpoint and from a file."""
     first = tiny_causal(inputs, tmp_path / "tf", "teacher_forcing", {"run.sample_every": 2})

@@ -47,6 +47,7 @@ def three_steps(inputs: VideoInputs, folder: Path, name: str) -> dict[str, Any]:
     return {"losses": losses, "moved": moved / sum(value.numel() for value in before)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_three_steps_give_the_committed_numbers(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
     found = three_steps(inputs, tmp_path, name)

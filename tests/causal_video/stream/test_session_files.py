@@ -26,6 +26,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunks", [0, 1, 4])
 def test_a_stream_goes_on_from_a_file(name: str, chunks: int, tmp_path: Path) -> None:

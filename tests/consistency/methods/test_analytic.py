@@ -37,6 +37,7 @@ def test_student_is_not_zero_where_the_teacher_is() -> None:
     torch.testing.assert_close(gaussian.trig_student(x, tau), -torch.tan(tau / 2) * x / 0.5, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [GAUSSIAN, BIMODAL], ids=["gaussian", "mixture"])
 def test_identities_of_average_velocity_and_flow(teacher: Gaussian | Mixture) -> None:
     x, t, r = fp64(0.4, -0.9, 1.7), fp64(0.73, 0.5, 0.95), fp64(0.21, 0.1, 0.6)

@@ -28,6 +28,7 @@ def along(function: object, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor) -
     return total_derivative(function, x, (t, r), velocity, tangents).derivative  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [GAUSSIAN, BIMODAL], ids=["gaussian", "mixture"])
 def test_exact_average_velocity_is_its_own_target(teacher: Gaussian | Mixture) -> None:
     velocity = teacher.velocity(X, T)

@@ -59,6 +59,7 @@ def test_exact_consistency_function_has_no_tangent(sd: float) -> None:
     torch.testing.assert_close(without.total, -torch.cos(ANGLES).square() * sd * gap, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [GAUSSIAN, BIMODAL], ids=["gaussian", "mixture"])
 def test_exact_flow_student_has_no_tangent(teacher: Gaussian | Mixture) -> None:
     t = fp64(0.2, 0.5, 0.8, 1.0)

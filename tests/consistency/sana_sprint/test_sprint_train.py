@@ -85,6 +85,7 @@ def test_without_an_adversarial_loss_there_is_no_discriminator(sana: TinyInputs,
     trainer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_steps_give_the_committed_numbers(sana: TinyInputs, tmp_path: Path, name: str) -> None:
     """Three steps; after an intended change of the numerics, UPDATE_GOLDEN=1 writes them anew."""
@@ -109,6 +110,7 @@ def test_steps_give_the_committed_numbers(sana: TinyInputs, tmp_path: Path, name
     assert 1e-4 < moved < 1e-2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(sana: TinyInputs, tmp_path: Path) -> None:
     """Interrupted after three steps, so that the discriminator's step comes next."""
     assert train_consistency(tiny_sprint(sana, tmp_path / "straight")) == 0
@@ -154,6 +156,7 @@ def test_tangent_check_and_grid_have_the_guidance(sana: TinyInputs, tmp_path: Pa
     trainer.close()
 
 
+@pytest.mark.slow
 def test_one_run_is_exported_at_one_two_and_four_steps(sana: TinyInputs, tmp_path: Path) -> None:
     assert train_consistency(tiny_sprint(sana, tmp_path / "run")) == 0
     losses = [name for record in read_metrics(tmp_path / "run" / METRICS_FILE) for name in record if "_loss" in name]
@@ -202,6 +205,7 @@ def test_sections_that_do_not_fit_are_named(sana: TinyInputs, inputs: TinyInputs
     assert OPTIMIZER.learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_teachers_that_do_not_fit_are_named(sana: TinyInputs, inputs: TinyInputs, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sana_sprint distils a SanaPipeline"):
         start_consistency(

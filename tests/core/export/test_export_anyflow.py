@@ -97,6 +97,7 @@ def test_the_stock_network_is_the_same_function(kind: Kind) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "expand"), [("gate", False), ("sum", False), ("gate", True)])
 def test_one_export_serves_all_numbers_of_steps(
     teachers: dict[bool, Path], tmp_path: Path, kind: Kind, expand: bool

@@ -62,6 +62,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "sampler"),
     [
@@ -93,6 +94,7 @@ def test_export_equals_the_student(teachers, tmp_path, name, steps, shift, sampl
     assert record.network_timesteps == pytest.approx(tuple(expected), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "times", "argument"),
     [("sd3", (1.0, 0.7, 0.2), "sigmas"), ("sd15", (1.0, 0.6, 0.3), "timesteps"), ("sdxl", (0.5,), "timesteps")],
@@ -147,6 +149,7 @@ save_file(found, sys.argv[1] + ".found")
 """
 
 
+@pytest.mark.slow
 def test_exports_work_in_a_process_without_this_package(teachers, tmp_path):
     cases = {"sd3": 4, "sd15": 2}
     arguments, expected = [], {}
@@ -267,6 +270,7 @@ def test_weights_that_do_not_fit_the_dtype_are_named(teachers, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_adapters_are_merged(teachers, tmp_path, name):
     network = lora_student(name)
@@ -282,6 +286,7 @@ def test_adapters_are_merged(teachers, tmp_path, name):
     assert torch.equal(unchanged, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sd15"])
 def test_adapters_alone_are_loaded_on_the_teacher(teachers, tmp_path, name):
     network = lora_student(name)

@@ -79,6 +79,7 @@ def test_grids_that_the_pipeline_has_not_are_named() -> None:
     assert sprint_angles(SamplerSpec(times[:2], "sde")) == pytest.approx((math.atan(400), 1.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [sprint_times(1), sprint_times(2), sprint_times(4), (0.9, 0.4)])
 def test_stock_pipeline_equals_the_training_sampler(teacher_folder, tmp_path, times) -> None:
     student, steps = build_student(), len(times)

@@ -108,6 +108,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(build_sd3(sd35=True), tmp_path_factory.mktemp("teacher") / "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "steps", "shift"), [("gate", 1, 1.0), ("sum", 2, 3.0), ("gate", 4, 1.0), ("sum", 8, 1.0), ("gate", 8, 5.0)]
 )
@@ -152,6 +153,7 @@ def test_adapters_and_a_second_time_export_merged(teacher: Path, tmp_path: Path)
         export_pipeline(str(teacher), network, sampler=spec, output=tmp_path / "lora", report=REPORT, lora_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_stay_near(teacher: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     record = export_pipeline(

@@ -47,6 +47,7 @@ def tangent_of(case: NetworkCase, network: Any | None = None) -> tuple[Tensor, T
     return jvp(lambda *point: case.call(network, *point), case.point, directions(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @torch.no_grad()
@@ -64,6 +65,7 @@ def test_output_names_and_weights_are_the_stock_ones(name: str, dtype: torch.dty
     assert distance(case.call(copy.deepcopy(case.network), *case.point), stock) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_tangent_is_that_of_plain_attention(name: str) -> None:
     case = build_case(name)
@@ -77,6 +79,7 @@ def test_tangent_is_that_of_plain_attention(name: str) -> None:
     assert distance(tangent, expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_tangent_is_the_derivative_in_every_direction(name: str) -> None:
     case = build_case(name)
@@ -93,6 +96,7 @@ def test_tangent_is_the_derivative_in_every_direction(name: str) -> None:
         assert found.norm > 1e-3, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_fp32_inside_a_network_costs_a_tangent_little(name: str) -> None:
@@ -109,6 +113,7 @@ def test_fp32_inside_a_network_costs_a_tangent_little(name: str) -> None:
     assert distance(tangent, exact) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_bf16_tangent_is_near_that_of_fp32(name: str) -> None:
@@ -278,6 +283,7 @@ def test_unknown_networks_and_processors_are_refused() -> None:
     assert {type(processor) for processor in network.attn_processors.values()} == {AttnProcessor}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "dtype"), [(build_sd3, torch.float64), (build_sd15, torch.float32)])
 def test_denoiser_check(build: Any, dtype: torch.dtype) -> None:
     pipeline = build()

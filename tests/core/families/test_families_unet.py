@@ -37,6 +37,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1)).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction"), KINDS)
 @pytest.mark.parametrize("timestep", [0, 1, 250, 499, 749, 999])
 def test_x0_is_ddims_pred_original_sample(name: str, prediction: str, timestep: int) -> None:

@@ -1,11 +1,12 @@
 """Every family in bf16: a teacher that is kept in it, and tangents of fp32 weights under autocast, against fp32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from fewstep.core.condition import Condition
@@ -34,6 +35,14 @@ SIZES = {"wan": (32, 32, 5), "wan_time_per_token": (32, 32, 5)}
 PROMPTS = ["a red cat", "two dogs"]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the mixed precision of the first run of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each pipeline on disk, as a user has it: what stays in fp32 is decided when it is loaded."""
@@ -51,6 +60,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_a_teacher_in_bf16_is_the_one_in_fp32_but_for_rounding(folders: dict[str, Path], name: str) -> None:
     exact, half = (Teacher.load(folders[name], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))

@@ -129,6 +129,7 @@ def test_killed_while_replacing_gets_the_replaced_one_back(tmp_path: Path) -> No
     assert load_checkpoint(tmp_path / "checkpoint-1").state["x"][0] == 1
 
 
+@pytest.mark.slow
 def test_killed_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
@@ -238,6 +239,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
     assert names(tmp_path) == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_full_disk_while_writing(tmp_path: Path) -> None:
     """On a real file system of 4 MiB in a mount namespace of its own, where the system allows one."""
     disk = tmp_path / "disk"

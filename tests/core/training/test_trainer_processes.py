@@ -86,6 +86,7 @@ def test_interrupted_run_goes_on_exactly(toy: ModuleType, tmp_path: Path, number
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-6", tmp_path / "part" / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_process_in_bf16(toy: ModuleType, tmp_path: Path) -> None:
     """Exit code and checkpoint; autocast computes in bf16 while weights stay in fp32."""
     script = textwrap.dedent(
@@ -158,6 +159,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(toy: ModuleType, tmp_path: Path) -> None:
     """Weights, EMA and losses; a signal to process 1 alone stops both, and one process goes on from there.
 

@@ -35,6 +35,7 @@ def test_every_method_has_a_section_a_configuration_and_a_tiny_run() -> None:
     assert len(TABLE) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_configurations_read_back_equal(name: str, tmp_path: Path) -> None:
     config = load(name)
@@ -83,6 +84,7 @@ def test_an_anchor_is_added_by_its_two_sections() -> None:
     assert config.fake_score.optimizer.learning_rate == 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_settings_of_another_method_are_refused(name: str) -> None:
     """Every field of every other section, alone on the command line."""

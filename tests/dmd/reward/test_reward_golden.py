@@ -85,6 +85,7 @@ def two_steps(inputs: TinyInputs, student: Path, folder: Path, name: str) -> dic
         return {"steps": steps, "student": checksum(role, before)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, student: Path, tmp_path: Path, name: str) -> None:
     found = two_steps(inputs, student, tmp_path, name)

@@ -42,6 +42,7 @@ def final(run: Path) -> Path:
 
 
 # The others keep a subset of what these keep.
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["crd", "rtdmd", "flash", "euphonium"])
 def test_a_resumed_run_is_the_undisturbed_one(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Bit for bit: student, fake score, older policies, averages, optimizers, monitor and metrics."""
@@ -55,6 +56,7 @@ def test_a_resumed_run_is_the_undisturbed_one(inputs: TinyInputs, student: Path,
     assert measured(tmp_path / "other")[-1] == measured(tmp_path / "run")[-1]
 
 
+@pytest.mark.slow
 def test_a_resumed_discriminator_is_the_undisturbed_one(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     """Its heads and its optimizer are in the checkpoint, its frozen features are not."""
     changes = {"run.steps": 3, **with_pixel_gan(inputs, write_pixel_backbone(tmp_path / "backbone"))}
@@ -73,6 +75,7 @@ def test_a_resumed_discriminator_is_the_undisturbed_one(inputs: TinyInputs, stud
 
 
 # Calls of a scorer: one for the monitor at step 0, then one in each step, one more for the monitor after step 2.
+@pytest.mark.slow
 @pytest.mark.parametrize(("with_nan", "told"), [(False, "the model forgot a token"), (True, "are not finite")])
 def test_a_failing_scorer_keeps_the_start_of_its_step(
     inputs: TinyInputs, student: Path, tmp_path: Path, with_nan: bool, told: str
@@ -92,6 +95,7 @@ def test_a_failing_scorer_keeps_the_start_of_its_step(
     assert measured(tmp_path / "run") == measured(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_failure_inside_the_loss_goes_back_to_the_last_checkpoint(
     inputs: TinyInputs, student: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_a_steered_rollout_that_fails_keeps_its_start(inputs: TinyInputs, studen
     assert str(raised.value).endswith(f"continue with --resume {tmp_path / 'run' / 'checkpoint-1'}")
 
 
+@pytest.mark.slow
 def test_a_remote_scorer_that_goes_away(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     config = reward_config(inputs, student, tmp_path / "run", "nft", {"run.checkpoint_every": 100})
     with ScorerServer(StrokeWeight(), 0) as server:

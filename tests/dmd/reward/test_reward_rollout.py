@@ -124,6 +124,7 @@ def test_steered_steps_are_scored_under_the_unguided_transition(euphonium: Eupho
     assert bool((steered.log_probs[0] != plain.log_probs[0]).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_plans_depend_on_seed_and_step_alone(inputs: TinyInputs, student: Path, tmp_path: Path, name: str) -> None:
     with started(reward_config(inputs, student, tmp_path, name, {"student.steps": 4})) as (method, _):

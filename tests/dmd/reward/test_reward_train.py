@@ -38,6 +38,7 @@ def moved(module: nn.Module, before: dict[str, Tensor]) -> float:
     return sum(not torch.equal(left, right) for left, right in pairs) / len(pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_the_method_trains_moves(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Student in each step; fake score where there is matching; old policies behind it; teacher and start never."""
@@ -83,6 +84,7 @@ def run_steps(config: RewardRunConfig, count: int) -> tuple[list[dict[str, float
         return found, weights_of(method.setup.student_role.module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gndm", "crd", "rtdmd"])
 def test_two_slices_equal_one(inputs: TinyInputs, student: Path, tmp_path: Path, method: str) -> None:
     """Groups, shared draws and advantages do not know how a step is cut."""
@@ -111,6 +113,7 @@ def test_weights_without_a_tilt_are_plain_matching(inputs: TinyInputs, student: 
     assert abs(right["student_loss"] / left["student_loss"] - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_saliency_without_places_weighs_nothing(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     """Every pixel moves the ink as much as every other: Stream-R1 is then Re-DMD."""
     plain, expected = run_steps(reward_config(inputs, student, tmp_path / "plain", "redmd"), 2)
@@ -145,6 +148,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_variants_make_steps_of_finite_size(inputs: TinyInputs, student: Path, tmp_path: Path, name: str) -> None:
     method, changes = CHANGES[name]
@@ -155,6 +159,7 @@ def test_variants_make_steps_of_finite_size(inputs: TinyInputs, student: Path, t
     assert ("fake_score_loss" in found[0]) == (config.matching is not None)
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student: Path, tmp_path: Path) -> None:
     config = reward_config(inputs, student, tmp_path / "run", "rtdmd")
     assert train_reward(config) == 0

@@ -165,6 +165,7 @@ def test_missing_and_pickled_weights_say_what_to_do(clip_folder, pick_folder, tm
         load_pickscore(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_conversion_command_makes_the_file_that_is_loaded(tmp_path, clip_folder) -> None:
     import subprocess
     import sys

@@ -169,6 +169,7 @@ def latent_config(inputs: TinyInputs, source: Path, directory: Path, **changes: 
     return dataclasses.replace(config, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "bradley_terry"])
 def test_a_run_learns_its_scorer_and_resumes(inputs: TinyInputs, tmp_path: Path, objective: str) -> None:
     """Samples of a student, and the ink of their pictures; held-out samples agree near t = 0 and less near 1."""

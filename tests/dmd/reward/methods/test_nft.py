@@ -141,7 +141,7 @@ def test_wrong_input() -> None:
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         nft_loss(x, x, x, torch.tensor([0.5, 1.2]), nft_beta=1.0)
     with pytest.raises(ValueError, match="nft_beta"):
-        nft_target(x, x, torch.tensor([0.5, 0.5]), nft_beta=0.0)
+        nft_loss(x, x, x, torch.tensor([0.5, 0.5]), nft_beta=0.0)
     with pytest.raises(ValueError, match="not finite"):
         adaptive_nft_loss(x, x, x, torch.tensor([0.5, math.nan]), nft_beta=1.0)
     with pytest.raises(ValueError, match="one shape"):
