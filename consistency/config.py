@@ -150,7 +150,7 @@ class ConsistencyConfig:
             frames=self.data.frames,
             second_time=settings.second_time if is_flow_map else "none",
             any_steps=True,
-            told_guidance=isinstance(settings, SprintConfig),
+            guidance_embedded=isinstance(settings, SprintConfig),
         )
 
 

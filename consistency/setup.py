@@ -20,7 +20,14 @@ from fewstep.consistency.sana_sprint.setup import (
 )
 from fewstep.consistency.time_weight import build_time_weight
 from fewstep.core.config import require_one_method
-from fewstep.core.data import REAL_SEED, LatentDataset, LatentSource, PromptConditions, ToldPrompts, read_prompts
+from fewstep.core.data import (
+    REAL_SEED,
+    LatentDataset,
+    LatentSource,
+    PromptConditions,
+    PromptsWithGuidance,
+    read_prompts,
+)
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import nearest_exportable_times
@@ -87,7 +94,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 
     Raises ValueError when a component or size does not fit, or the network has no tangent where one is needed.
     """
-    teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    teacher = Teacher.of(config.teacher, device=trainer.device)
     settings, sprint = config.student, config.sana_sprint
     shape = run_shape(config.data, data.real, teacher)
     if sprint is not None:
@@ -156,7 +163,9 @@ def embedded_prompts(
     if config.sana_sprint is None:
         return PromptConditions(teacher, prompts, cache=cache, height=height, width=width)
     guidance = config.teacher.guidance
-    return ToldPrompts(teacher, prompts, cache=cache, height=height, width=width, guidance=guidance, control=control)
+    return PromptsWithGuidance(
+        teacher, prompts, cache=cache, height=height, width=width, guidance=guidance, control=control
+    )
 
 
 def run_shape(settings: ConsistencyDataConfig, real: LatentDataset, teacher: Teacher) -> tuple[int, ...]:

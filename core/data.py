@@ -164,7 +164,7 @@ class LatentDataset:
         return cls(tensors["latents"], read_prompts(folder / PROMPTS_FILE), tensors.get("noise"))
 
 
-class ToldPrompts(PromptConditions):
+class PromptsWithGuidance(PromptConditions):
     """Prompts whose conditions also tell one guidance scale to a network with a guidance embedding.
 
     Args:

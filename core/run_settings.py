@@ -34,8 +34,8 @@ class RunSettings:
         frames: pixel frames of videos; None is the teacher's own number, and for pictures.
         second_time: how the network is told a second time.
         any_steps: whether the student is trained at all times, so that it samples in any number of steps.
-        told_guidance: whether it has an embedding of the guidance and steps where SanaSprintPipeline can (TrigFlow's
-            angles).
+        guidance_embedded: whether it has an embedding of the guidance and steps where SanaSprintPipeline can, at
+            TrigFlow's angles.
     """
 
     method: str
@@ -51,7 +51,7 @@ class RunSettings:
     frames: int | None = None
     second_time: SecondTime = "none"
     any_steps: bool = False
-    told_guidance: bool = False
+    guidance_embedded: bool = False
 
     def save(self, run: str | Path) -> Path:
         """Write `student.json` into the run directory; gives its path."""

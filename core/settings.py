@@ -18,6 +18,8 @@ class TeacherConfig:
     """Guidance weight w of the real score, u + w (c - u); 1 is no guidance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the frozen teacher is kept."""
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of its autoencoder, whose rounding is seen in sample grids and in what rewards judge."""
 
 
 @dataclass(frozen=True, kw_only=True)

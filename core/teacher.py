@@ -19,6 +19,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.table import build_family, require_known_class
 from fewstep.core.paths import x0_from_velocity
+from fewstep.core.settings import TeacherConfig
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Components of these kinds hold no weights; a folder with a config is all they need.
@@ -54,12 +55,24 @@ class Teacher:
         self.text_encoders_freed = False
 
     @classmethod
+    def of(cls, settings: TeacherConfig, *, device: torch.device) -> Teacher:
+        """The teacher that the settings of a run name. Raises ValueError as `load`."""
+        dtype, vae_dtype = (getattr(torch, name) for name in (settings.dtype, settings.vae_dtype))
+        return cls.load(settings.path, device=device, dtype=dtype, vae_dtype=vae_dtype)
+
+    @classmethod
     def load(
-        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
     ) -> Teacher:
         """Load a diffusers directory or a model of the hub; safetensors alone, and no code from the model.
 
-        An autoencoder that its config says is unstable in fp16 stays in fp32.
+        The autoencoder has `vae_dtype`, by default that of the rest; one that its config says is unstable in fp16 stays
+        in fp32.
 
         Raises:
             ValueError: the directory, its index or a component is missing, or the pipeline is of an unknown class.
@@ -69,12 +82,16 @@ class Teacher:
             folder = _download(str(path))
         null_components = check_pipeline_folder(folder)
         # Stock loading takes a null in the index for a missing component unless it is passed as None as well.
+        vae_dtype = dtype if vae_dtype is None else vae_dtype
+        if vae_dtype == torch.float16 and _is_unstable_in_half(folder):
+            vae_dtype = torch.float32
+        # Read in its own precision: a bf16 autoencoder that is widened afterwards has lost its digits.
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **dict.fromkeys(null_components)
+            folder,
+            dtype={"default": dtype, "vae": vae_dtype},
+            use_safetensors=True,
+            **dict.fromkeys(null_components),
         )
-        vae = pipeline.components.get("vae")
-        if vae is not None and dtype == torch.float16 and vae.config.get("force_upcast"):
-            vae.to(torch.float32)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, path=str(path))
@@ -145,6 +162,11 @@ class Teacher:
             time = torch.full((len(x_t),), t, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             x_t = x_t + (t_next - t) * self.velocity(x_t, time, condition, guidance)
         return x_t
+
+
+def _is_unstable_in_half(folder: Path) -> bool:
+    config = folder / "vae" / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("force_upcast"))
 
 
 def check_teacher_path(path: str | Path) -> None:

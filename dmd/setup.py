@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.export.schedulers import nearest_exportable_times
 from fewstep.core.fake_score import FakeScore
@@ -61,7 +59,7 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
 
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
-    teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    teacher = Teacher.of(config.teacher, device=trainer.device)
     size = (config.data.height, config.data.width)
     shape = image_shape(teacher.latent_shape(*size))
     for key, dataset in (("gan.latents", data.real), ("regression.pairs", data.pairs)):

@@ -72,7 +72,7 @@ def build_setup(
     """
     reward = build_reward(config, trainer, scorers)
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=True)
-    teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    teacher = Teacher.of(config.teacher, device=trainer.device)
     vae = teacher.pipeline.components["vae"]
     check_vae(vae)
     settings = causal_settings(config.student)

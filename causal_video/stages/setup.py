@@ -153,7 +153,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
     stage, settings = config.stage, causal_settings(config.student)
-    teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    teacher = Teacher.of(config.teacher, device=trainer.device)
     stored = data.real.latents if data.real is not None else data.pairs.latents if data.pairs is not None else None
     shape = latent_shape((config.data.height, config.data.width), stored, teacher, settings)
     channels = 0 if data.controls is None else data.controls.channels

@@ -125,7 +125,7 @@ def load_run_student(
     teacher = Teacher.load(settings.teacher_path, device=device)
     network = _student_network(teacher, settings, loaded.tensors[name])
     grid = step_grid(settings.steps, shift=settings.shift)
-    if settings.told_guidance:
+    if settings.guidance_embedded:
         grid = sprint_times(settings.steps)
     times = nearest_exportable_times(teacher.pipeline, grid)
     return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
@@ -159,7 +159,7 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The teacher's network with the student's adapters, if any, and its weights."""
     network = teacher.denoiser.network
-    if settings.told_guidance and not isinstance(network, ControlledSana):
+    if settings.guidance_embedded and not isinstance(network, ControlledSana):
         assert isinstance(network, SanaTransformer2DModel)
         network = with_guidance_embedding(network)
     network.requires_grad_(True)

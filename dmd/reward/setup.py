@@ -148,7 +148,7 @@ def build_setup(
     """
     reward = build_reward(config, trainer, scorers, gradient=needs.reward_gradient)
     held_out = load_scorers(config.reward.held_out, device=trainer.device)
-    teacher = Teacher.load(config.teacher.path, device=trainer.device, dtype=getattr(torch, config.teacher.dtype))
+    teacher = Teacher.of(config.teacher, device=trainer.device)
     shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
     denoiser = build_student_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.consistency.sana_sprint.teacher import FineTuneRecipe, train_flow_matching
-from fewstep.core.data import LatentDataset, ToldPrompts
+from fewstep.core.data import LatentDataset, PromptsWithGuidance
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.sana_control import with_controlnet
 from fewstep.core.teacher import Teacher
@@ -60,7 +60,9 @@ def train_controlnet(
         raise ValueError(
             f"control is {tuple(control.shape)}, the data {tuple(data.latents.shape)}: give one for each of the data"
         )
-    prompts = ToldPrompts(teacher, data.prompts, cache=True, height=None, width=None, guidance=1.0, control=control)
+    prompts = PromptsWithGuidance(
+        teacher, data.prompts, cache=True, height=None, width=None, guidance=1.0, control=control
+    )
     denoiser: Denoiser = teacher.denoiser
     network: Any = denoiser.network
     return train_flow_matching(

@@ -219,7 +219,7 @@ def test_the_student_follows_from_the_method(inputs: TinyInputs, tmp_path: Path,
     second = {"meanflow": "sum", "imf": "gate", "alphaflow": "sum", "dmf": "decoupled", "anyflow": "gate"}
     method = config.method
     assert (found.sampler, found.second_time) == (("flow_map", second[method]) if method in second else ("sde", "none"))
-    assert (found.method, found.any_steps, found.told_guidance) == (method, True, False)
+    assert (found.method, found.any_steps, found.guidance_embedded) == (method, True, False)
     assert (found.steps, found.guidance, found.teacher_path) == (2, 2.0, str(inputs.teacher))
     takes = {"scm", "rcm", *second}
     assert (config.tangent is not None) == (method in takes)

@@ -104,7 +104,7 @@ def scored_samples(config: LatentRewardConfig, *, device: torch.device) -> Score
     else:
         if settings.prompts is not None:
             raise ValueError(f"samples.source {source} is no run of a student: latents have prompts, leave prompts out")
-        teacher = Teacher.load(config.teacher.path, device=device, dtype=getattr(torch, config.teacher.dtype))
+        teacher = Teacher.of(config.teacher, device=device)
         dataset = whole_groups(LatentDataset.load(source), config.reward.group_size, limit=settings.count)
     groups = len(dataset.prompts) // config.reward.group_size
     trained = groups - max(1, round(groups * settings.held_out))

@@ -212,7 +212,7 @@ def test_a_run_is_exported_at_the_pipelines_own_times(teacher_folder, tmp_path, 
         shift=1.0,
         sampler="sde",
         any_steps=True,
-        told_guidance=True,
+        guidance_embedded=True,
     ).save(run)
     _, record = export_run(run, weights="live", steps=steps)
     assert (record.pipeline, record.method, record.guidance_scale) == ("SanaSprintPipeline", "sana_sprint", 4.5)

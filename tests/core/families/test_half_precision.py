@@ -15,6 +15,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.families.family import network_dtype
 from fewstep.core.lora import add_lora
+from fewstep.core.settings import TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
@@ -70,6 +71,21 @@ def test_a_teacher_in_bf16_is_the_one_in_fp32_but_for_rounding(folders: dict[str
     found = half.velocity(x_t, t, half.encode(PROMPTS), 2.0)
     assert found.dtype == torch.float32
     assert 1e-5 < relative(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_the_autoencoder_has_a_precision_of_its_own(folders: dict[str, Path], name: str) -> None:
+    """Exact weights, not those of bf16 widened again."""
+    exact = Teacher.load(folders[name])
+    settings = TeacherConfig(path=str(folders[name]), dtype="bfloat16")
+    mixed = Teacher.of(settings, device=torch.device("cpu"))
+    assert network_dtype(mixed.denoiser.network) == torch.bfloat16
+    expected = exact.pipeline.components["vae"].state_dict()
+    found = mixed.pipeline.components["vae"].state_dict()
+    assert len(found) > 10
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    narrow = Teacher.load(folders[name], dtype=torch.bfloat16)
+    assert network_dtype(narrow.pipeline.components["vae"]) == torch.bfloat16
 
 
 def test_adapters_do_not_change_the_dtype_of_a_network(folders: dict[str, Path]) -> None:
