@@ -279,3 +279,29 @@ ALLOWED: list[tuple[Callable[[Sources], Findings], dict[str, str]]] = [
 @pytest.mark.parametrize(("rule", "planted"), ALLOWED)
 def test_what_is_allowed_is_not_reported(rule: Callable[[Sources], Findings], planted: dict[str, str]) -> None:
     assert list(rule(planted)) == []
+
+
+def files_to_open(sources: Sources, file: str) -> set[str]:
+    """The file of a method and what it imports of its own layer, directly or not."""
+    layer, seen, ahead = file.split("/")[0], set[str](), [file]
+    while ahead:
+        place = ahead.pop()
+        if place not in seen:
+            seen.add(place)
+            modules = {module.replace(".", "/") + ".py" for _, module in imports(ast.parse(sources[place]))}
+            ahead += [module for module in modules if module in sources and module.split("/")[0] == layer]
+    return seen
+
+
+MOST_FILES = {"dmd/": 6, "consistency/": 16, "dmd/reward/": 22, "causal_video/": 28}
+
+
+def test_a_method_is_understood_from_few_files(sources: dict[str, str]) -> None:
+    """Bounds that only fall: sCM had 14 and has 7, RTDMD had 31 and has 20, MCM had 24 and has 16."""
+    files = set(re.findall(r"`((?:dmd|consistency|causal_video)/[\w/]+\.py)`", sources["README.md"]))
+    assert len(files) >= 25
+    counts = {file: len(files_to_open(sources, file)) for file in files if not file.endswith("train.py")}
+    for file, count in sorted(counts.items()):
+        folder = max((name for name in MOST_FILES if file.startswith(name)), key=len)
+        print(f"{file}: {count}")
+        assert count <= MOST_FILES[folder], f"{file} needs {count} files of its layer, at most {MOST_FILES[folder]}"
