@@ -84,6 +84,7 @@ def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trai
     if isinstance(config.settings, McmConfig):
         return train_mcm_step(config, setup, trainer)
     role = role_due(config, setup, trainer.step)
+    # The learned weight of a time belongs to the student's loss, so it learns in the student's steps.
     learning = [role] if role is not setup.student_role else [role, *filter(None, [setup.weight_role])]
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     records: list[dict[str, Tensor]] = []

@@ -89,6 +89,7 @@ def find_weights(source: str, key: str = "student.init") -> StoredWeights:
     path = Path(source)
     if path.is_file():
         return StoredWeights(key, source, (path,))
+    # A run directory may hold an export, too: its checkpoints are newer or equal, so they come first.
     checkpoint = path if (path / STATE_FILE).is_file() else latest_checkpoint(path) if path.is_dir() else None
     if checkpoint is not None:
         return _of_checkpoint(source, checkpoint, key)

@@ -132,6 +132,7 @@ def student_step(
 
     adversarial = None
     if gan is not None:
+        # At times of its own: the discriminator is trained on the fake score's law of times, not on the scores'.
         gan_t = draw.times("gan_time", shift=times.fake_shift, interval=times.interval)
         noised = add_noise(x0, draw.noise(shape, "gan_noise"), gan_t)
         adversarial = generator_gan_loss(require_logits(scores.fake(noised, gan_t, condition)))
@@ -169,6 +170,7 @@ def fake_score_step(
     for name, clean in (("fake", x0), ("real", latents)):
         all_times.append(draw.times(f"discriminator_{name}_time", shift=times.fake_shift, interval=times.interval))
         states.append(add_noise(clean, draw.noise(shape, f"discriminator_{name}_noise"), all_times[-1]))
+    # One call, because a distributed wrapper averages the gradients of one call; three would be averaged too early.
     joined = Condition.cat([condition, condition, real_condition])
     output = fake_score(torch.cat(states), torch.cat(all_times), joined)
     _, fake_logits, real_logits = require_logits(output).split(size)

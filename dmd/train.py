@@ -67,6 +67,7 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
     for number, indices in enumerate(slices):
         draw = Draw(config.run.seed, indices, trainer.device)
         condition = setup.prompts.of_samples(indices, config.run.seed)
+        # Steps of the fake score alone roll out without a graph: their samples are only data.
         with trainer.sync(setup.student_role, number == len(slices) - 1), torch.set_grad_enabled(student_due):
             x0 = student_samples(config, setup, trainer, condition=condition, draw=draw)
             if student_due:
@@ -76,6 +77,8 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
     if student_due:
         metrics["student_grad_norm"] = trainer.update(setup.student_role)
 
+    # On the samples from before the update: the fake score follows the distribution that they were drawn from, and a
+    # second rollout would cost as much as the step.
     records = []
     for number, batch in enumerate(batches):
         with trainer.sync(setup.fake_role, number == len(batches) - 1):
@@ -104,6 +107,7 @@ def student_backward(
     config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, x0: Tensor, condition: Condition, draw: Draw
 ) -> dict[str, Tensor]:
     """Add the student's gradients for one slice; returns what to log."""
+    # Gradients may pass through the fake score to x0 (SiD, GAN), but must not be left on its weights.
     with frozen(setup.fake_score):
         step = student_step(
             x0,
@@ -122,6 +126,7 @@ def student_backward(
         assert config.regression is not None
         rows, target, pair_condition = setup.pairs.rows(draw.indices, trainer.device)
         noise = setup.pairs.noise(rows, trainer.device)
+        # A second call of the wrapper, with a backward of its own: the graphs of both need not be held at once.
         paired = setup.student.rollout(noise, pair_condition, (), 0, setup.student_role.wrapped).x0
         regression = regression_loss(paired, target)
         trainer.check_finite("regression loss", regression)

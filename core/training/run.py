@@ -117,6 +117,7 @@ class Run(Generic[C]):
             self.directory.write_config(self.config)
             if beside is not None:
                 beside(self.directory.path)
+        # The start is looked at before any step, so that a wrong teacher or prompt is seen at once.
         if trainer.step == 0:
             watch.begin()
         while not trainer.should_stop():
@@ -138,6 +139,7 @@ class Run(Generic[C]):
             raise RuntimeError(f"step {self.trainer.step - 1} was finished already; call finish_step once in each step")
         self._step_finished = True
         self.trainer.advance()
+        # After the count, for a measurement belongs to the weights of the step that it is logged with.
         more = self._watch.measure()
         self._watch.look_at(self.trainer.log({**metrics, **more}))
 
