@@ -202,5 +202,7 @@ def check_sprint(config: ConsistencyConfig) -> None:
 def check_guidance(config: ConsistencyConfig) -> None:
     """Raise ValueError for settings of a guided velocity of the data where there is no guidance."""
     settings = config.settings
+    if config.ect is not None and config.teacher.guidance != 1:
+        raise ValueError(f"teacher.guidance is {config.teacher.guidance}, and ect has no teacher to guide: set it to 1")
     if isinstance(settings, FlowMapSettings) and config.teacher.guidance == 1:
         require_unset(settings, settings.DATA_GUIDANCE, "velocity 'data' with a teacher.guidance other than 1")

@@ -60,7 +60,7 @@ class ConsistencyData:
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
-        init = None if config.student.init is None else find_weights(config.student.init)
+        init = None if config.student.init is None or config.run.resume else find_weights(config.student.init)
         judged = None if config.mcm is None else config.mcm.discriminator
         pictures = None if judged is None or judged.pictures is None else LatentDataset.load(judged.pictures)
         followed = None if config.sana_sprint is None else config.sana_sprint.control
@@ -216,6 +216,13 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
         raise ValueError(
             f"student.init {two_times.source} holds a network of two times, which cannot start adapters; train all "
             "weights"
+        )
+    if two_times is not None and two_times.stated("second_time") not in (None, "none", method.second_time):
+        # Both kinds have layers of the same names and sizes, so that their weights would fit and mean another network.
+        raise ValueError(
+            f"student.init {two_times.source} holds a network whose second time is "
+            f"{two_times.stated('second_time')!r}, and this method has {method.second_time!r}: set second_time to the "
+            "same, or start from the teacher"
         )
     denoiser = build_student_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
     add_second_time(denoiser.network, method.second_time)

@@ -93,7 +93,7 @@ def central_derivative(
 
     Raises:
         ValueError: step is not positive; a sample cannot step to either side; or most samples give exactly the same
-            value on both sides although a time moved (see also `require_visible_step`).
+            value on both sides although a time moved (see also `_require_change`).
     """
     times, dtimes = _checked(x, time, dx, dtime)
     if not step > 0:

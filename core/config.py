@@ -147,6 +147,8 @@ def load_config(
     arguments = expand_shortcuts(list(argv), keys)
     methods: tuple[str, ...] = getattr(config_class, "METHODS", ())
     for_help = any(argument in HELP_FLAGS for argument in arguments)
+    show = "--print_config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print_config"]
     given = check_arguments(arguments, keys)
     chosen = check_methods(given, methods, lenient=for_help)
     if not for_help:
@@ -169,6 +171,9 @@ def load_config(
         # A section without settings has nothing that the parser could give.
         values.setdefault(chosen, {})
     config = _build(config_class, values, prefix="")
+    if show:
+        sys.stdout.write(resolved_text(config))
+        sys.exit(0)
     return config, plain_values(config)
 
 
@@ -181,8 +186,12 @@ def plain_values(config: Any) -> dict[str, Any]:
 
 def save_resolved(path: str | Path, config: Any) -> None:
     """Write a configuration as YAML that `load_config` reads back to an equal instance."""
-    text = yaml.dump(plain_values(config), Dumper=_ResolvedDumper, sort_keys=False, allow_unicode=False, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(resolved_text(config), encoding="utf-8")
+
+
+def resolved_text(config: Any) -> str:
+    """The configuration as YAML that can be given as --config."""
+    return yaml.dump(plain_values(config), Dumper=_ResolvedDumper, sort_keys=False, allow_unicode=False, width=120)
 
 
 class _ResolvedDumper(yaml.SafeDumper):
@@ -269,6 +278,9 @@ def _build(config_class: type[ConfigT], values: Mapping[str, Any], *, prefix: st
     arguments = {}
     for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType]
         group, _ = dataclass_of(hints[field.name])
+        if field.name not in values:
+            # A section that is null in the file and has a key on the command line comes without its defaults.
+            continue
         value = values[field.name]
         if group is not None and value is not None:
             value = value if isinstance(value, group) else _build(group, value, prefix=f"{prefix}{field.name}.")

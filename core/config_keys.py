@@ -95,6 +95,8 @@ def check_arguments(arguments: Sequence[str], keys: Mapping[str, Key]) -> dict[s
             where = "on the command line"
             told = value if equals else following
             _check_key(name, told, keys, where=where)
+            if keys[name].group is not None and told.lstrip().startswith("{"):
+                given |= dict.fromkeys(_check_inline(name, told, keys, where=where), where)
             if not (told == "null" and keys[name].optional_group):
                 given[name] = where
     if len(files) > 1:
@@ -138,6 +140,17 @@ def _check_key(name: str, value: Any, keys: Mapping[str, Key], *, where: str) ->
         raise ConfigError(f"{name}: given {value!r} {where}, but it is a group; give its keys: {members}")
 
 
+def _check_inline(name: str, text: str, keys: Mapping[str, Key], *, where: str) -> set[str]:
+    """The keys inside a group that is given as one mapping, such as --gan '{latents: DIR, weight: 0.1}'."""
+    try:
+        values = jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: given {text!r} {where}, which is not valid YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: given {text!r} {where}, allowed is a mapping of its keys")
+    return _check_mapping({f"{name}.{inner}": value for inner, value in values.items()}, keys, where=where)
+
+
 def _check_file(path: Path, keys: Mapping[str, Key]) -> set[str]:
     if not path.is_file():
         raise ConfigError(f"--config: given {str(path)!r}, which is not a file; give the path of a YAML file")
@@ -150,11 +163,16 @@ def _check_file(path: Path, keys: Mapping[str, Key]) -> set[str]:
     if not isinstance(root, yaml.MappingNode) or not isinstance(values, Mapping):
         raise ConfigError(f"{path}: holds no keys; give 'key: value' lines for {', '.join(keys)}")
     _check_repeats(root, path=path, prefix="")
+    return _check_mapping({str(name): value for name, value in values.items()}, keys, where=f"in {path}")
+
+
+def _check_mapping(values: Mapping[str, Any], keys: Mapping[str, Key], *, where: str) -> set[str]:
+    """Check the names of nested keys; returns those that are given. A section that is null is not there."""
     given: set[str] = set()
-    pending: list[tuple[str, Any]] = [(str(name), value) for name, value in values.items()]
+    pending = list(values.items())
     while pending:
         name, value = pending.pop(0)
-        _check_key(name, value, keys, where=f"in {path}")
+        _check_key(name, value, keys, where=where)
         if value is None and keys[name].optional_group:
             continue
         given.add(name)

@@ -10,14 +10,18 @@ import json
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.core.run_settings import SETTINGS_FILE
 from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
 
 LIVE_FILE, EMA_FILE = "student", "student_ema"
+# What states things of a student: of a run, and of an export.
+RECORDS = (SETTINGS_FILE, "distillation.json")
 # Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
 NETWORK_FOLDERS = ("transformer", "unet")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -59,6 +63,25 @@ class StoredWeights:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
         return found
+
+    def stated(self, name: str) -> Any:
+        """What the run or the export that holds these weights states of its student, such as its `second_time` or its
+        `sampler` (`student.json`, `distillation.json`); None where nothing is stated."""
+        folders = [] if self.run is None else [self.run]
+        folders += [parent for file in self.files for parent in file.resolve().parents[:2]]
+        for file in (folder / record for folder in folders for record in RECORDS):
+            if file.is_file():
+                return json.loads(file.read_text(encoding="utf-8")).get(name)
+        return None
+
+    def require_own_times(self) -> None:
+        """Raises ValueError for an export of a flow map whose second time went into the time layers of one grid."""
+        pipeline = self.stated("pipeline")
+        if pipeline is not None and self.stated("sampler") == "flow_map" and pipeline != "AnyFlowPipeline":
+            raise ValueError(
+                f"{self.key} {self.source} is an export of a flow map: its second time is baked into the time layers "
+                "for its own steps alone, and nothing can go on from there. Give the run directory it was made from"
+            )
 
     def beside(self, name: str) -> Path | None:
         """Another file of the checkpoint, such as the fake score beside the student; None where there is none."""
@@ -137,6 +160,7 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
     Raises:
         ValueError: a file cannot be read, or does not hold exactly this network's weights.
     """
+    weights.require_own_times()
     own = network.state_dict()
     tensors = weights.tensors(own.keys())
     # An average holds all floating buffers, also computed tables that no state_dict has.

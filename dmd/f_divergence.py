@@ -1,7 +1,7 @@
 """Weights that turn the reverse-KL gradient of DMD into that of another f-divergence (f-distill, arXiv:2502.15681).
 
 With r = p_teacher(x_t) / p_student(x_t), read off the discriminator, the gradient of D_f is that of DMD with each
-sample weighted by h(r) = f''(r) r^2 (Theorem 1). Order of a step: density_ratio, then TimeBinMeans if used, then
+sample weighted by h(r) = f''(r) r^2 (Theorem 1). Order of a step: density_ratio, then normalise_by_time if used, then
 divergence_weight, then unit_mean; the result is the `weight` of `distribution_matching_loss`. Legend: B batch, K bins.
 """
 

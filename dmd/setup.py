@@ -46,7 +46,7 @@ class DmdData:
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_teacher_path(config.teacher.path)
-        init = None if config.student.init is None else find_weights(config.student.init)
+        init = None if config.student.init is None or config.run.resume else find_weights(config.student.init)
         real = None if config.gan is None else LatentDataset.load(config.gan.latents)
         pairs = None if config.regression is None else LatentDataset.load(config.regression.pairs)
         if pairs is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def parse() -> argparse.Namespace:
@@ -32,6 +33,8 @@ def main() -> None:
     from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
     from fewstep.core.export.check import ExportMismatchError
 
+    if options.far is not None and Path(options.far).exists():
+        sys.exit(f"error: --far {options.far} exists; give another directory")
     try:
         directory, record = export_causal_run(
             options.run,

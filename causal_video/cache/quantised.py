@@ -71,7 +71,7 @@ def stored(keys_values: KeysValues, kind: QuantiseKind) -> StoredKeysValues:
 def quantise(x: Tensor, kind: QuantiseKind) -> QuantisedTensor:
     """One byte per number, the largest of each [d] on the largest number of the kind.
 
-    The error is at most `error_bound`.
+    The error of a number is at most half a step: scale / 2 for int8, the larger of |x| / 16 and scale / 1024 for fp8.
 
     Raises:
         ValueError: x is not finite, or the kind is "none".

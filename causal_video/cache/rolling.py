@@ -56,7 +56,7 @@ class RollingCache:
         return sum(entry.segment.frames for entry in self.entries)
 
     def bytes(self) -> int:
-        """Size of the stored numbers; equals `cache_bytes` or `quantised_cache_bytes`."""
+        """Size of the stored numbers; equals `cache_bytes` where nothing is quantised."""
         return sum(entry.content.bytes() for entry in self.entries)
 
     def read(self) -> Prefix:

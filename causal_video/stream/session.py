@@ -120,7 +120,7 @@ class StreamSession:
         return self._state.settings
 
     def snapshot(self) -> StreamState:
-        """The state as it is now; going on does not change it. `session_files` writes it to a file."""
+        """The state as it is now; going on does not change it. `files` writes it to a file."""
         return self._state
 
     def restore(self, state: StreamState) -> None:

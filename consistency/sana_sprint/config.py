@@ -81,7 +81,7 @@ class SprintConfig:
     def __post_init__(self) -> None:
         if self.consistency is None and self.discriminator is None:
             raise ValueError(
-                "sana_sprint has neither the section consistency nor the section discriminator: nothing would be "
+                "neither the section consistency nor the section discriminator is there: nothing would be "
                 "learnt; give both, or one of them"
             )
         if not self.guidance_scales or min(self.guidance_scales) < 1:

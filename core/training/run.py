@@ -114,7 +114,8 @@ class Run(Generic[C]):
             trainer.note("dry run: one step was made, nothing is kept")
             return
         if trainer.is_main:
-            self.directory.write_config(self.config)
+            # Without the resume of this start: the file is to begin the run again.
+            self.directory.write_config(replace(self.config, run=replace(self.config.run, resume=None)))  # pyright: ignore
             if beside is not None:
                 beside(self.directory.path)
         # The start is looked at before any step, so that a wrong teacher or prompt is seen at once.

@@ -75,9 +75,9 @@ class ScorersConfig:
         # The reader of YAML hands entries of a list over as its own namespaces.
         object.__setattr__(self, "scorers", tuple(_scorer(entry) for entry in self.scorers))
         if not self.scorers:
-            raise ValueError("reward.scorers is empty; name at least one scorer")
+            raise ValueError("scorers is empty; name at least one scorer")
         if self.group_size < 2:
-            raise ValueError(f"reward.group_size is {self.group_size}; a comparison needs at least 2")
+            raise ValueError(f"group_size is {self.group_size}; a comparison needs at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class RewardSettings(ScorersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "held_out", tuple(_scorer(entry) for entry in self.held_out))
+        object.__setattr__(self, "held_out", tuple(_scorer(entry) for entry in self.held_out or ()))
         for entry in self.held_out:
             if (entry.weight, entry.mean, entry.std) != (1.0, 0.0, 1.0):
                 raise ValueError(
@@ -163,6 +163,11 @@ class RewardMatchingConfig(MatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ambient is not None and self.fake_error != "velocity":
+            raise ValueError(
+                f"fake_error is {self.fake_error!r} with the section ambient, whose fake score has an error of its "
+                "own: leave one of them out"
+            )
         require_positive(weight=self.weight)
         require_not_negative(cold_start_steps=self.cold_start_steps)
 
@@ -183,6 +188,7 @@ class RewardStudentConfig(SteppingStudentConfig):
                 f"lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; leave both out, there must be no "
                 "adapters: they are saved alone, and without init they are another student"
             )
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,6 +128,10 @@ class DecayConfig:
     ceiling: float = 0.5
     """Largest decay."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.ceiling <= 1 or self.delay < 0 or self.slope < 0:
+            raise ValueError(f"{self}: delay and slope must not be negative, and 0 <= start <= ceiling <= 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NftConfig:

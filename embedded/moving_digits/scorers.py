@@ -58,7 +58,8 @@ class ClipMotion:
         frames = pixels.shape[2]
         if frames < CLIP_FRAMES:
             raise ValueError(
-                f"{self.card.name} judges {CLIP_FRAMES} frames, and the clips have {frames}: make window.chunks larger"
+                f"{self.card.name} judges {CLIP_FRAMES} frames, and the clips have {frames}: "
+                "make astrolabe.chunks larger"
             )
         starts = [0] if self.question == "direction" else pieces(frames)
         said = [self._answers(clip_logits(self.judge, pixels[:, :, start:])) for start in starts]

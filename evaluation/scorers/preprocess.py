@@ -3,7 +3,7 @@
 The libraries preprocess PIL images of 8 bits. Here the same resizing runs on floating tensors, so that gradients reach
 the pixels: bicubic with antialias, which is PIL's filter. PIL rounds, and cuts what overshoots, after each of its two
 passes; smooth 8-bit pictures differ by at most 1.5 / 255 from it, noise by up to 30 / 255 where it overshoots, by less
-than 1 / 255 in the mean (`tests/evaluation/test_scorers_preprocess.py`).
+than 1 / 255 in the mean (`tests/evaluation/scorers/test_scorers_preprocess.py`).
 
 Shapes: pixels [B, 3, H, W] in [0, 1].
 """

@@ -2,7 +2,7 @@
 
 Pixels and scores travel as safetensors bytes and prompts as UTF-8 JSON, so nothing is unpickled on either side. There
 is no encryption and no password: the server belongs on the loopback interface, or behind a tunnel.
-`scripts/serve_scorer.py` starts one; `remote_scorer_server.py` is the other side.
+`scripts/serve_scorer.py` starts one; `remote_server.py` is the other side.
 
 Shapes: pixels [B, 3, (F,) H, W] in [0, 1], scores [B].
 """

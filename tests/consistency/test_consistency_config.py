@@ -137,7 +137,7 @@ def test_matching_makes_the_method(repository: Path) -> None:
     [
         ("scm", {"dcm": DcmConfig()}, "the sections scm and dcm are given, and a run has one method"),
         ("scm", {"scm": None}, "no method is given: add one of the sections scm, dcm, ect"),
-        ("scm", {"student.steps": 0}, "student.steps is 0"),
+        ("scm", {"student.steps": 0}, "steps is 0"),
         ("scm", {"fake_score": FAKE_SCORE}, "the section fake_score is given without matching"),
         (
             "scm",
@@ -220,8 +220,14 @@ def test_the_student_follows_from_the_method(inputs: TinyInputs, tmp_path: Path,
     method = config.method
     assert (found.sampler, found.second_time) == (("flow_map", second[method]) if method in second else ("sde", "none"))
     assert (found.method, found.any_steps, found.guidance_embedded) == (method, True, False)
-    assert (found.steps, found.guidance, found.teacher_path) == (2, 2.0, str(inputs.teacher))
+    assert (found.steps, found.guidance, found.teacher_path) == (2, config.teacher.guidance, str(inputs.teacher))
     takes = {"scm", "rcm", *second}
     assert (config.tangent is not None) == (method in takes)
     copy = dataclasses.replace(config, student=dataclasses.replace(config.student, steps=4, shift=3.0))
     assert (copy.student_settings.steps, copy.student_settings.shift) == (4, 3.0)
+
+
+def test_ect_has_no_teacher_to_guide(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path, "ect")
+    with pytest.raises(ValueError, match=r"teacher\.guidance is 2\.0, and ect has no teacher to guide"):
+        changed(config, {"teacher.guidance": 2.0})

@@ -143,6 +143,16 @@ def test_a_run_starts_from_weights_of_one_time_or_two(
 
 
 @pytest.mark.slow
+def test_another_kind_of_second_time_is_no_start(inputs: TinyInputs, tmp_path: Path) -> None:
+    """The gate of AnyFlow and the sum of MeanFlow have layers of the same names and sizes."""
+    assert train_consistency(tiny_consistency(inputs, tmp_path / "first", "anyflow", {"steps": 1})) == 0
+    config = tiny_consistency(inputs, tmp_path / "next", "meanflow")
+    student = dataclasses.replace(config.student, init=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="second time is 'gate', and this method has 'sum'"):
+        start_consistency(dataclasses.replace(config, student=student))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "message"), [("anyflow", "cannot start adapters"), ("dcm", "adapters are saved")])
 def test_adapters_start_from_the_teacher_alone(inputs: TinyInputs, tmp_path: Path, name: str, message: str) -> None:
     assert train_consistency(tiny_consistency(inputs, tmp_path / "first", name, {"steps": 1})) == 0

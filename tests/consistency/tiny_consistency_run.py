@@ -63,7 +63,8 @@ def tiny_consistency(
         log_every=1,
     )
     return ConsistencyConfig(
-        teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
+        # ECT has no teacher that could be guided.
+        teacher=TeacherConfig(path=str(inputs.teacher), guidance=1.0 if name == "ect" else 2.0),
         data=ConsistencyDataConfig(prompts=str(inputs.prompts), latents=str(inputs.latents), sample_count=2),
         run=dataclasses.replace(run, **(changes or {})),
         student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),

@@ -1,6 +1,7 @@
 """One meaning of `student.init`: whatever holds a student's weights gives the same network."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,19 @@ def test_weights_of_another_network_are_counted(stored: dict[str, Path]) -> None
     with pytest.raises(ValueError, match="unknown"):
         load_weights(before, wrong)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in before.state_dict().items())
+
+
+def test_an_export_of_a_flow_map_is_no_start(stored: dict[str, Path], tmp_path: Path) -> None:
+    """Its weights fit the teacher's network, and stand for its own grid of times alone."""
+    folder = tmp_path / "export"
+    shutil.copytree(stored["export"], folder)
+    record = {"sampler": "flow_map", "pipeline": "StableDiffusion3Pipeline", "second_time": "sum"}
+    (folder / "distillation.json").write_text(json.dumps(record), encoding="utf-8")
+    for given in (folder, folder / "transformer", folder / "transformer" / WEIGHTS_NAME):
+        weights = find_weights(str(given))
+        assert weights.stated("second_time") == "sum"
+        with pytest.raises(ValueError, match="export of a flow map: its second time is baked"):
+            load_weights(build_sd3().transformer, weights)
+    (folder / "distillation.json").write_text(json.dumps(record | {"sampler": "sde"}), encoding="utf-8")
+    load_weights(build_sd3().transformer, find_weights(str(folder)))
+    assert find_weights(str(stored["file"])).stated("second_time") is None

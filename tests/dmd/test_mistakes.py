@@ -1,18 +1,27 @@
 """The training script on mistakes: what it says, its exit code, and that nothing is written."""
 
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fewstep.core.config import save_resolved
+from fewstep.core.config import ConfigError, OptimizerConfig, load_config, save_resolved
+from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
 from fewstep.dmd.config import DmdConfig, FDistillObjective, GanConfig, RegressionConfig, SidObjective
 from fewstep.dmd.train import train_dmd
 from tests.dmd.run_server import SCRIPT, RunServer
 from tests.dmd.tiny_run import TinyInputs, changed, tiny_config, with_gan
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+
+
+def read(arguments: list[str]) -> DmdConfig:
+    return load_config(DmdConfig, arguments, prog="train_dmd.py", description="")[0]
 
 
 @pytest.fixture
@@ -77,8 +86,8 @@ def test_unknown_key_in_the_file_names_the_nearest(config: DmdConfig, tmp_path: 
             "regression with student.steps 2: DMD1 is a one-step method",
         ),
         ({"matching.t_min": 0.5, "matching.t_max": 0.5}, "must satisfy 0 < t_min < t_max < 1"),
-        ({"student.steps": 0}, "student.steps is 0; it must be at least 1"),
-        ({"fake_score.updates_per_student_update": 0}, "updates_per_student_update must be at least 1"),
+        ({"student.steps": 0}, "steps is 0; it must be at least 1"),
+        ({"fake_score.updates_per_student_update": 0}, "updates_per_student_update is 0; it must be at least 1"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(
@@ -161,3 +170,53 @@ def test_run_directory_that_is_a_file_is_refused(config: DmdConfig, tmp_path: Pa
     with pytest.raises(ValueError, match=r"run directory .*run is a file; choose another directory"):
         train_dmd(config)
     assert (tmp_path / "run").read_text(encoding="utf-8") == "here"
+
+
+def test_printed_settings_are_a_file_to_start_from(
+    config: DmdConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_resolved(tmp_path / "config.yaml", config)
+    file = ["--config", str(tmp_path / "config.yaml")]
+    with pytest.raises(SystemExit) as end:
+        read([*file, "--student.steps", "3", "--print_config"])
+    assert end.value.code in (0, None)
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    again = read(["--config", str(tmp_path / "printed.yaml")])
+    assert again == changed(config, {"student.steps": 3})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_section_as_one_mapping_is_looked_into(config: DmdConfig, tmp_path: Path, inputs: TinyInputs) -> None:
+    save_resolved(tmp_path / "config.yaml", config)
+    file = ["--config", str(tmp_path / "config.yaml")]
+    made = read([*file, "--gan", f"{{latents: {inputs.latents}, weight: 0.25}}"])
+    assert made.gan is not None
+    assert (made.gan.weight, made.gan.latents) == (0.25, str(inputs.latents))
+    for argument, message in (
+        ("{latents: x, wieght: 0.1}", r"unknown key gan\.wieght on the command line; did you mean gan\.weight"),
+        ("{latents: x, latents: y", "not valid YAML"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read([*file, "--gan", argument])
+    with pytest.raises(ConfigError, match=r"unknown key dmd\.a on the command line"):
+        read([*file, "--dmd", "{a: 1}"])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: StudentConfig(optimizer=OPTIMIZER, lora_alpha=2.0), r"lora_alpha is 2\.0 with lora_rank 0"),
+        (lambda: StudentConfig(optimizer=OPTIMIZER, lora_rank=-1), "lora_rank is -1"),
+        (lambda: StudentConfig(optimizer=OPTIMIZER, shift=0.0), r"shift is 0\.0; it must be positive"),
+        (lambda: StudentConfig(optimizer=OPTIMIZER, ema_decay=1.0), r"ema_decay 1\.0 must lie in \[0, 1\)"),
+        (lambda: FakeScoreConfig(optimizer=OPTIMIZER, lora_alpha=2.0), r"lora_alpha is 2\.0 with lora_rank 0"),
+        (lambda: TeacherConfig(path="x", guidance=math.inf), "guidance is inf"),
+        (lambda: DataConfig(prompts="x", sample_count=0), "sample_count is 0"),
+        (lambda: DataConfig(prompts="x", width=-8), "width is -8"),
+        (lambda: FDistillObjective(divergence="rkl", time_bins=4), "time_bins with divergence 'rkl'"),
+        (lambda: FDistillObjective(divergence="js", time_bins=-1), "time_bins is -1"),
+    ],
+)
+def test_a_value_that_nothing_would_read_is_refused(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -107,8 +107,8 @@ def subinterval_matching_loss(
     """Distribution matching between the states at s that the two velocities lead to from x_t.
 
     Both are moved from t to s by the same coefficient-preserving step with the same noise, so they differ by
-    `transition_gain` (fake - real velocity), a negative number: the direction of DMD, rescaled. The gradient reaches
-    x_s alone; s = 0 is `distribution_matching_loss` on x0.
+    (s cos (1 - t) - (1 - s) t) (fake - real velocity), a negative factor: the direction of DMD, rescaled. The gradient
+    reaches x_s alone; s = 0 is `distribution_matching_loss` on x0.
 
     Args:
         x_s: [B, ...] end of the student's step, with graph.

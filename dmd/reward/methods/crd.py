@@ -121,7 +121,7 @@ def crd_loss(
 
     Args:
         implicit: [B] R with graph, averaged over draws if there are several.
-        external: [B] r, `forward_rl.optimality_probability` of the advantages.
+        external: [B] r, `nft.optimality_probability` of the advantages.
         group: [B] integers, complete groups.
         crd_beta: temperature.
         max_advantage: scale of the loss.

@@ -103,6 +103,7 @@ def dual_surrogate(
     outcome_weight: float = 1.0,
     process_weight: float = 1.0,
     clip_range: float = 1e-4,
+    advantage_clip: float = 5.0,
 ) -> tuple[Tensor, ClippedSurrogate, ClippedSurrogate]:
     """outcome_weight PPO(outcome) + process_weight PPO(process) of one step, with both parts.
 
@@ -113,8 +114,8 @@ def dual_surrogate(
     Raises:
         ValueError: an advantage is not finite, or the shapes differ.
     """
-    outcome = clipped_surrogate(log_ratio, outcome_advantages, clip_range=clip_range)
-    process = clipped_surrogate(log_ratio, process_advantages, clip_range=clip_range)
+    outcome = clipped_surrogate(log_ratio, outcome_advantages, clip_range=clip_range, advantage_clip=advantage_clip)
+    process = clipped_surrogate(log_ratio, process_advantages, clip_range=clip_range, advantage_clip=advantage_clip)
     return outcome_weight * outcome.loss + process_weight * process.loss, outcome, process
 
 
@@ -204,9 +205,10 @@ class Euphonium:
             advantages = (rewards.advantages, rewards.process[step.place])
             loss, surrogate, _ = dual_surrogate(
                 step.log_ratio,
-                *(a.clamp(-settings.advantage_clip, settings.advantage_clip) for a in advantages),
+                *advantages,
                 process_weight=settings.process_weight,
                 clip_range=settings.clip_range,
+                advantage_clip=settings.advantage_clip,
             )
             record = surrogate.record
             if settings.distill_weight > 0:

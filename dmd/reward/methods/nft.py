@@ -54,11 +54,11 @@ def nft_loss(
     """mean r |p+ - target|^2 + (1 - r) |p- - target|^2 with the branches p+- = (1 -+ beta) old +- beta p.
 
     With velocities the loss of DiffusionNFT (arXiv:2509.16117); with x0 predictions Astrolabe's (arXiv:2603.17051),
-    which drops the adaptive weight. Its gradient is that of beta^2 |p - nft_target|^2: regression on a target
-    extrapolated along or against the sample. With the old policy held, the minimiser is old + Cov(2 r - 1, target |
-    x_t) / beta; for a Gaussian and r linear with slope k the exact tilt e^{(2 k / beta) x}. Each epoch tilts again; a
-    penalty kl_weight |p - reference|^2 beside it ends at the tilt 2 k beta / kl_weight of the reference (our
-    derivation).
+    which drops the adaptive weight. Its gradient is that of beta^2 |p - (old + (2 r - 1) (target - old) / beta)|^2:
+    regression on a target extrapolated along or against the sample. With the old policy held, the minimiser is
+    old + Cov(2 r - 1, target | x_t) / beta; for a Gaussian and r linear with slope k the exact tilt
+    e^{(2 k / beta) x}. Each epoch tilts again; a penalty kl_weight |p - reference|^2 beside it ends at the tilt
+    2 k beta / kl_weight of the reference (our derivation).
 
     Args:
         prediction: [B, ...] of the policy, with graph.

@@ -127,7 +127,7 @@ def test_scorers_that_do_not_fit_are_named(clips: MovingDigits) -> None:
         with pytest.raises(ValueError, match=message):
             load_scorers([entry], device=CPU, videos=True)
     with pytest.raises(
-        ValueError, match=r"clip_speed judges 25 frames, and the clips have 24: make window\.chunks larger"
+        ValueError, match=r"clip_speed judges 25 frames, and the clips have 24: make astrolabe\.chunks larger"
     ):
         ClipMotion(load_judges(SHIPPED), "speed")(clips.pixels[:, :, :24], list(clips.captions))
     settings = RewardSettings(scorers=(ScorerConfig(name="slant"),))

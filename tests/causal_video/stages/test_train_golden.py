@@ -2,7 +2,7 @@
 
 After an intended change of the numerics, write them anew and look at the difference:
 
-    UPDATE_GOLDEN=1 python -m pytest tests/causal_video/test_train_golden.py
+    UPDATE_GOLDEN=1 python -m pytest tests/causal_video/stages/test_train_golden.py
 """
 
 import json

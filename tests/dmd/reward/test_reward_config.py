@@ -194,7 +194,7 @@ def test_early_matching_goes_with_the_discriminator(inputs: TinyInputs, tmp_path
 def test_scorers_are_checked() -> None:
     with pytest.raises(ValueError, match="std is 0; it must be above 0"):
         ScorerConfig(name="slant", std=0)
-    with pytest.raises(ValueError, match=r"reward\.scorers is empty"):
+    with pytest.raises(ValueError, match=r"scorers is empty"):
         RewardSettings(scorers=())
     with pytest.raises(ValueError, match="group_size is 1; a comparison needs at least 2"):
         RewardSettings(scorers=(ScorerConfig(name="slant"),), group_size=1)
