@@ -116,10 +116,11 @@ def check_methods(given: Mapping[str, str], methods: Sequence[str], *, lenient: 
         return there[0]
     if lenient:
         return None
-    if not there:
-        raise ConfigError(method_problem(methods, there))
+    of_file = [name for name in there if places[name][1] != "on the command line"]
+    if not there or len(of_file) > 1:
+        raise ConfigError(method_problem(methods, of_file))
     # The one of the file is meant: what the command line brings beside it belongs elsewhere.
-    meant = next((name for name in there if places[name][1] != "on the command line"), there[0])
+    meant = (of_file or there)[0]
     name, where = next(places[name] for name in there if name != meant)
     raise ConfigError(
         f"{name} {where} belongs to the section {name.partition('.')[0]}, and the method of this run is {meant}: a run "
@@ -130,7 +131,10 @@ def check_methods(given: Mapping[str, str], methods: Sequence[str], *, lenient: 
 def _check_key(name: str, value: Any, keys: Mapping[str, Key], *, where: str) -> None:
     if name not in keys:
         nearest = difflib.get_close_matches(name, list(keys), n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(keys)}"
+        # Without a near one, the keys of its own section, or the sections: never all keys of all of them.
+        section = name.rpartition(".")[0]
+        beside = [key for key in keys if key.rpartition(".")[0] == (section if section in keys else "")]
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(beside)}"
         raise ConfigError(f"unknown key {name} {where}; {hint}")
     key = keys[name]
     if key.group is None or isinstance(value, Mapping) or (key.optional_group and value in (None, "null")):

@@ -111,6 +111,13 @@ def test_unknown_key_on_command_line_names_the_nearest(complete: str) -> None:
         load(["--config", complete, "--student.stesp", "2"])
 
 
+def test_unknown_key_without_a_near_one_shows_those_beside_it(complete: str) -> None:
+    for name, known in (("gan.zzzzzz", "gan.weight, gan.every"), ("zzzzzzzzz", "run, student, optimizer, gan")):
+        with pytest.raises(ConfigError) as caught:
+            load(["--config", complete, f"--{name}", "2"])
+        assert str(caught.value).endswith(f"unknown key {name} on the command line; known keys: {known}")
+
+
 @pytest.mark.parametrize(
     ("addition", "message"),
     [

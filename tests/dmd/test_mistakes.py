@@ -220,3 +220,13 @@ def test_a_section_as_one_mapping_is_looked_into(config: DmdConfig, tmp_path: Pa
 def test_a_value_that_nothing_would_read_is_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_two_methods_in_one_file_are_both_named(config: DmdConfig, tmp_path: Path) -> None:
+    save_resolved(tmp_path / "config.yaml", config)
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("sid: {}\n")
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8").replace("sid: null\n", "")
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="the sections dmd and sid are given, and a run has one method"):
+        read(["--config", str(tmp_path / "config.yaml")])
