@@ -293,11 +293,14 @@ def files_to_open(sources: Sources, file: str) -> set[str]:
     return seen
 
 
-MOST_FILES = {"dmd/": 6, "consistency/": 16, "dmd/reward/": 22, "causal_video/": 28}
+MOST_FILES = {"dmd/": 6, "consistency/": 16, "dmd/reward/": 22, "causal_video/": 28, "causal_video/reward/": 30}
 
 
 def test_a_method_is_understood_from_few_files(sources: dict[str, str]) -> None:
-    """Bounds that only fall: sCM had 14 and has 7, RTDMD had 31 and has 20, MCM had 24 and has 16."""
+    """Bounds that only fall: sCM had 14 and has 7, RTDMD had 31 and has 20, MCM had 24 and has 16.
+
+    Self-forcing and the windows of Astrolabe have 28 and 30, as they had: a rollout with a cache needs the whole layer.
+    """
     files = set(re.findall(r"`((?:dmd|consistency|causal_video)/[\w/]+\.py)`", sources["README.md"]))
     assert len(files) >= 25
     counts = {file: len(files_to_open(sources, file)) for file in files if not file.endswith("train.py")}
