@@ -21,7 +21,7 @@ from fewstep.consistency.sections import (
 )
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, GridStudentConfig, SampleDataConfig, TeacherConfig
 from fewstep.dmd.config import MatchingConfig
 
 FlowMapSettings: TypeAlias = MeanflowConfig | ImfConfig | AlphaflowConfig | DmfConfig | AnyflowConfig
@@ -29,13 +29,11 @@ MethodSettings: TypeAlias = ScmConfig | DcmConfig | EctConfig | FlowMapSettings 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyDataConfig(DataConfig):
+class ConsistencyDataConfig(SampleDataConfig):
     """What a consistency run reads."""
 
     latents: str
     """Folder of the latents that are noised (scripts/encode_latents.py, or encode_videos.py)."""
-    frames: int | None = None
-    """Pixel frames of a video, for teachers of videos; empty is the teacher's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class ConsistencyConfig:
     """What the run reads."""
     run: RunConfig
     """Where and how long the run goes."""
-    student: StudentConfig
+    student: GridStudentConfig
     """The few-step generator."""
     scm: ScmConfig | None = None
     """Continuous-time consistency: follow the derivative along the teacher's path."""
@@ -102,8 +100,6 @@ class ConsistencyConfig:
 
     def __post_init__(self) -> None:
         require_one_method(self)
-        if self.student.steps < 1:
-            raise ValueError(f"student.steps is {self.student.steps}; it must be at least 1")
         check_matching(self)
         check_sprint(self)
         check_guidance(self)
@@ -142,9 +138,13 @@ class ConsistencyConfig:
             guidance=self.teacher.guidance,
             steps=self.student.steps,
             shift=self.student.shift,
+            times=self.student.times,
+            timesteps=self.student.timesteps,
             sampler="flow_map" if is_flow_map else "sde",
+            teacher_dtype=self.teacher.dtype,
             lora_rank=self.student.lora_rank,
             lora_alpha=self.student.lora_alpha,
+            lora_targets=self.student.lora_targets,
             height=self.data.height,
             width=self.data.width,
             frames=self.data.frames,
@@ -186,10 +186,12 @@ def check_sprint(config: ConsistencyConfig) -> None:
     student, sprint = config.student, config.sana_sprint
     if sprint is None:
         return
-    if student.lora_rank > 0 or student.shift != 1:
+    given_grid = student.times is not None or student.timesteps is not None
+    if student.lora_rank > 0 or student.shift != 1 or given_grid:
         raise ValueError(
-            f"student.lora_rank is {student.lora_rank} and student.shift {student.shift}; sana_sprint trains all "
-            "weights and steps at the angles of its pipeline: set rank 0 and shift 1"
+            f"student.lora_rank is {student.lora_rank}, student.shift {student.shift}, student.times {student.times} "
+            f"and student.timesteps {student.timesteps}; sana_sprint trains all weights and steps at the angles of its "
+            "pipeline: set rank 0 and shift 1, and leave times out"
         )
     lowest, highest = min(sprint.guidance_scales), max(sprint.guidance_scales)
     if not lowest <= config.teacher.guidance <= highest:

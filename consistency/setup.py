@@ -30,11 +30,11 @@ from fewstep.core.data import (
 )
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
-from fewstep.core.export.schedulers import nearest_exportable_times
+from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
-from fewstep.core.grids import step_grid
-from fewstep.core.networks import build_fake_score, build_student_denoiser
+from fewstep.core.networks import build_denoiser, build_fake_score
+from fewstep.core.shared_weights import frozen_twin
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
@@ -73,7 +73,8 @@ class ConsistencySetup:
     """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos.
 
     Fake score and its role match distributions; `heads_role` is the discriminator of sana_sprint, `weight_role` the
-    learned weight of a time, which is trained in the steps of the student.
+    learned weight of a time, which is trained in the steps of the student. `frozen_student` is the student with the
+    very same weights and without gradients, in anyflow's second stage.
     """
 
     teacher: Teacher
@@ -87,6 +88,7 @@ class ConsistencySetup:
     heads_role: Role | None = None
     weight_role: Role | None = None
     mcm: McmParts | None = None
+    frozen_student: Denoiser | None = None
 
 
 def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Trainer) -> ConsistencySetup:
@@ -102,7 +104,6 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         check_control(data.control, data.real)
     denoiser = build_student(config, teacher, data.init)
     prepare_tangent(config, denoiser)
-    grid = step_grid(settings.steps, shift=settings.shift) if sprint is None else sprint_times(settings.steps)
     student_role = trainer.add_role(
         "student",
         denoiser,
@@ -131,7 +132,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
             embed=embed,
         )
     real = LatentSource(data.real, embed(data.real.prompts, data.control), config.run.seed + REAL_SEED)
-    times = nearest_exportable_times(teacher.pipeline, grid)
+    times = student_times(teacher.pipeline, settings) if sprint is None else sprint_times(settings.steps)
     return ConsistencySetup(
         teacher=teacher,
         student=Student(denoiser, times, config.student_settings.sampler),
@@ -144,6 +145,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         heads_role=None if sprint is None else add_heads(sprint, teacher, trainer),
         weight_role=add_time_weight(config, trainer),
         mcm=mcm,
+        frozen_student=None if config.anyflow is None or config.matching is None else frozen_twin(denoiser),
     )
 
 
@@ -210,7 +212,7 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
     if isinstance(method, SprintConfig):
         return build_sprint_student(settings, teacher, init)
     if not isinstance(method, FlowMapSettings):
-        return build_student_denoiser(settings, teacher, init, seed=seed)
+        return build_denoiser(settings, teacher, init, seed=seed)
     two_times = init if init is not None and holds_second_time(init) else None
     if two_times is not None and settings.lora_rank > 0:
         raise ValueError(
@@ -224,7 +226,7 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
             f"{two_times.stated('second_time')!r}, and this method has {method.second_time!r}: set second_time to the "
             "same, or start from the teacher"
         )
-    denoiser = build_student_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
+    denoiser = build_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
     add_second_time(denoiser.network, method.second_time)
     if two_times is not None:
         load_weights(denoiser.network, two_times)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family, network_dtype
 from fewstep.core.paths import expand_time, x0_from_velocity
+from fewstep.core.shared_weights import beside
 from fewstep.core.two_time import network_times
 
 
@@ -82,6 +83,10 @@ class Denoiser(nn.Module):
         network = copy.deepcopy(self.network)
         network.requires_grad_(trainable)
         return Denoiser(network, self.family)
+
+    def beside(self) -> Denoiser:
+        """A denoiser on the same frozen weights, with copies of those that are trained; the family is shared."""
+        return Denoiser(beside(self.network), self.family)
 
 
 def guided_velocity(

@@ -138,6 +138,35 @@ def euler_scheduler_parameters(
     return 2 / (1 - c + math.sqrt(discriminant)), terminal
 
 
+def three_step_parameters(times: Sequence[float], *, num_train_timesteps: int = 1000) -> tuple[float, float] | None:
+    """(shift, shift_terminal) with which that scheduler steps on (1, a, b), or None where no shift does.
+
+    With m its smallest value (see `euler_scheduler_parameters`) and (1 + m) / 2 the middle one, the stretch keeps
+    (1 - a) / (1 - b) = (1 + (k' - 1) m) / (2 + (k' - 1) (1 + m)), which falls in k' from 1/30 to 30: halving finds it.
+    FastWan's 1, 0.757, 0.522 is such a grid, and no even one with a shift.
+
+    Raises:
+        ValueError: these are not three falling times from 1 on.
+    """
+    validate_grid(times)
+    if len(times) != 3 or times[0] != 1:
+        raise ValueError(f"three times from 1 on are needed, got {tuple(times)}")
+    wanted, mu = (1 - times[1]) / (1 - times[2]), 1 / num_train_timesteps
+
+    def ratio(shift: float) -> float:
+        smallest = shift_time(mu, shift)
+        return (1 + (shift - 1) * smallest) / (2 + (shift - 1) * (1 + smallest))
+
+    low, high = 1 / 30, 30.0
+    if not ratio(high) < wanted < ratio(low):
+        return None
+    # In steps of equal factors, until neighbouring numbers are reached.
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if ratio(middle) > wanted else (low, middle)
+    return low, times[2]
+
+
 def _require_positive_shift(shift: float) -> None:
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift must be positive and finite, got {shift}; 1 means no shift")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -25,12 +25,19 @@ class AdapterNetwork(Protocol):
     def unload_lora(self) -> None: ...
 
 
-def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def add_lora(
+    network: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    start: Literal["uniform", "gaussian"] = "uniform",
+) -> None:
     """Freeze a diffusers network and add trainable adapters W + (alpha / rank) B A to its target layers, in place.
 
-    The output does not change, since B starts at zero. A is uniform with the bound 1 / sqrt(fan_in), drawn from `seed`
-    alone: every process gets the same adapters and the global generator is not touched. Adapters are fp32 whatever the
-    network is.
+    The output does not change, since B starts at zero. A is drawn from `seed` alone: every process gets the same
+    adapters and the global generator is not touched. Adapters are fp32 whatever the network is.
 
     Args:
         network: a diffusers model without adapters.
@@ -38,6 +45,8 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[s
         alpha: the update is scaled by alpha / rank; positive.
         targets: names of layers, or ends of their dotted names, such as "to_q" or "attn.to_out.0".
         seed: decides A.
+        start: A is uniform with the bound 1 / sqrt(fan_in), or normal with the standard deviation 1 / rank (what peft
+            calls gaussian, and RTDMD trains).
 
     Raises:
         ValueError: the network takes no adapters or has some, an argument is out of range, or a target has no layer.
@@ -46,7 +55,7 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[s
         raise ValueError(f"{type(network).__name__} has no add_adapter: LoRA needs a diffusers model")
     if rank < 1 or not alpha > 0:
         raise ValueError(f"LoRA needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
-    if _lora_layers(network):
+    if lora_layers(network):
         raise ValueError("the network has adapters already: merge them first with merge_lora")
     names = [name for name, _ in network.named_modules()]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
@@ -59,19 +68,20 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: Sequence[s
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*targets])  # pyright: ignore[reportArgumentType]
         network.add_adapter(config, ADAPTER)
     generator = torch.Generator().manual_seed(seed)
-    for name in _lora_layers(network):
-        _initialise(network.get_submodule(name), generator)
+    for name in lora_layers(network):
+        _initialise(network.get_submodule(name), generator, start, rank)
 
 
 def merge_lora(network: nn.Module) -> None:
     """Add the adapters to the weights they sit on and remove them, in place; names and classes are as before again.
 
-    The weights stay frozen as `add_lora` left them.
+    The weights stay frozen as `add_lora` left them. A network on shared weights is copied first: see
+    `shared_weights.beside`.
 
     Raises:
         ValueError: the network has no adapters, or merging would make a weight not finite.
     """
-    if not isinstance(network, AdapterNetwork) or not _lora_layers(network):
+    if not isinstance(network, AdapterNetwork) or not lora_layers(network):
         raise ValueError("the network has no LoRA adapters to merge")
     network.fuse_lora(safe_fusing=True)
     network.unload_lora()
@@ -85,19 +95,36 @@ def lora_state_dict(network: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the network has no adapters.
     """
-    if not _lora_layers(network):
+    if not lora_layers(network):
         raise ValueError("the network has no LoRA adapters")
     return get_peft_model_state_dict(network, adapter_name=ADAPTER)
 
 
-def _lora_layers(network: nn.Module) -> list[str]:
+def matching_layers(network: nn.Module) -> tuple[str, ...]:
+    """Names of all linear layers and convolutions, those under adapters included."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    adapters = (".lora_A.", ".lora_B.")
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, kinds) and not any(part in name for part in adapters)
+    ]
+    return tuple(dict.fromkeys(name.removesuffix(".base_layer") for name in names))
+
+
+def lora_layers(network: nn.Module) -> list[str]:
+    """Names of the layers with adapters."""
     return sorted(name for name, module in network.named_modules() if isinstance(module, LoraLayer))
 
 
 @torch.no_grad()
-def _initialise(layer: nn.Module, generator: torch.Generator) -> None:
+def _initialise(layer: nn.Module, generator: torch.Generator, start: str, rank: int) -> None:
     down = layer.get_submodule(f"lora_A.{ADAPTER}").float().get_parameter("weight")
     up = layer.get_submodule(f"lora_B.{ADAPTER}").float().get_parameter("weight")
-    bound = 1 / math.sqrt(down[0].numel())
-    down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=generator))
+    drawn = torch.empty(down.shape)
+    if start == "gaussian":
+        down.copy_(drawn.normal_(0, 1 / rank, generator=generator))
+    else:
+        bound = 1 / math.sqrt(down[0].numel())
+        down.copy_(drawn.uniform_(-bound, bound, generator=generator))
     up.zero_()

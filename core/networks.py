@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
+from fewstep.core.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.lora import add_lora
-from fewstep.core.settings import FakeScoreConfig, StudentConfig
+from fewstep.core.families.family import Family
+from fewstep.core.lora import add_lora, matching_layers
+from fewstep.core.settings import FakeScoreConfig, TrainedConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.weights import StoredWeights, load_weights
 
 HEAD_WIDTH = 128
 
 
-def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(C, h, w) of a picture's latents. Raises ValueError for a teacher of videos, whose latents have frames."""
-    if len(shape) != 3:
-        raise ValueError(
-            f"this teacher makes videos, latents {shape}, and this script trains students for pictures: use "
-            "scripts/train_consistency.py, or scripts/train_causal_video.py for streams"
-        )
-    return shape[0], shape[1], shape[2]
+def build_denoiser(settings: TrainedConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int) -> Denoiser:
+    """A network to train: an fp32 copy of the teacher's, or fp32 adapters on the very weights of the teacher.
 
+    Adapters cost no second base: several roles of one teacher, and the teacher itself, hold the same frozen tensors, in
+    the dtype of the teacher. `init` are weights to start from, or adapters; adapters are merged where all weights are
+    trained, and otherwise trained on.
 
-def build_student_denoiser(
-    settings: StudentConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int
-) -> Denoiser:
-    """A trainable fp32 copy of the teacher's network, from `init` if given, or with adapters if asked.
-
-    Raises ValueError for both: adapters are stored alone, and an export would put them on the teacher's weights.
+    Raises:
+        ValueError: `init` does not fit, or gives a base to new adapters, with which alone an export could do nothing.
     """
-    if init is not None and settings.lora_rank > 0:
-        raise ValueError(
-            f"student.init {init.source} with student.lora_rank {settings.lora_rank}: adapters are saved without the "
-            "weights under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
-        )
-    denoiser = teacher.denoiser.copy().float()
-    if init is not None:
-        load_weights(denoiser.network, init)
+    if settings.lora_rank == 0:
+        denoiser = teacher.denoiser.copy().float()
+        if init is not None and init.holds_adapters:
+            merge_stored_adapters(denoiser.network, init)
+        elif init is not None:
+            load_weights(denoiser.network, init)
+    else:
+        if init is not None and not init.holds_adapters:
+            raise ValueError(
+                f"{init.key} {init.source} with lora_rank {settings.lora_rank}: adapters are saved without the weights "
+                "under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
+            )
+        denoiser = teacher.denoiser.beside()
+        add_adapters(denoiser.network, settings, teacher.family, seed=seed)
+        if init is not None:
+            load_adapters(denoiser.network, init, alpha=settings.lora_alpha)
     if settings.gradient_checkpointing:
         denoiser.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(denoiser.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
     return denoiser
 
 
+def add_adapters(network: nn.Module, settings: TrainedConfig, family: Family, *, seed: int) -> None:
+    """The adapters of a role, in place. Raises ValueError as `add_lora`."""
+    add_lora(
+        network,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=adapted_layers(network, family, settings.lora_targets),
+        seed=seed,
+        start=settings.lora_start,
+    )
+
+
+def adapted_layers(network: nn.Module, family: Family, given: Sequence[str]) -> tuple[str, ...]:
+    """Ends of the names of the layers that `lora_targets` means."""
+    if len(given) == 0:
+        return family.lora_targets
+    return matching_layers(network) if tuple(given) == ("all",) else tuple(given)
+
+
 def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int, with_heads: bool) -> FakeScore:
-    """A trainable fp32 copy of the teacher's network, with discriminator heads if asked."""
-    trunk = teacher.denoiser.copy().float()
-    if settings.gradient_checkpointing:
-        trunk.network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    heads = None
-    if with_heads:
-        heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=seed)
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        rank, alpha = settings.lora_rank, settings.lora_alpha
-        add_lora(trunk.network, rank=rank, alpha=alpha, targets=targets, seed=seed + 1)
+    """The fake score: see `build_denoiser`; with discriminator heads if asked."""
+    trunk = build_denoiser(settings, teacher, None, seed=seed + 1)
+    heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=seed) if with_heads else None
     return FakeScore(trunk, heads=heads)

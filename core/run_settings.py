@@ -26,9 +26,13 @@ class RunSettings:
         guidance: that is in the student's weights, or that it is told.
         steps: network calls of a sample.
         shift: of the grid of steps.
+        times: of the calls in place of that grid, or None.
+        timesteps: the same in the network's units, or None.
         sampler: as of `Student`.
+        teacher_dtype: in which the teacher was kept, and with it the weights that adapters sat on.
         lora_rank: rank of the adapters, 0 for none.
         lora_alpha: their scale.
+        lora_targets: as of `StudentConfig`.
         height: in pixels; None is the teacher's own size.
         width: the same.
         frames: pixel frames of videos; None is the teacher's own number, and for pictures.
@@ -44,8 +48,12 @@ class RunSettings:
     steps: int
     shift: float
     sampler: Sampler
+    times: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora_rank: int = 0
     lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -68,8 +76,10 @@ def read_settings(run: str | Path) -> RunSettings:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {field.name for field in fields(RunSettings)}
-        if set(content) != names:
-            raise ValueError(f"its keys differ by {sorted(set(content) ^ names)}")
-        return RunSettings(**content)
+        # Older runs do not say what was not a choice then, and the defaults are what they did.
+        if not set(content) <= names:
+            raise ValueError(f"its keys {sorted(set(content) - names)} are unknown")
+        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        return RunSettings(**content | lists)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} does not describe a student: {error}") from error

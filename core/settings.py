@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from fewstep.core.config import OptimizerConfig
 
 
-def require_adapters(rank: int, alpha: float, default: float) -> None:
-    """Raises ValueError for a rank below 0, or a scale of adapters where there are none."""
-    if rank < 0:
-        raise ValueError(f"lora_rank is {rank}; it must be 0 (no adapters) or more")
-    if rank == 0 and alpha != default:
-        raise ValueError(f"lora_alpha is {alpha} with lora_rank 0, where there are no adapters: leave it out")
+@dataclass(frozen=True, kw_only=True)
+class TrainedConfig:
+    """A network that is trained: all its weights, or adapters on the frozen ones that it shares with its teacher."""
+
+    optimizer: OptimizerConfig
+    """Optimizer of the network, and of what is trained with it (discriminator heads)."""
+    lora_rank: int = 0
+    """Rank of the adapters, which sit on the weights of the teacher in memory; 0 trains a copy of all weights."""
+    lora_alpha: float = 64.0
+    """Scale of the adapters, which are multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get adapters, by the ends of their names such as to_q or ff.net.2; the one word all is every linear
+    layer and convolution; empty is attention and feed-forward of the family."""
+    lora_start: Literal["uniform", "gaussian"] = "uniform"
+    """First weights of an adapter's inner layer: uniform within 1 / sqrt(inputs), or normal with deviation 1 / rank."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapters) or more")
+        if self.lora_rank > 0 and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; it must be positive")
+        for name in ("lora_alpha", "lora_targets", "lora_start"):
+            value = getattr(self, name)
+            if self.lora_rank == 0 and value != getattr(TrainedConfig, name):
+                raise ValueError(f"{name} is {value} with lora_rank 0, where there are no adapters: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +58,9 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """The few-step generator."""
+class StudentConfig(TrainedConfig):
+    """A generator of few steps."""
 
-    optimizer: OptimizerConfig
-    """Optimizer of the student."""
-    steps: int = 1
-    """Network calls per sample."""
-    shift: float = 1.0
-    """Time shift of the step grid."""
-    lora_rank: int = 0
-    """Rank of the adapters; 0 trains all weights."""
-    lora_alpha: float = 64.0
-    """Scale of the adapters, which are multiplied by lora_alpha / lora_rank."""
-    gradient_checkpointing: bool = False
-    """Save memory by computing activations again in the backward pass."""
     ema_decay: float = 0.99
     """Decay of the weight average per student update."""
     ema_start: int = 0
@@ -60,17 +70,53 @@ class StudentConfig:
     .safetensors file; empty is the teacher."""
 
     def __post_init__(self) -> None:
-        require_adapters(self.lora_rank, self.lora_alpha, type(self).lora_alpha)
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+        super().__post_init__()
         if not 0 <= self.ema_decay < 1 or self.ema_start < 0:
             raise ValueError(f"ema_decay {self.ema_decay} must lie in [0, 1), ema_start {self.ema_start} must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteppingStudentConfig(StudentConfig):
+class GridStudentConfig(StudentConfig):
+    """The few-step generator, called at the times of one grid."""
+
+    steps: int = 1
+    """Network calls per sample, on an even grid of times."""
+    shift: float = 1.0
+    """Time shift of the step grid."""
+    times: tuple[float, ...] | None = None
+    """The times of the calls in place of that grid, falling in (0, 1] where 1 is noise, such as [1, 0.757, 0.522]."""
+    timesteps: tuple[float, ...] | None = None
+    """The same in the units of the teacher's network, such as DMD2's [999, 749, 499, 249] of SDXL."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; it must be positive")
+        if self.times is not None and self.timesteps is not None:
+            raise ValueError("times and timesteps are both given; they say the same in two units: leave one out")
+        if self.times is not None:
+            self._take_grid("times", self.times, highest=1)
+        if self.timesteps is not None:
+            self._take_grid("timesteps", self.timesteps, highest=math.inf)
+
+    def _take_grid(self, name: str, values: tuple[float, ...], *, highest: float) -> None:
+        """`steps` becomes the number of the given times. Raises ValueError for those that are no grid."""
+        falls = all(a > b for a, b in pairwise(values))
+        if len(values) == 0 or not falls or not values[-1] > 0 or not values[0] <= highest or values[0] == math.inf:
+            told = "falling numbers above 0" + (", at most 1" if highest == 1 else "")
+            raise ValueError(f"{name} is {list(values)}; give one or more {told} (the 0 at the end is implied)")
+        if self.steps not in (1, len(values)) or self.shift != 1:
+            raise ValueError(
+                f"steps is {self.steps} and shift {self.shift} beside {len(values)} {name}, which say both: leave "
+                "steps and shift out"
+            )
+        object.__setattr__(self, "steps", len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppingStudentConfig(GridStudentConfig):
     """A student of the times of one grid, whose step between two of them can be chosen."""
 
     sampler: Literal["sde", "ode"] = "sde"
@@ -78,23 +124,15 @@ class SteppingStudentConfig(StudentConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeScoreConfig:
+class FakeScoreConfig(TrainedConfig):
     """The network that follows the student's distribution."""
 
-    optimizer: OptimizerConfig
-    """Optimizer of the fake score and its discriminator heads."""
     updates_per_student_update: int = 5
     """DMD and rewards: fake-score updates for each student update (two-time-scale rule of DMD2), on the same samples.
     Beside consistency and in self_forcing: the length of a cycle, one step of which is the student's."""
-    lora_rank: int = 0
-    """Rank of the adapters; 0 trains all weights."""
-    lora_alpha: float = 64.0
-    """Scale of the adapters."""
-    gradient_checkpointing: bool = False
-    """Save memory by computing activations again in the backward pass."""
 
     def __post_init__(self) -> None:
-        require_adapters(self.lora_rank, self.lora_alpha, type(self).lora_alpha)
+        super().__post_init__()
         if self.updates_per_student_update < 1:
             raise ValueError(
                 f"updates_per_student_update is {self.updates_per_student_update}; it must be at least 1 (DMD2 uses 5)"
@@ -122,3 +160,16 @@ class DataConfig:
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and side < 1:
                 raise ValueError(f"{name} is {side}; it must be at least 1 pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDataConfig(DataConfig):
+    """What a run reads whose teacher makes pictures or videos."""
+
+    frames: int | None = None
+    """Pixel frames of a video, for teachers of videos; empty is the teacher's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames is {self.frames}; it must be at least 1")

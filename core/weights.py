@@ -25,6 +25,9 @@ RECORDS = (SETTINGS_FILE, "distillation.json")
 # Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
 NETWORK_FOLDERS = ("transformer", "unet")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+ADAPTERS_NAME = "pytorch_lora_weights.safetensors"
+# Key of the header in which diffusers keeps rank and scale.
+LORA_METADATA = "lora_adapter_metadata"
 # A Denoiser's, a causal student's and a fake score's parameters carry the name of their one child.
 PREFIXES = ("network.", "transformer.")
 
@@ -53,6 +56,21 @@ class StoredWeights:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
         return tuple(_name_in(name, frozenset()) for name in found)
+
+    @property
+    def holds_adapters(self) -> bool:
+        """Whether these are LoRA adapters without the weights under them. Raises ValueError for a broken file."""
+        return any(".lora_" in name for name in self.names())
+
+    def metadata(self) -> dict[str, Any]:
+        """What diffusers wrote of the adapters into the header of their file; nothing for other files."""
+        found: dict[str, Any] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(LORA_METADATA)
+            if text is not None:
+                found |= json.loads(text)
+        return found
 
     def tensors(self, own: AbstractSet[str] = frozenset()) -> dict[str, Tensor]:
         """The tensors by their names in the network whose names are `own`. Raises ValueError for a broken file."""
@@ -107,7 +125,7 @@ def find_weights(source: str, key: str = "student.init") -> StoredWeights:
     """The weights that a setting names; nothing is loaded yet.
 
     Raises:
-        ValueError: there are none, a checkpoint is damaged, or it holds adapters alone; names the setting `key`.
+        ValueError: there are none, or a checkpoint is damaged; names the setting `key`.
     """
     path = Path(source)
     if path.is_file():
@@ -120,6 +138,8 @@ def find_weights(source: str, key: str = "student.init") -> StoredWeights:
         files = _of_network(folder, key)
         if files:
             return StoredWeights(key, source, files)
+    if (path / ADAPTERS_NAME).is_file():
+        return StoredWeights(key, source, (path / ADAPTERS_NAME,))
     raise ValueError(
         f"{key} {source} is no .safetensors file, no run directory or checkpoint, and no export with a transformer or "
         "unet: give one of them"
@@ -131,12 +151,7 @@ def _of_checkpoint(source: str, checkpoint: Path, key: str) -> StoredWeights:
     file = checkpoint / f"{EMA_FILE}.safetensors"
     if not file.is_file():
         raise ValueError(f"{key} {checkpoint} holds no {file.name}: it is no checkpoint of a student")
-    found = StoredWeights(key, source, (file,), run=checkpoint.resolve().parent, checkpoint=checkpoint)
-    if any(".lora_" in name for name in found.names()):
-        raise ValueError(
-            f"{key} {source} holds adapters alone, without the weights under them: export that run, and give its export"
-        )
-    return found
+    return StoredWeights(key, source, (file,), run=checkpoint.resolve().parent, checkpoint=checkpoint)
 
 
 def _of_network(folder: Path, key: str) -> tuple[Path, ...]:
@@ -161,6 +176,11 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
         ValueError: a file cannot be read, or does not hold exactly this network's weights.
     """
     weights.require_own_times()
+    if weights.holds_adapters:
+        raise ValueError(
+            f"{weights.key} {weights.source} holds adapters alone, without the weights under them: export that run, "
+            "and give its export"
+        )
     own = network.state_dict()
     tensors = weights.tensors(own.keys())
     # An average holds all floating buffers, also computed tables that no state_dict has.

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
-from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class DmdConfig:
 
     teacher: TeacherConfig
     """The model to distil."""
-    data: DataConfig
+    data: SampleDataConfig
     """What the run reads."""
     run: RunConfig
     """Where and how long the run goes."""
@@ -165,9 +165,14 @@ class DmdConfig:
             guidance=self.teacher.guidance,
             steps=self.student.steps,
             shift=self.student.shift,
+            times=self.student.times,
+            timesteps=self.student.timesteps,
             sampler=self.student.sampler,
+            teacher_dtype=self.teacher.dtype,
             lora_rank=self.student.lora_rank,
             lora_alpha=self.student.lora_alpha,
+            lora_targets=self.student.lora_targets,
             height=self.data.height,
             width=self.data.width,
+            frames=self.data.frames,
         )

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
-from fewstep.core.export.schedulers import nearest_exportable_times
+from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.grids import step_grid
-from fewstep.core.networks import build_fake_score, build_student_denoiser, image_shape
+from fewstep.core.networks import build_denoiser, build_fake_score
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
@@ -20,7 +19,7 @@ from fewstep.dmd.config import DmdConfig
 
 @dataclass(frozen=True)
 class DmdSetup:
-    """Everything the loop calls. `latent_shape` is (C, h, w)."""
+    """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos."""
 
     teacher: Teacher
     student: Student
@@ -28,7 +27,7 @@ class DmdSetup:
     fake_role: Role
     fake_score: FakeScore
     prompts: PromptConditions
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     real: LatentSource | None
     pairs: LatentSource | None
 
@@ -60,14 +59,13 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     Raises ValueError when a component, a size or a file of weights does not fit.
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
-    size = (config.data.height, config.data.width)
-    shape = image_shape(teacher.latent_shape(*size))
+    shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     for key, dataset in (("gan.latents", data.real), ("regression.pairs", data.pairs)):
         if dataset is not None:
             dataset.require_shape(shape, key)
 
-    denoiser = build_student_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))
+    denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
+    times = student_times(teacher.pipeline, config.student)
     student = Student(denoiser, times, config.student.sampler)
     fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=config.gan is not None)
     student_role = trainer.add_role(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from fewstep.causal_video.stages.setup import CausalSetup, latent_shape
 from fewstep.causal_video.stages.student import build_student
 from fewstep.causal_video.vae_stream import check_vae
 from fewstep.core.data import PromptConditions, read_prompts
+from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
@@ -79,8 +79,8 @@ def build_setup(
     shape = latent_shape((config.data.height, config.data.width), None, teacher, settings)
     student = build_student(config.student, teacher, data.init, seed=config.run.seed)
     # Copies are made before the trainer wraps the call of the network.
-    old = CausalWan(copy.deepcopy(student.transformer))
-    reference = CausalWan(copy.deepcopy(student.transformer)) if config.section.penalty is not None else None
+    old = CausalWan(beside(student.transformer))
+    reference = CausalWan(beside(student.transformer)) if config.section.penalty is not None else None
     student_role = trainer.add_role(
         "student",
         student,

@@ -5,6 +5,7 @@ Each stage has a section of its own, whose fields are what that stage reads and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal, TypeAlias
@@ -65,7 +66,7 @@ class CausalStudentConfig(StudentConfig):
     """Latent frames of each chunk; their sum is the length of the training videos. Streams repeat the last one."""
     policy: CachePolicy = field(default_factory=CachePolicy)
     """What a chunk sees of earlier ones, and how it is kept."""
-    steps: tuple[int, ...] = DEFAULT_STEPS  # pyright: ignore[reportIncompatibleVariableOverride]
+    steps: tuple[int, ...] = DEFAULT_STEPS
     """Network calls of each chunk; later chunks repeat the last number. More for the first chunk than for others is
     the first-frame enhancement of ASD."""
     shift: float = 5.0
@@ -74,6 +75,7 @@ class CausalStudentConfig(StudentConfig):
     """Times of each chunk in place of the grids of steps and shift, such as [[1, 0.9375, 0.83, 0.625], [1, 0.625]]."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             layout = ChunkLayout(self.layout)
         except ValueError as error:
@@ -84,9 +86,11 @@ class CausalStudentConfig(StudentConfig):
             raise ValueError(f"policy: {error}") from error
         if len(self.steps) == 0 or min(self.steps) < 1:
             raise ValueError(f"steps is {list(self.steps)}; give a number of calls, from 1 on, for each chunk")
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; it must be positive")
         if self.times is not None:
+            if self.shift != type(self).shift:
+                raise ValueError(f"shift is {self.shift} beside times, which say all steps: leave shift out")
             if len(self.times) == 0 or min(map(len, self.times)) == 0:
                 raise ValueError("times is empty; give the times of at least one chunk, or leave it out")
             require_default(self, "steps", "times says all steps")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks import HEAD_WIDTH, build_fake_score
+from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher, check_teacher_path
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -248,8 +248,8 @@ def forcing_networks(
     causal = masks.block_causal(settings.layout, tokens, policy, device=device)
     frozen = None
     if config.has_causal_teacher:
-        # Adapters start at zero, so the copy is the stage before, with or without them.
-        network = copy.deepcopy(student.transformer).requires_grad_(False)
+        # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
+        network = beside(student.transformer).requires_grad_(False)
         frozen = CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
     return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen)
 

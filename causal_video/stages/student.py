@@ -16,7 +16,7 @@ from fewstep.causal_video.settings import FILE_NAME, load_defaults
 from fewstep.causal_video.stages.sections import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.wan import WanFamily
-from fewstep.core.lora import add_lora
+from fewstep.core.networks import add_adapters
 from fewstep.core.teacher import Teacher
 from fewstep.core.weights import StoredWeights, load_weights
 
@@ -26,12 +26,16 @@ PATCHES = "patch_embedding.weight"
 def build_student(
     settings: CausalStudentConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int, controls: int = 0
 ) -> CausalWan:
-    """A trainable fp32 copy of the teacher's network under causal attention, with adapters if asked.
+    """A trainable fp32 copy of the teacher's network under causal attention, or adapters on the teacher's own weights.
 
     `controls` is K; without `init` the student then begins as the teacher, whatever its controls are.
     Raises ValueError for a teacher that is no Wan, or weights that do not fit.
     """
-    network = teacher.denoiser.copy().float().network
+    has_adapters = settings.lora_rank > 0
+    shared = has_adapters and init is None and controls == 0
+    # Adapters sit on the teacher's own weights, or on frozen ones of the stage before, in the dtype of the teacher.
+    base = teacher.denoiser.beside() if shared else teacher.denoiser.copy()
+    network = (base if has_adapters else base.float()).network
     if not isinstance(teacher.family, WanFamily) or not isinstance(network, WanTransformer3DModel):
         raise ValueError(f"causal students are made of Wan teachers, and {teacher.path} is {teacher.family.name}")
     if teacher.family.time_scale != TIME_SCALE:
@@ -45,9 +49,8 @@ def build_student(
         load_transformer(network, init)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
-        add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=seed)
+    if has_adapters:
+        add_adapters(network, settings, teacher.family, seed=seed)
     return CausalWan(network)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
 from fewstep.consistency.methods.flow_map import derivative_along, flow_batch, flow_record
@@ -28,7 +28,7 @@ from fewstep.core.grids import step_grid
 from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.shapes import require_same_shape
-from fewstep.core.training.roles import Role, frozen
+from fewstep.core.training.roles import Role
 
 FlowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Integral of t sqrt(1 - t) over [0, 1].
@@ -230,6 +230,7 @@ def anyflow_step(
 
 def rollout_samples(
     student: Role,
+    frozen_student: nn.Module,
     condition: Condition,
     settings: AnyflowConfig,
     *,
@@ -240,9 +241,10 @@ def rollout_samples(
 ) -> Tensor:
     """x0 [B, C, h, w] at the end of a rollout of a random number of steps, in three jumps at most: the second stage.
 
-    A random segment of the rollout is trained; the jumps after it carry the gradient and do not learn from it, which is
-    one forward with a graph for the weights whatever the length (the public code trains all three). Number of steps and
-    segment are drawn from (seed, step) alone, so all processes build the same graph.
+    `frozen_student` is the student with the same weights and without gradients. A random segment of the rollout is
+    trained; the jumps after it carry the gradient and do not learn from it, which is one forward with a graph for the
+    weights whatever the length (the public code trains all three). Number of steps and segment are drawn from
+    (seed, step) alone, so all processes build the same graph.
     """
     choices, seed = settings.rollout_steps, draw.seed
     steps = choices[shared_integer(seed, step, "rollout_steps", len(choices))]
@@ -254,8 +256,8 @@ def rollout_samples(
         return trained(x_t, t, condition, r)
 
     def frozen_jump(x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        with frozen(student.module):
-            return student.module(x_t, t, condition, r)
+        # The same weights without gradients: a freeze that ended here would not hold when blocks are computed again.
+        return frozen_student(x_t, t, condition, r)
 
     jumps = backward_simulation(steps, segment, shift=shift)
     return simulate(jump, draw.noise(shape, "noise"), jumps, frozen_function=frozen_jump)

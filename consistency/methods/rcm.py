@@ -34,8 +34,16 @@ def student_samples(config: ConsistencyConfig, setup: ConsistencySetup, trainer:
     condition = setup.prompts.of_samples(draw.indices, config.run.seed)
     if isinstance(config.settings, AnyflowConfig):
         shape, shift = setup.latent_shape, config.student.shift
+        assert setup.frozen_student is not None
         return rollout_samples(
-            setup.student_role, condition, config.settings, draw=draw, shape=shape, shift=shift, step=trainer.step
+            setup.student_role,
+            setup.frozen_student,
+            condition,
+            config.settings,
+            draw=draw,
+            shape=shape,
+            shift=shift,
+            step=trainer.step,
         )
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]

@@ -11,7 +11,7 @@ from fewstep.core.discriminator import build_heads
 from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sana_networks import with_guidance_embedding
-from fewstep.core.networks import build_student_denoiser
+from fewstep.core.networks import build_denoiser
 from fewstep.core.settings import StudentConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.roles import Role
@@ -56,7 +56,7 @@ def build_sprint_student(settings: StudentConfig, teacher: Teacher, init: Stored
         ValueError: `init` does not hold exactly this network's weights, the guidance embedding included.
     """
     if isinstance(teacher.family, SanaControlFamily):
-        return build_student_denoiser(settings, teacher, init, seed=0)
+        return build_denoiser(settings, teacher, init, seed=0)
     network: Any = teacher.denoiser.network
     denoiser = Denoiser(with_guidance_embedding(network).float(), teacher.family)
     denoiser.requires_grad_(True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
@@ -13,11 +14,11 @@ from fewstep.core.export.model_card import ExportRecord, StudentReport
 from fewstep.core.export.pipeline import DTYPE_NAMES, export_pipeline
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_times
-from fewstep.core.export.schedulers import nearest_exportable_times
+from fewstep.core.export.schedulers import student_times
 from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
-from fewstep.core.grids import step_grid
 from fewstep.core.lora import add_lora
+from fewstep.core.networks import adapted_layers
 from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -123,11 +124,11 @@ def load_run_student(
     if name not in loaded.tensors:
         raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
     teacher = Teacher.load(settings.teacher_path, device=device)
+    if settings.lora_rank > 0:
+        round_weights(teacher.denoiser.network, getattr(torch, settings.teacher_dtype))
     network = _student_network(teacher, settings, loaded.tensors[name])
-    grid = step_grid(settings.steps, shift=settings.shift)
-    if settings.guidance_embedded:
-        grid = sprint_times(settings.steps)
-    times = nearest_exportable_times(teacher.pipeline, grid)
+    sprint = settings.guidance_embedded
+    times = sprint_times(settings.steps) if sprint else student_times(teacher.pipeline, settings)
     return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
 
 
@@ -139,7 +140,9 @@ def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettin
             f"steps is {steps}, but {run} trained a student of {settings.steps} steps by {settings.method}, at those "
             f"times alone; train one of {steps} steps, or one by consistency or a flow map, which takes any number"
         )
-    return replace(settings, steps=steps)
+    if steps == settings.steps:
+        return settings
+    return replace(settings, steps=steps, times=None, timesteps=None)
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
@@ -156,6 +159,18 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
     raise ValueError(f"there is no checkpoint {checkpoint}; checkpoints of {run}: {known}")
 
 
+@torch.no_grad()
+def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Round a network to what a teacher of that dtype holds, in place and in its own dtype.
+
+    Adapters were trained on the rounded weights; diffusers keeps some layers in fp32 (`_keep_in_fp32_modules`).
+    """
+    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, weight in network.named_parameters():
+        if weight.is_floating_point() and not any(part in name.split(".") for part in kept):
+            weight.copy_(weight.to(dtype))
+
+
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The teacher's network with the student's adapters, if any, and its weights."""
     network = teacher.denoiser.network
@@ -164,12 +179,15 @@ def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[s
         network = with_guidance_embedding(network)
     network.requires_grad_(True)
     if settings.lora_rank > 0:
-        targets = teacher.family.lora_targets
+        targets = adapted_layers(network, teacher.family, settings.lora_targets)
         add_lora(network, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=targets, seed=0)
     if settings.second_time != "none":
         add_second_time(network, settings.second_time)
     plain = {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items()}
     # A LoRA student stores its adapters alone; what stays the teacher's is exactly what was not trained.
+    # Computed tables that older runs saved beside their adapters.
+    computed = {name for name, _ in network.named_buffers()} - network.state_dict().keys()
+    plain = {name: tensor for name, tensor in plain.items() if name not in computed}
     missing, unexpected = network.load_state_dict(plain, strict=False)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     lost = sorted(trained & set(missing))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,13 @@ from diffusers import (
 
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_angles
-from fewstep.core.grids import euler_scheduler_parameters, shift_of_grid, validate_grid
+from fewstep.core.grids import (
+    euler_scheduler_parameters,
+    shift_of_grid,
+    step_grid,
+    three_step_parameters,
+    validate_grid,
+)
 from fewstep.core.paths import VariancePreserving
 
 # The scheduler computes in fp32; one ulp of a time near 1 is 6e-8 and a handful of operations follow.
@@ -142,6 +148,8 @@ def _plan_flow(pipeline: DiffusionPipeline, spec: SamplerSpec, *, num_train_time
 def _flow_parameters(times: tuple[float, ...], num_train_timesteps: int) -> tuple[float, float | None]:
     """(shift, shift_terminal) of the scheduler; (1, None) where none reaches the grid."""
     shift = shift_of_grid(times)
+    if shift is None and len(times) == 3 and times[0] == 1:
+        return three_step_parameters(times, num_train_timesteps=num_train_timesteps) or (1.0, None)
     if shift is None:
         return 1.0, None
     try:
@@ -183,6 +191,40 @@ def nearest_exportable_times(pipeline: DiffusionPipeline, times: Sequence[float]
     snapped = tuple(path.to_flow_time(indices).tolist())
     validate_grid(snapped)
     return snapped
+
+
+class Grid(Protocol):
+    """Which times a student is called at: `times`, or `timesteps` in the network's units, or an even shifted grid."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def times(self) -> tuple[float, ...] | None: ...
+    @property
+    def timesteps(self) -> tuple[float, ...] | None: ...
+
+
+def student_times(pipeline: DiffusionPipeline, grid: Grid) -> tuple[float, ...]:
+    """The canonical times of a student of this teacher, such as a stock scheduler can step on.
+
+    Raises ValueError for times that are no grid, or lie outside of what the network knows.
+    """
+    if grid.timesteps is None:
+        return nearest_exportable_times(pipeline, grid.times or step_grid(grid.steps, shift=grid.shift))
+    length = pipeline.scheduler.config["num_train_timesteps"]
+    highest = length if _is_flow(pipeline.scheduler) else length - 1
+    if not 0 < grid.timesteps[-1] <= grid.timesteps[0] <= highest:
+        raise ValueError(
+            f"student.timesteps is {list(grid.timesteps)}; the teacher's network knows those above 0 up to {highest}"
+        )
+    if _is_flow(pipeline.scheduler):
+        return tuple(step / length for step in grid.timesteps)
+    indices = torch.tensor(grid.timesteps, dtype=torch.float64)
+    if not torch.equal(indices, indices.round()):
+        raise ValueError(f"student.timesteps is {list(grid.timesteps)}; the teacher's noise table has whole numbers")
+    return tuple(VariancePreserving(pipeline.scheduler.alphas_cumprod).to_flow_time(indices).tolist())
 
 
 def _plan_variance_preserving(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerPlan:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -29,9 +30,7 @@ class Ema:
         self.start_step = start_step
         self._module = module
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        # Buffers that are computed and not saved (Wan's rotary tables) belong to no file of weights.
-        kept = module.state_dict().keys()
-        floating = {name for name, buffer in module.named_buffers() if buffer.dtype.is_floating_point and name in kept}
+        floating = {name for name, buffer in stored_buffers(module).items() if buffer.dtype.is_floating_point}
         live = _tensors(module)
         self._shadow = {name: _averaged(tensor) for name, tensor in live.items() if name in trainable | floating}
 
@@ -97,6 +96,18 @@ class Ema:
                 raise ValueError(f"EMA state {name} has shape {tuple(state[name].shape)}, not {tuple(shadow.shape)}")
         for name, shadow in self._shadow.items():
             shadow.copy_(state[name])
+
+
+def stored_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong into a file of a network's weights, by name.
+
+    Not those that are computed and not saved (Wan's rotary tables), and none of a network with adapters: its tables
+    belong to the frozen weights under them, which are stored elsewhere.
+    """
+    if any(isinstance(layer, LoraLayer) for layer in module.modules()):
+        return {}
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

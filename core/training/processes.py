@@ -39,10 +39,13 @@ class Processes:
 
     @torch.no_grad()
     def copy_from_first(self, module: nn.Module) -> None:
-        """Give a module the parameters, buffers and frozen weights of process 0."""
+        """Give a module the trained parameters and the buffers of process 0.
+
+        Frozen weights are what every process has read of the same file, and may be shared by several networks.
+        """
         if self.world_size == 1:
             return
-        for tensor in [*module.parameters(), *module.buffers()]:
+        for tensor in [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]:
             shared = tensor.contiguous()
             torch.distributed.broadcast(shared, src=0)
             tensor.copy_(shared)

@@ -21,7 +21,8 @@ class Role:
     """One network in training: `module` is bare, `wrapped` reduces gradients over processes when there are several.
 
     `parameters` are those that were trainable when the role was made; freezing them for a while changes nothing.
-    `updates` counts optimizer steps, and with them warmup, decay and EMA; the whole run has `total_updates`.
+    `buffers` are saved with them. `updates` counts optimizer steps, and with them warmup, decay and EMA; the whole run
+    has `total_updates`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Role:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     parameters: tuple[tuple[str, nn.Parameter], ...]
+    buffers: Mapping[str, Tensor]
     settings: OptimizerConfig
     ema: Ema | None
     total_updates: int
@@ -160,6 +162,9 @@ def load_role(role: Role, files: Mapping[str, Mapping[str, Tensor]], state: Mapp
         ValueError: names, shapes or dtypes differ from this role's, or only one side has an EMA.
     """
     weights, saved = _saved_weights(role), files[role.name]
+    # Runs before this kept frozen tables beside their adapters.
+    tables = {name for name, _ in role.module.named_buffers()} - weights.keys()
+    saved = {name: tensor for name, tensor in saved.items() if name not in tables}
     if weights.keys() != saved.keys():
         missing, unexpected = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
         raise ValueError(
@@ -179,38 +184,40 @@ def load_role(role: Role, files: Mapping[str, Mapping[str, Tensor]], state: Mapp
     for name, tensor in weights.items():
         tensor.copy_(saved[name])
     if role.ema is not None:
-        role.ema.load_state_dict(files[f"{role.name}_ema"])
+        averages = files[f"{role.name}_ema"].items()
+        role.ema.load_state_dict({name: tensor for name, tensor in averages if name not in tables})
     role.updates = state["updates"]
 
 
 def _saved_weights(role: Role) -> dict[str, Tensor]:
-    persistent = role.module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in role.module.named_buffers() if name in persistent}
-    return {**dict(role.parameters), **buffers}
+    return {**dict(role.parameters), **role.buffers}
 
 
-def memory_of_role(role: Role) -> RoleMemory:
-    """Memory of a trained network; AdamW's two moments are counted before the first step, too."""
+def memory_of_role(role: Role, counted: set[int]) -> RoleMemory:
+    """Memory of a trained network; AdamW's two moments are counted before the first step, too.
+
+    Weights whose addresses are in `counted` belong to a network that is counted already; those of this one join them.
+    """
     trainable = [parameter for _, parameter in role.parameters]
     trainable_bytes = _bytes(trainable)
     return RoleMemory(
         name=role.name,
         parameters=sum(parameter.numel() for parameter in role.module.parameters()),
         trainable=sum(parameter.numel() for parameter in trainable),
-        weight_bytes=_bytes([*role.module.parameters(), *role.module.buffers()]),
+        weight_bytes=_new_bytes(role.module, counted),
         gradient_bytes=trainable_bytes,
         optimizer_bytes=2 * trainable_bytes,
         ema_bytes=0 if role.ema is None else _bytes(role.ema.state_dict().values()),
     )
 
 
-def memory_of_frozen(name: str, module: nn.Module) -> RoleMemory:
-    """Memory of a network that is only evaluated, such as the teacher."""
+def memory_of_frozen(name: str, module: nn.Module, counted: set[int]) -> RoleMemory:
+    """Memory of a network that is only evaluated, such as the teacher; `counted` as in `memory_of_role`."""
     return RoleMemory(
         name=name,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         trainable=0,
-        weight_bytes=_bytes([*module.parameters(), *module.buffers()]),
+        weight_bytes=_new_bytes(module, counted),
         gradient_bytes=0,
         optimizer_bytes=0,
         ema_bytes=0,
@@ -229,6 +236,14 @@ def memory_table(rows: Sequence[RoleMemory]) -> str:
     total = sum(row.total_bytes for row in rows) / 2**20
     lines.append(f"{'all':<12}" + " " * 66 + f"{total:>11.2f}")
     return "\n".join(lines)
+
+
+def _new_bytes(module: nn.Module, counted: set[int]) -> int:
+    """Bytes of the weights and buffers of a module that no network before it holds."""
+    held = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    fresh = held.keys() - counted
+    counted |= fresh
+    return _bytes(held[place] for place in fresh)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

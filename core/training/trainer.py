@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fewstep.core.training.ema import Ema
+from fewstep.core.training.ema import Ema, stored_buffers
 from fewstep.core.training.interrupt import Interrupt
 from fewstep.core.training.metrics import MetricWindow
 from fewstep.core.training.processes import Processes
@@ -130,6 +130,7 @@ class Trainer:
             wrapped=wrapped,
             optimizer=build_optimizer(parameters, optimizer),
             parameters=parameters,
+            buffers=stored_buffers(module),
             settings=optimizer,
             ema=ema,
             total_updates=-(-self.run.steps // every),
@@ -332,9 +333,10 @@ class Trainer:
         return self._processes.mean(tensor)
 
     def memory_report(self, frozen: Mapping[str, nn.Module] | None = None) -> list[RoleMemory]:
-        """Parameters and bytes per role, and of networks that are only evaluated."""
-        rows = [memory_of_frozen(name, module) for name, module in (frozen or {}).items()]
-        return [*rows, *(memory_of_role(role) for role in self.roles.values())]
+        """Parameters and bytes per role, and of networks that are only evaluated; what they share counts once."""
+        counted: set[int] = set()
+        rows = [memory_of_frozen(name, module, counted) for name, module in (frozen or {}).items()]
+        return [*rows, *(memory_of_role(role, counted) for role in self.roles.values())]
 
     def _bar(self) -> Progress:
         if self._progress is None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
-from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.dmd.config import MatchingConfig
 from fewstep.dmd.reward.sections import (
     CPS_ETA,
@@ -174,7 +174,8 @@ class RewardMatchingConfig(MatchingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStudentConfig(SteppingStudentConfig):
-    """The few-step generator that is made better: a distilled one, `init`, all of whose weights are trained."""
+    """The few-step generator that is made better: a distilled one, `init`. With adapters its own were adapters, too,
+    of the same rank, alpha and layers, and these are trained on."""
 
     updates_per_rollout: int = 1
     """Updates on one rollout, with the ratio as importance weight where the method has one."""
@@ -183,11 +184,6 @@ class RewardStudentConfig(SteppingStudentConfig):
         if self.init is None:
             raise ValueError("init is empty; give the run directory of a student from scripts/train_dmd.py")
         require_positive(steps=self.steps, updates_per_rollout=self.updates_per_rollout)
-        if self.lora_rank > 0 or self.lora_alpha != type(self).lora_alpha:
-            raise ValueError(
-                f"lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; leave both out, there must be no "
-                "adapters: they are saved alone, and without init they are another student"
-            )
         super().__post_init__()
 
 
@@ -212,7 +208,7 @@ class RewardRunConfig:
 
     teacher: TeacherConfig
     """The model that the student was distilled from."""
-    data: DataConfig
+    data: SampleDataConfig
     """What the run reads."""
     run: RunConfig
     """Where and how long the run goes."""
@@ -276,9 +272,16 @@ class RewardRunConfig:
             guidance=self.teacher.guidance,
             steps=self.student.steps,
             shift=self.student.shift,
+            times=self.student.times,
+            timesteps=self.student.timesteps,
             sampler=self.student.sampler,
+            teacher_dtype=self.teacher.dtype,
+            lora_rank=self.student.lora_rank,
+            lora_alpha=self.student.lora_alpha,
+            lora_targets=self.student.lora_targets,
             height=self.data.height,
             width=self.data.width,
+            frames=self.data.frames,
         )
 
 

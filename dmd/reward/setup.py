@@ -10,10 +10,9 @@ from torch import nn
 
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.schedulers import nearest_exportable_times
+from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.grids import step_grid
-from fewstep.core.networks import build_fake_score, build_student_denoiser, image_shape
+from fewstep.core.networks import build_denoiser, build_fake_score
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
@@ -89,18 +88,18 @@ def require_same_steps(student: RewardStudentConfig, init: StoredWeights) -> Non
     if init.run is None:
         return
     settings = read_settings(init.run)
-    found = (settings.steps, settings.shift, settings.sampler)
-    asked = (student.steps, student.shift, student.sampler)
-    if found != asked:
-        raise ValueError(
-            f"{init.key} {init.source} steps by {found} (steps, shift, sampler), this configuration by {asked}; set "
-            "student.steps, shift and sampler to those of the run"
-        )
+    for name in ("steps", "shift", "times", "timesteps", "sampler"):
+        found, asked = getattr(settings, name), getattr(student, name)
+        if found != asked:
+            raise ValueError(
+                f"{init.key} {init.source} was trained with {name} {found}, and student.{name} is {asked}; set it to "
+                "that of the run"
+            )
 
 
 @dataclass(frozen=True)
 class RewardSetup:
-    """Everything the loop calls. `latent_shape` is (C, h, w).
+    """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos.
 
     `reference` is the student at the start, frozen; `snapshots` are older policies, roles without updates of their own,
     so that checkpoints hold them, and `decays` how much of each stays at an update. `teacher_variance` is that of the
@@ -117,7 +116,7 @@ class RewardSetup:
     snapshots: Mapping[str, Role]
     decays: Mapping[str, DecayConfig]
     prompts: PromptConditions
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     reward: RewardModel
     held_out: tuple[Scorer, ...]
     processes: Processes
@@ -146,15 +145,23 @@ def build_setup(
     `scorers` takes the place of those that `reward.scorers` names, for a reward that is not in the table; weights,
     means and deviations stay those of the configuration. Raises ValueError when a component or a file does not fit.
     """
-    reward = build_reward(config, trainer, scorers, gradient=needs.reward_gradient)
-    held_out = load_scorers(config.reward.held_out, device=trainer.device)
     teacher = Teacher.of(config.teacher, device=trainer.device)
-    shape = image_shape(teacher.latent_shape(config.data.height, config.data.width))
-    denoiser = build_student_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = nearest_exportable_times(teacher.pipeline, step_grid(config.student.steps, shift=config.student.shift))
+    shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
+    videos = teacher.family.makes_videos
+    if videos and (needs.pixel_gan is not None or needs.latent_reward is not None):
+        raise ValueError(
+            f"{config.method} reads single pictures or their latents here (pixel_gan, latent_reward), and the teacher "
+            "makes videos: leave them out, or choose another method"
+        )
+    reward = build_reward(config, trainer, scorers, gradient=needs.reward_gradient, videos=videos)
+    held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=videos)
+    denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
+    times = student_times(teacher.pipeline, config.student)
     # Copies are made before the trainer wraps the call of the network.
-    reference = denoiser.copy(trainable=False) if needs.reference else None
-    copies = {name: denoiser.copy() for name in needs.snapshots}
+    reference = denoiser.beside() if needs.reference else None
+    if reference is not None:
+        reference.requires_grad_(False)
+    copies = {name: denoiser.beside() for name in needs.snapshots}
     student_role = trainer.add_role(
         "student",
         denoiser,
@@ -201,16 +208,20 @@ def add_fake_score(
     if settings is None:
         return None, None
     fake_score = build_fake_score(settings, teacher, seed=config.run.seed, with_heads=False)
-    if data.fake_score is not None and settings.lora_rank == 0:
-        tensors = data.fake_score.tensors()
-        trunk = {name: tensor for name, tensor in tensors.items() if not name.startswith("heads.")}
-        missing, unexpected = fake_score.load_state_dict(trunk, strict=False)
+    if data.fake_score is not None and data.fake_score.holds_adapters == (settings.lora_rank > 0):
+        own = dict(fake_score.named_parameters() if settings.lora_rank > 0 else fake_score.state_dict())
+        trained = {name for name, weight in own.items() if settings.lora_rank == 0 or weight.requires_grad}
+        found = data.fake_score.tensors(own.keys())
+        trunk = {name: tensor for name, tensor in found.items() if not name.startswith("heads.") and name in own}
+        missing, unexpected = sorted(trained - trunk.keys()), sorted(trunk.keys() - trained)
+        unexpected += [name for name in trunk.keys() & trained if trunk[name].shape != own[name].shape]
         if missing or unexpected:
             raise ValueError(
                 f"{data.fake_score.files[0]} does not fit the teacher's network: {len(missing)} weights missing "
                 f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}; give student.init as a file to start from "
                 "the teacher's"
             )
+        fake_score.load_state_dict(trunk, strict=False)
     role = trainer.add_role("fake_score", fake_score, settings.optimizer)
     role.total_updates = config.run.steps * settings.updates_per_student_update
     return fake_score, role
@@ -258,7 +269,7 @@ def load_latent_judge(needs: Needs, teacher: Teacher, *, device: torch.device) -
 
 @torch.no_grad()
 def teacher_variance(
-    config: RewardRunConfig, teacher: Teacher, prompts: PromptConditions, shape: tuple[int, int, int]
+    config: RewardRunConfig, teacher: Teacher, prompts: PromptConditions, shape: tuple[int, ...]
 ) -> float:
     """Variance over all elements of a few of the teacher's samples."""
     rows = list(range(min(VARIANCE_SAMPLES, len(prompts))))
@@ -269,10 +280,11 @@ def teacher_variance(
 
 
 def build_reward(
-    config: RewardRunConfig, trainer: Trainer, scorers: Sequence[Scorer] | None, *, gradient: bool
+    config: RewardRunConfig, trainer: Trainer, scorers: Sequence[Scorer] | None, *, gradient: bool, videos: bool
 ) -> RewardModel:
     """The trained reward. Raises ValueError where the method needs a gradient that a scorer does not have."""
-    loaded = load_scorers(config.reward.scorers, device=trainer.device) if scorers is None else tuple(scorers)
+    entries = config.reward.scorers
+    loaded = load_scorers(entries, device=trainer.device, videos=videos) if scorers is None else tuple(scorers)
     if len(loaded) != len(config.reward.scorers):
         raise ValueError(f"{len(loaded)} scorers for {len(config.reward.scorers)} entries of reward.scorers")
-    return RewardModel(loaded, config.reward, gradient=gradient)
+    return RewardModel(loaded, config.reward, gradient=gradient, videos=videos)

@@ -16,7 +16,6 @@ from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.data import LatentDataset
 from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.grids import step_grid
-from fewstep.core.networks import image_shape
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
@@ -130,8 +129,6 @@ def test_settings_that_do_not_fit_are_named(videos: VideoInputs, inputs: TinyInp
     decoupled = dataclasses.replace(config, dcm=None, dmf=DmfConfig())
     with pytest.raises(ValueError, match="'decoupled' is not known for WanTransformer3DModel"):
         start_consistency(decoupled)
-    with pytest.raises(ValueError, match=r"use scripts/train_consistency\.py, or"):
-        image_shape(VIDEO_LATENTS)
     mcm = tiny_video(videos, tmp_path, "mcm")
     with pytest.raises(ValueError, match="no method is given: add one of the sections scm, dcm"):
         dataclasses.replace(mcm, mcm=None)

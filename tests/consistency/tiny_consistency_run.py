@@ -18,7 +18,7 @@ from fewstep.consistency.sections import (
 )
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup
 from fewstep.core.config import OptimizerConfig, RunConfig
-from fewstep.core.settings import FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, GridStudentConfig, TeacherConfig
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
 from tests.dmd.tiny_run import TinyInputs
@@ -67,7 +67,7 @@ def tiny_consistency(
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=1.0 if name == "ect" else 2.0),
         data=ConsistencyDataConfig(prompts=str(inputs.prompts), latents=str(inputs.latents), sample_count=2),
         run=dataclasses.replace(run, **(changes or {})),
-        student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),
+        student=GridStudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),
         **OBJECTIVES[name],
     )
 

@@ -12,7 +12,7 @@ from fewstep.consistency.sections import AnyflowConfig, DcmConfig, MeanflowConfi
 from fewstep.core.config import RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import StudentConfig, TeacherConfig
+from fewstep.core.settings import GridStudentConfig, TeacherConfig
 from tests.consistency.tiny_consistency_run import FAKE_SCORE, OPTIMIZER, PARTITION
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE, build_video_pipeline
@@ -81,6 +81,6 @@ def tiny_video(
             sample_count=2,
         ),
         run=dataclasses.replace(run, **(changes or {})),
-        student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2, shift=3.0),
+        student=GridStudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2, shift=3.0),
         **VIDEO_CASES[name],
     )

@@ -19,7 +19,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import PromptConditions
 from fewstep.core.fake_score import FakeScoreOutput
-from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.student import Student
 from fewstep.core.training.run import Run
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
@@ -81,7 +81,7 @@ def settings(case: Case, directory: Path, *, updates: int) -> DmdConfig:
     fake = OptimizerConfig(learning_rate=0.03, weight_decay=0.0, clip=None, decay="cosine")
     return DmdConfig(
         teacher=TeacherConfig(path="gaussian", guidance=GUIDANCE),
-        data=DataConfig(prompts="none", sample_count=2),
+        data=SampleDataConfig(prompts="none", sample_count=2),
         run=RunConfig(
             directory=str(directory),
             seed=0,

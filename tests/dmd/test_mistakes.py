@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fewstep.core.config import ConfigError, OptimizerConfig, load_config, save_resolved
-from fewstep.core.settings import DataConfig, FakeScoreConfig, StudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, GridStudentConfig, SampleDataConfig, TeacherConfig
 from fewstep.dmd.config import DmdConfig, FDistillObjective, GanConfig, RegressionConfig, SidObjective
 from fewstep.dmd.train import train_dmd
 from tests.dmd.run_server import SCRIPT, RunServer
@@ -205,14 +205,14 @@ def test_a_section_as_one_mapping_is_looked_into(config: DmdConfig, tmp_path: Pa
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: StudentConfig(optimizer=OPTIMIZER, lora_alpha=2.0), r"lora_alpha is 2\.0 with lora_rank 0"),
-        (lambda: StudentConfig(optimizer=OPTIMIZER, lora_rank=-1), "lora_rank is -1"),
-        (lambda: StudentConfig(optimizer=OPTIMIZER, shift=0.0), r"shift is 0\.0; it must be positive"),
-        (lambda: StudentConfig(optimizer=OPTIMIZER, ema_decay=1.0), r"ema_decay 1\.0 must lie in \[0, 1\)"),
+        (lambda: GridStudentConfig(optimizer=OPTIMIZER, lora_alpha=2.0), r"lora_alpha is 2\.0 with lora_rank 0"),
+        (lambda: GridStudentConfig(optimizer=OPTIMIZER, lora_rank=-1), "lora_rank is -1"),
+        (lambda: GridStudentConfig(optimizer=OPTIMIZER, shift=0.0), r"shift is 0\.0; it must be positive"),
+        (lambda: GridStudentConfig(optimizer=OPTIMIZER, ema_decay=1.0), r"ema_decay 1\.0 must lie in \[0, 1\)"),
         (lambda: FakeScoreConfig(optimizer=OPTIMIZER, lora_alpha=2.0), r"lora_alpha is 2\.0 with lora_rank 0"),
         (lambda: TeacherConfig(path="x", guidance=math.inf), "guidance is inf"),
-        (lambda: DataConfig(prompts="x", sample_count=0), "sample_count is 0"),
-        (lambda: DataConfig(prompts="x", width=-8), "width is -8"),
+        (lambda: SampleDataConfig(prompts="x", sample_count=0), "sample_count is 0"),
+        (lambda: SampleDataConfig(prompts="x", width=-8), "width is -8"),
         (lambda: FDistillObjective(divergence="rkl", time_bins=4), "time_bins with divergence 'rkl'"),
         (lambda: FDistillObjective(divergence="js", time_bins=-1), "time_bins is -1"),
     ],

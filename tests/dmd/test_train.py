@@ -157,9 +157,9 @@ def test_lora_starts_as_the_teacher_and_saves_adapters_only(inputs: TinyInputs, 
     assert train_dmd(config) == 0
     tensors = load_checkpoint(tmp_path / "checkpoint-2").tensors
     adapters = [name for name in tensors["student"] if "lora_" in name]
-    others = sorted(tensors["student"].keys() - set(adapters))
     assert len(adapters) >= 2 * 3 * 4
-    assert others == ["network.pos_embed.pos_embed"]
+    # No frozen table, neither of the weights nor of their average (906 MB each for SD3.5 medium).
+    assert {*tensors["student"]} == {*tensors["student_ema"]} == {*adapters}
     assert {tuple(tensors["student"][name].shape)[0 if "lora_A" in name else 1] for name in adapters} == {2}
 
 

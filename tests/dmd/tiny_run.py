@@ -15,7 +15,7 @@ from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.latent_sources import teacher_pairs
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import DataConfig, FakeScoreConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import Checkpoint
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
@@ -71,7 +71,7 @@ def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] 
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
     config = DmdConfig(
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
-        data=DataConfig(prompts=str(inputs.prompts), sample_count=2),
+        data=SampleDataConfig(prompts=str(inputs.prompts), sample_count=2),
         run=RunConfig(
             directory=str(directory),
             seed=5,

@@ -9,7 +9,7 @@ from fewstep.consistency.sana_sprint.config import SprintConfig, SprintConsisten
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import StudentConfig, TeacherConfig
+from fewstep.core.settings import GridStudentConfig, TeacherConfig
 from tests.dmd.tiny_run import PROMPTS, TinyInputs, changed
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_sana import LATENT_SHAPE, build_sana
@@ -51,7 +51,7 @@ def tiny_sprint(
             sample_every=1000,
             log_every=1,
         ),
-        student=StudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),
+        student=GridStudentConfig(optimizer=OPTIMIZER, ema_decay=0.8, steps=2),
         sana_sprint=SprintConfig(
             guidance_scales=(1.0, 2.0),
             time_mean=0.693,

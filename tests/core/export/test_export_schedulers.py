@@ -15,7 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from fewstep.core.export.schedulers import (
     plan_scheduler,
     table_indices,
 )
-from fewstep.core.grids import step_grid
+from fewstep.core.grids import step_grid, three_step_parameters
 from fewstep.core.paths import VariancePreserving
 
 SHAPE = (2, 4, 8, 8)
@@ -160,11 +160,26 @@ def test_two_flow_steps_reach_any_second_time():
 
 
 def test_flow_grid_without_a_shift_goes_into_the_call():
-    times = (1.0, 0.7, 0.2)
+    times = (1.0, 0.7, 0.5, 0.2)
     plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, "sde"))
-    assert plan.extra_arguments() == {"sigmas": [1.0, 0.7, 0.2]}
-    assert set_timesteps(plan).sigmas.tolist() == pytest.approx([1.0, 0.7, 0.2, 0.0], abs=1e-7)
-    with pytest.raises(ValueError, match=r"\(1\.0, 0\.7, 0\.2\).*PlainPipeline takes no `sigmas`.*step_grid"):
+    assert plan.extra_arguments() == {"sigmas": [1.0, 0.7, 0.5, 0.2]}
+    assert set_timesteps(plan).sigmas.tolist() == pytest.approx([1.0, 0.7, 0.5, 0.2, 0.0], abs=1e-7)
+    with pytest.raises(ValueError, match=r"\(1\.0, 0\.7, 0\.5, 0\.2\).*PlainPipeline takes no `sigmas`.*step_grid"):
+        plan_scheduler(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
+
+
+@settings(max_examples=80, deadline=None)
+@given(middle=st.floats(0.2, 0.98), share=st.floats(0.2, 0.98))
+@example(middle=0.757, share=0.522 / 0.757)
+def test_three_steps_from_one_on_need_no_argument(middle: float, share: float):
+    """Any grid (1, a, b) that the scheduler can reach, FastWan's 1000, 757, 522 among them; others go into the call."""
+    times = (1.0, middle, middle * share)
+    plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, "sde"))
+    reached = plan.extra_arguments() == {}
+    assert reached <= (three_step_parameters(times) is not None)
+    assert set_timesteps(plan).sigmas.tolist() == pytest.approx([*times, 0.0], abs=2e-6)
+    if (middle, share) == (0.757, 0.522 / 0.757):
+        assert reached
         plan_scheduler(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
 
 

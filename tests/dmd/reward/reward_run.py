@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.config import OptimizerConfig, RunConfig
-from fewstep.core.settings import DataConfig, FakeScoreConfig, TeacherConfig
+from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
@@ -148,7 +148,7 @@ def reward_config(
     """Settings of a run of a method; `changes` maps dotted keys to other values, bare names to other sections."""
     config = RewardRunConfig(
         teacher=TeacherConfig(path=str(inputs.teacher), guidance=2.0),
-        data=DataConfig(prompts=str(inputs.prompts), sample_count=2),
+        data=SampleDataConfig(prompts=str(inputs.prompts), sample_count=2),
         run=RunConfig(
             directory=str(directory),
             seed=5,

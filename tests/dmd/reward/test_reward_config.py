@@ -140,8 +140,7 @@ def test_a_sampler_that_is_not_trained_is_refused() -> None:
 
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no start": ("nft", {"student.init": None}, "init is empty; give the run directory"),
-    "adapters": ("nft", {"student.lora_rank": 2}, "no adapters: they are saved alone"),
-    "scale of adapters": ("nft", {"student.lora_alpha": 2.0}, "lora_alpha 2.0; leave both out"),
+    "scale of adapters": ("nft", {"student.lora_alpha": 2.0}, r"lora_alpha is 2\.0 with lora_rank 0"),
     "advantages": ("gndm", {"reward.combination": "gdpo"}, "gndm follows the sum of the rewards"),
     "scale": ("flash", {"reward.scale": "group"}, "reward.scale 'group': flash follows the sum of the rewards"),
     "times": ("redmd", {"matching.t_min": 0.99}, "must satisfy 0 < t_min < t_max < 1"),

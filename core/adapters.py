@@ -1,0 +1,79 @@
+"""Stored LoRA adapters: of a run, of an export with `lora_only`, or of anybody, in the key layouts diffusers knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.lora import ADAPTER, add_lora, merge_lora
+from fewstep.core.weights import StoredWeights
+
+
+def load_adapters(network: nn.Module, stored: StoredWeights, *, alpha: float) -> None:
+    """Load into the adapters that a network has, in place.
+
+    Raises:
+        ValueError: they are of another rank, of other layers, or of another scale.
+    """
+    tensors, stated = adapter_tensors(stored)
+    known = stored.stated("lora_alpha") if stated is None else stated
+    if known is not None and float(known) != alpha:
+        raise ValueError(f"{stored.key} {stored.source} was trained with lora_alpha {known}, and here it is {alpha}")
+    own = {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
+    wrong = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown or wrong:
+        raise ValueError(
+            f"the adapters of {stored.key} {stored.source} do not fit: {len(missing)} missing {missing[:3]}, "
+            f"{len(unknown)} of other layers {unknown[:3]}, {len(wrong)} of another rank {wrong[:3]}; set "
+            "lora_rank and lora_targets to those they were trained with"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(tensors[name])
+
+
+def merge_stored_adapters(network: nn.Module, stored: StoredWeights) -> None:
+    """Add stored adapters to the weights of a network, all of which are trainable again afterwards, in place.
+
+    Raises:
+        ValueError: the layers are not the network's, or nothing says the scale of the adapters.
+    """
+    tensors, alpha = adapter_tensors(stored)
+    ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+    alpha = stored.stated("lora_alpha") if alpha is None else alpha
+    if len(ranks) != 1 or alpha is None:
+        raise ValueError(
+            f"{stored.key} {stored.source} holds adapters of ranks {sorted(ranks)} and scale {alpha}, and one of "
+            "each is needed: give the run directory that trained them, or merge them and give the network"
+        )
+    layers = sorted({name.partition(".lora_")[0] for name in tensors})
+    add_lora(network, rank=ranks.pop(), alpha=float(alpha), targets=layers, seed=0)
+    load_adapters(network, stored, alpha=float(alpha))
+    merge_lora(network)
+    network.requires_grad_(True)
+
+
+def adapter_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors by their names in a network, `<layer>.lora_A.default.weight`, and alpha where the file says it.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    tensors = stored.tensors()
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            # Frozen tables that older runs saved beside their adapters.
+            continue
+        plain = name.removeprefix("unet.")
+        renamed[plain.replace(".weight", f".{ADAPTER}.weight") if f".{ADAPTER}." not in plain else plain] = tensor
+    return renamed, _stated_alpha(stored.metadata())
+
+
+def _stated_alpha(metadata: Mapping[str, Any]) -> float | None:
+    """alpha in the metadata that diffusers writes into a LoRA file."""
+    found = [value for name, value in metadata.items() if name.rpartition(".")[2] == "lora_alpha"]
+    return float(found[0]) if found else None
