@@ -134,14 +134,12 @@ class ConsistencyConfig:
         is_flow_map = isinstance(settings, FlowMapSettings)
         return RunSettings(
             method=self.method,
-            teacher_path=self.teacher.path,
-            guidance=self.teacher.guidance,
+            **self.teacher.of_run(),
             steps=self.student.steps,
             shift=self.student.shift,
             times=self.student.times,
             timesteps=self.student.timesteps,
             sampler="flow_map" if is_flow_map else "sde",
-            teacher_dtype=self.teacher.dtype,
             lora_rank=self.student.lora_rank,
             lora_alpha=self.student.lora_alpha,
             lora_targets=self.student.lora_targets,

@@ -77,3 +77,15 @@ def _stated_alpha(metadata: Mapping[str, Any]) -> float | None:
     """alpha in the metadata that diffusers writes into a LoRA file."""
     found = [value for name, value in metadata.items() if name.rpartition(".")[2] == "lora_alpha"]
     return float(found[0]) if found else None
+
+
+@torch.no_grad()
+def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Round a network to what a teacher of that dtype holds, in place and in its own dtype.
+
+    Adapters were trained on the rounded weights; diffusers keeps some layers in fp32 (`_keep_in_fp32_modules`).
+    """
+    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, weight in network.named_parameters():
+        if weight.is_floating_point() and not any(part in name.split(".") for part in kept):
+            weight.copy_(weight.to(dtype))

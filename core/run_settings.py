@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from fewstep.core.settings import ModelSource
+
 SETTINGS_FILE = "student.json"
 Sampler: TypeAlias = Literal["sde", "ode", "flow_map"]
 SecondTime: TypeAlias = Literal["none", "gate", "sum", "decoupled"]
@@ -22,8 +24,9 @@ class RunSettings:
 
     Attributes:
         method: name of the method, for people.
-        teacher_path: of the pipeline that was distilled.
+        teacher_path, teacher_variant, teacher_revision, teacher_subfolder: of the pipeline that was distilled.
         guidance: that is in the student's weights, or that it is told.
+        negative_prompt: what the guidance led away from; None is the stock pipeline's own.
         steps: network calls of a sample.
         shift: of the grid of steps.
         times: of the calls in place of that grid, or None.
@@ -48,6 +51,10 @@ class RunSettings:
     steps: int
     shift: float
     sampler: Sampler
+    teacher_variant: str | None = None
+    teacher_revision: str | None = None
+    teacher_subfolder: str | None = None
+    negative_prompt: str | None = None
     times: tuple[float, ...] | None = None
     timesteps: tuple[float, ...] | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -60,6 +67,16 @@ class RunSettings:
     second_time: SecondTime = "none"
     any_steps: bool = False
     guidance_embedded: bool = False
+
+    @property
+    def teacher(self) -> ModelSource:
+        """Where the pipeline is that was distilled."""
+        return ModelSource(
+            path=self.teacher_path,
+            variant=self.teacher_variant,
+            revision=self.teacher_revision,
+            subfolder=self.teacher_subfolder,
+        )
 
     def save(self, run: str | Path) -> Path:
         """Write `student.json` into the run directory; gives its path."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from fewstep.core.config import OptimizerConfig
 
@@ -40,17 +40,43 @@ class TrainedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The model to distil."""
+class ModelSource:
+    """Where a pipeline is. The token for models behind an agreement is read from the environment (HF_TOKEN)."""
 
     path: str
-    """Diffusers directory or hub id of the teacher pipeline."""
+    """Diffusers directory or hub id of the pipeline."""
+    variant: str | None = None
+    """Which files of weights to read, such as fp16; empty is the plain ones, or the only ones that are there."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub."""
+    subfolder: str | None = None
+    """Folder of the pipeline inside the directory or repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(ModelSource):
+    """The model to distil."""
+
     guidance: float = 1.0
     """Guidance weight w of the real score, u + w (c - u); 1 is no guidance."""
+    negative_prompt: str | None = None
+    """What u is told; empty is the stock pipeline's own (the empty prompt; zeros for SDXL). Recipes of Wan have one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the frozen teacher is kept."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of its autoencoder, whose rounding is seen in sample grids and in what rewards judge."""
+
+    def of_run(self) -> dict[str, Any]:
+        """What `RunSettings` keeps of the teacher."""
+        return {
+            "teacher_path": self.path,
+            "teacher_variant": self.variant,
+            "teacher_revision": self.revision,
+            "teacher_subfolder": self.subfolder,
+            "teacher_dtype": self.dtype,
+            "guidance": self.guidance,
+            "negative_prompt": self.negative_prompt,
+        }
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,13 +16,10 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
-from fewstep.core.families.table import build_family, require_known_class
+from fewstep.core.families.table import build_family
 from fewstep.core.paths import x0_from_velocity
-from fewstep.core.settings import TeacherConfig
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# Components of these kinds hold no weights; a folder with a config is all they need.
-WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
+from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
+from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
 
 
 class Teacher:
@@ -37,13 +33,13 @@ class Teacher:
         path: where it was loaded from, for run records.
         family: how its network is called.
         denoiser: its network in canonical coordinates.
-        null_condition: the unconditional side of guidance, batch 1.
+        null_condition: what guidance leads away from, batch 1: the negative prompt, or the stock pipeline's own.
 
     Raises:
         ValueError: no family is known for the pipeline.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, *, path: str) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, *, path: str, negative_prompt: str | None = None) -> None:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -51,36 +47,40 @@ class Teacher:
         self.path = path
         self.family = build_family(pipeline)
         self.denoiser = Denoiser(self.family.network(pipeline), self.family)
-        self.null_condition = self.family.encode_null(pipeline)
+        if negative_prompt is None:
+            self.null_condition = self.family.encode_null(pipeline)
+        else:
+            self.null_condition = self.family.encode_prompts(pipeline, [negative_prompt])
         self.text_encoders_freed = False
 
     @classmethod
     def of(cls, settings: TeacherConfig, *, device: torch.device) -> Teacher:
         """The teacher that the settings of a run name. Raises ValueError as `load`."""
         dtype, vae_dtype = (getattr(torch, name) for name in (settings.dtype, settings.vae_dtype))
-        return cls.load(settings.path, device=device, dtype=dtype, vae_dtype=vae_dtype)
+        negative = settings.negative_prompt
+        return cls.load(settings, device=device, dtype=dtype, vae_dtype=vae_dtype, negative_prompt=negative)
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        source: str | Path | ModelSource,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype | None = None,
+        negative_prompt: str | None = None,
     ) -> Teacher:
         """Load a diffusers directory or a model of the hub; safetensors alone, and no code from the model.
 
         The autoencoder has `vae_dtype`, by default that of the rest; one that its config says is unstable in fp16 stays
-        in fp32.
+        in fp32. `negative_prompt` None is what the stock pipeline guides with by itself.
 
         Raises:
-            ValueError: the directory, its index or a component is missing, or the pipeline is of an unknown class.
+            ValueError: the directory, its index or a component is missing, or no family can call it.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            folder = _download(str(path))
-        null_components = check_pipeline_folder(folder)
+        source = source if isinstance(source, ModelSource) else ModelSource(path=str(source))
+        folder = fetch(source)
+        null_components = check_pipeline_folder(folder, variant=source.variant)
         # Stock loading takes a null in the index for a missing component unless it is passed as None as well.
         vae_dtype = dtype if vae_dtype is None else vae_dtype
         if vae_dtype == torch.float16 and _is_unstable_in_half(folder):
@@ -90,11 +90,12 @@ class Teacher:
             folder,
             dtype={"default": dtype, "vae": vae_dtype},
             use_safetensors=True,
+            variant=variant_of(folder, source.variant),
             **dict.fromkeys(null_components),
         )
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, path=str(path))
+        return cls(pipeline, path=source.path, negative_prompt=negative_prompt)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided velocity u + guidance (c - u), fp32 at least; guidance is one number or [B] of them."""
@@ -124,6 +125,11 @@ class Teacher:
         encoders = [name for name in self.pipeline.components if re.fullmatch(r"text_encoder(_\d+)?", name)]
         self.pipeline.register_modules(**dict.fromkeys(encoders))
         self.text_encoders_freed = True
+
+    def free_after_caching(self, data: DataConfig) -> None:
+        """Drop the text encoders of a run whose prompts are all encoded and kept."""
+        if data.cache_prompts:
+            self.free_text_encoders()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1], differentiable in the latents."""
@@ -167,73 +173,3 @@ class Teacher:
 def _is_unstable_in_half(folder: Path) -> bool:
     config = folder / "vae" / "config.json"
     return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("force_upcast"))
-
-
-def check_teacher_path(path: str | Path) -> None:
-    """Check, without loading anything, that a path is a complete pipeline folder or could be a name of the hub.
-
-    Raises:
-        ValueError: it is neither, no family knows its class, or a component of the folder is missing.
-    """
-    if Path(path).is_dir():
-        # The class first: what is missing in a folder that cannot be a teacher is no news.
-        require_known_class(str(read_index(Path(path)).get("_class_name")))
-        check_pipeline_folder(Path(path))
-    elif not HUB_ID.fullmatch(str(path)):
-        raise ValueError(f"{path} is neither a folder nor the name of a model on the hub (owner/name): check the path")
-
-
-def check_pipeline_folder(folder: Path) -> list[str]:
-    """Check that every component of the index is there; return the names of those that the index leaves out as null.
-
-    Raises:
-        ValueError: the index is missing or broken, or a component has no folder, no config or no safetensors weights.
-    """
-    entries = read_index(folder)
-    components = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
-    for name, (library, class_name) in components.items():
-        if library is not None:
-            _check_component(folder, name, class_name)
-    return [name for name, (library, _) in components.items() if library is None]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of a pipeline's model_index.json. Raises ValueError when it is missing or broken."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} has no model_index.json: give the folder that pipeline.save_pretrained wrote")
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{index} is no JSON ({error}): save the pipeline again") from error
-
-
-def _check_component(folder: Path, name: str, class_name: str) -> None:
-    place = folder / name
-    optional = ""
-    if name in ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extractor"):
-        optional = f', or set "{name}" to [null, null] in model_index.json to do without it'
-    if not place.is_dir() or not any(place.glob("*.json")):
-        raise ValueError(f"component {name} ({class_name}) is missing in {folder}: download its folder{optional}")
-    if class_name.endswith(WEIGHTLESS):
-        return
-    if not any(place.glob("*.safetensors")):
-        raise ValueError(
-            f"component {name} ({class_name}) in {folder} has no .safetensors weights: download them (no other "
-            f"format is read){optional}"
-        )
-
-
-def _download(path: str) -> Path:
-    """The local copy of a model of the hub."""
-    check_teacher_path(path)
-    try:
-        # One small file, before gigabytes.
-        index: Any = DiffusionPipeline.load_config(path)
-        require_known_class(str(index.get("_class_name")))
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
-    except OSError as error:
-        raise ValueError(
-            f"{path} is no folder here and could not be fetched from the hub ({error}): check the name, the "
-            "network and the access token"
-        ) from error

@@ -22,7 +22,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family
 from fewstep.core.families.table import build_family
 from fewstep.core.randomness import sample_noise, shared_integer
-from fewstep.core.teacher import check_pipeline_folder
+from fewstep.core.teacher_files import check_pipeline_folder
 from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
 
 # All prompts of the embedded digits at once; more would not fit beside a large text encoder.

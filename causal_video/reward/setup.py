@@ -16,7 +16,8 @@ from fewstep.causal_video.stages.student import build_student
 from fewstep.causal_video.vae_stream import check_vae
 from fewstep.core.data import PromptConditions, read_prompts
 from fewstep.core.shared_weights import beside
-from fewstep.core.teacher import Teacher, check_teacher_path
+from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -36,7 +37,7 @@ class CausalRewardData:
     @classmethod
     def read(cls, config: CausalRewardConfig) -> CausalRewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher_path(config.teacher.path)
+        check_teacher(config.teacher)
         assert config.student.init is not None
         return cls(read_prompts(config.data.prompts), find_weights(config.student.init))
 

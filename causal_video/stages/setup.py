@@ -25,7 +25,8 @@ from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource,
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks import HEAD_WIDTH, build_fake_score
 from fewstep.core.shared_weights import beside
-from fewstep.core.teacher import Teacher, check_teacher_path
+from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
@@ -45,7 +46,7 @@ class CausalData:
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher_path(config.teacher.path)
+        check_teacher(config.teacher)
         data, stage, settings = config.data, config.stage, causal_settings(config.student)
         real = None if data.latents is None else LatentDataset.load(data.latents)
         if real is not None:

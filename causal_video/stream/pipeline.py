@@ -26,7 +26,7 @@ from fewstep.causal_video.stream.video import PromptEncoder, VideoSession, batch
 from fewstep.causal_video.stream.world import ActionSpace
 from fewstep.causal_video.vae_stream import encode_stream
 from fewstep.core.families.wan import STOCK_TEXT_TOKENS, WanFamily
-from fewstep.core.teacher import check_pipeline_folder
+from fewstep.core.teacher_files import check_pipeline_folder
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ class StudentReport:
     width: int | None = None
     name: str | None = None
     frames: int | None = None
+    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ExportRecord:
     max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
     use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
     num_frames, max_sequence_length: arguments of pipelines of videos, None for others.
+    base_dtype: in which the frozen weights were kept that adapters were trained on, and are to be loaded for adapters.
     absent_components: parts of the pipeline that the teacher does without; a merged export holds stand-ins for them.
     step_noise: where the noise between steps comes from: "none", the "generator" of the call, or torch's "global" one.
     """
@@ -104,6 +106,7 @@ class ExportRecord:
     use_resolution_binning: bool | None = None
     num_frames: int | None = None
     max_sequence_length: int | None = None
+    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @property
     def any_steps(self) -> bool:
@@ -222,7 +225,9 @@ def model_card(record: ExportRecord, *, license_fields: dict[str, str]) -> str:
 def loading_snippet(record: ExportRecord, directory: str) -> str:
     """Python that loads the export from `directory` with diffusers alone and makes one image or video."""
     arguments = ", ".join(f"{name}={value}" for name, value in record.call_arguments().items())
-    dtype = "" if record.dtype == "float32" else f", dtype=torch.{record.dtype}"
+    # Adapters go on the weights that they were trained on, whatever they are stored in themselves.
+    held = record.base_dtype if record.weights == "lora" else record.dtype
+    dtype = "" if held == "float32" else f", dtype=torch.{held}"
     lines = ["import torch"] if dtype or record.step_noise == "global" else []
     if record.weights == "lora":
         absent = "".join(f", {name}=None" for name in record.absent_components)

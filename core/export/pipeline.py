@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from fewstep.core.adapters import round_weights
 from fewstep.core.export.anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
 from fewstep.core.export.check import (
     ExportMismatchError,
@@ -36,6 +37,7 @@ from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
 from fewstep.core.lora import ADAPTER, lora_state_dict, merge_lora
+from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.two_time import second_time_of
 
@@ -59,7 +61,7 @@ class _Job:
     """What the steps of one export share. `dtype` is that of the files."""
 
     teacher: Teacher
-    teacher_path: str
+    teacher_path: str | ModelSource
     network_name: str
     spec: SamplerSpec
     plan: SchedulerPlan
@@ -76,7 +78,7 @@ class _Job:
 
 
 def export_pipeline(
-    teacher_path: str,
+    teacher_path: str | ModelSource,
     network: nn.Module,
     *,
     sampler: SamplerSpec,
@@ -96,7 +98,7 @@ def export_pipeline(
     `output` only after the comparison: latents to 3e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
 
     Args:
-        teacher_path: diffusers directory or hub id of the teacher pipeline.
+        teacher_path: diffusers directory or hub id of the teacher pipeline, or where it is in more words.
         network: the student's diffusers network, with or without adapters; it is not changed. The work happens on its
             device.
         sampler: the times at which the student was trained to step, and how.
@@ -133,12 +135,12 @@ def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
         verification = _verify(job, draft, stored_latents=stored_latents, trained_latents=trained_latents)
         record = _record(job, verification, name=job.report.name or output.name)
         write_record(record, draft)
-        write_model_card(record, draft, license_fields=license_of(job.teacher_path))
+        write_model_card(record, draft, license_fields=license_of(job.teacher.path))
     return record
 
 
 def _prepare(
-    teacher_path: str,
+    teacher_path: str | ModelSource,
     network: nn.Module,
     *,
     spec: SamplerSpec,
@@ -295,6 +297,7 @@ def _load(job: _Job, draft: Path) -> Any:
     if not job.lora_only:
         return DiffusionPipeline.from_pretrained(draft, dtype=torch.float32)
     pipeline: Any = Teacher.load(job.teacher_path).pipeline
+    round_weights(getattr(pipeline, job.network_name), getattr(torch, job.report.base_dtype))
     pipeline.load_lora_weights(draft)
     pipeline.register_modules(scheduler=type(job.plan.scheduler).from_pretrained(draft, subfolder="scheduler"))
     return pipeline
@@ -328,6 +331,7 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         pipeline=job.pipeline_name,
         scheduler=type(plan.scheduler).__name__,
         weights="lora" if job.lora_only else "merged",
+        base_dtype=report.base_dtype,
         dtype=DTYPE_NAMES[job.dtype],
         absent_components=absent_components(job.teacher.pipeline),
         training_step=report.step,

@@ -9,6 +9,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
+from fewstep.core.adapters import round_weights
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.model_card import ExportRecord, StudentReport
 from fewstep.core.export.pipeline import DTYPE_NAMES, export_pipeline
@@ -85,10 +86,11 @@ def export_run(
         width=settings.width,
         frames=settings.frames,
         name=run.resolve().name,
+        base_dtype=settings.teacher_dtype if settings.lora_rank > 0 else "float32",
     )
     output = run / "export" if output is None else Path(output)
     record = export_pipeline(
-        settings.teacher_path,
+        settings.teacher,
         loaded.student.denoiser.network,
         sampler=SamplerSpec(
             loaded.student.times, settings.sampler, settings.shift if settings.sampler == "flow_map" else None
@@ -123,7 +125,7 @@ def load_run_student(
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
         raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
-    teacher = Teacher.load(settings.teacher_path, device=device)
+    teacher = Teacher.load(settings.teacher, device=device)
     if settings.lora_rank > 0:
         round_weights(teacher.denoiser.network, getattr(torch, settings.teacher_dtype))
     network = _student_network(teacher, settings, loaded.tensors[name])
@@ -157,18 +159,6 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
         if path.is_dir():
             return path
     raise ValueError(f"there is no checkpoint {checkpoint}; checkpoints of {run}: {known}")
-
-
-@torch.no_grad()
-def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Round a network to what a teacher of that dtype holds, in place and in its own dtype.
-
-    Adapters were trained on the rounded weights; diffusers keeps some layers in fp32 (`_keep_in_fp32_modules`).
-    """
-    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
-    for name, weight in network.named_parameters():
-        if weight.is_floating_point() and not any(part in name.split(".") for part in kept):
-            weight.copy_(weight.to(dtype))
 
 
 def _student_network(teacher: Teacher, settings: RunSettings, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -155,7 +155,7 @@ def draw_control_grid(
         steps: a row of the student each.
     """
     settings = read_settings(run)
-    teacher = Teacher.load(settings.teacher_path)
+    teacher = Teacher.load(settings.teacher)
     condition = teacher.encode(list(prompts)).with_control(control)
     noise = sample_noise(SEED, range(len(control)), tuple(control.shape[1:]), stream="latents")
     rows = [teacher.decode(control)]

@@ -23,6 +23,7 @@ from diffusers import (
 
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_angles
+from fewstep.core.families.unet import noise_table
 from fewstep.core.grids import (
     euler_scheduler_parameters,
     shift_of_grid,
@@ -185,7 +186,7 @@ def nearest_exportable_times(pipeline: DiffusionPipeline, times: Sequence[float]
     """
     if _is_flow(pipeline.scheduler):
         return tuple(times)
-    path = VariancePreserving(pipeline.scheduler.alphas_cumprod)
+    path = noise_table(pipeline.scheduler)
     last = path.alphas_cumprod.shape[0] - 1
     indices = path.from_flow_time(torch.tensor(list(times), dtype=torch.float64)).clamp(max=last).round()
     snapped = tuple(path.to_flow_time(indices).tolist())
@@ -224,11 +225,11 @@ def student_times(pipeline: DiffusionPipeline, grid: Grid) -> tuple[float, ...]:
     indices = torch.tensor(grid.timesteps, dtype=torch.float64)
     if not torch.equal(indices, indices.round()):
         raise ValueError(f"student.timesteps is {list(grid.timesteps)}; the teacher's noise table has whole numbers")
-    return tuple(VariancePreserving(pipeline.scheduler.alphas_cumprod).to_flow_time(indices).tolist())
+    return tuple(noise_table(pipeline.scheduler).to_flow_time(indices).tolist())
 
 
 def _plan_variance_preserving(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerPlan:
-    path = VariancePreserving(pipeline.scheduler.alphas_cumprod)
+    path = noise_table(pipeline.scheduler)
     indices = table_indices(path, spec.times)
     if indices[-1] == 0:
         raise ValueError(f"the grid {spec.times} ends at table index 0, where LCM returns its input. Use index >= 1.")
@@ -284,6 +285,12 @@ def _ode_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[DDIMSchedule
     if length % steps == 0 and indices == _uniform_indices(length, steps):
         ddim = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, **settings)
         return ddim, True
+    if settings["rescale_betas_zero_snr"]:
+        raise ValueError(
+            f"the teacher's table has zero terminal SNR, on which Euler steps of stock schedulers start from another "
+            f"alpha; DDIM steps at the indices {_uniform_indices(length, steps)} of {steps} even steps alone. Train on "
+            "these (student.timesteps), or with the sampler sde"
+        )
     # "leading" only sets the scale of the first noise here, sqrt(sigma^2 + 1), so that the network sees it unscaled
     return EulerDiscreteScheduler(timestep_spacing="leading", final_sigmas_type="zero", **settings), False
 

@@ -6,14 +6,17 @@ canonical.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
+
+# Configs of a pipeline's components by name, as their JSON files have them; "" is the pipeline's own.
+Configs: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 class Family(Protocol):
@@ -133,6 +136,27 @@ def require_pictures(name: str, frames: int | None) -> None:
     """Raises ValueError for frames of a family that makes pictures."""
     if frames is not None:
         raise ValueError(f"frames is {frames}, and a teacher of the family {name} makes pictures")
+
+
+def require_scaling(vae: Mapping[str, Any]) -> None:
+    """Raises ValueError for an autoencoder whose latents have no scale."""
+    if "scaling_factor" in vae and not vae["scaling_factor"]:
+        raise ValueError(
+            f"the autoencoder's scaling_factor is {vae['scaling_factor']}, which leaves nothing of its latents: "
+            "correct vae/config.json, as the original model has it"
+        )
+
+
+def require_fixed_grid(scheduler: Mapping[str, Any]) -> None:
+    """Raises ValueError for a flow scheduler whose times do not follow from the number of steps alone."""
+    if any(scheduler.get(name) for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas")):
+        raise ValueError(
+            "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
+            "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
+        )
+    shift = scheduler.get("shift", 1.0)
+    if shift is None or not shift > 0:
+        raise ValueError(f"the teacher's scheduler has the shift {shift}, and it must be positive")
 
 
 def given(**values: Any) -> dict[str, Any]:

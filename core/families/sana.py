@@ -23,7 +23,15 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, no_stand_ins, pixel_size, require_pictures
+from fewstep.core.families.family import (
+    Configs,
+    network_dtype,
+    no_stand_ins,
+    pixel_size,
+    require_fixed_grid,
+    require_pictures,
+    require_scaling,
+)
 from fewstep.core.grids import validate_grid
 
 AnySanaPipeline = SanaPipeline | SanaSprintPipeline
@@ -198,11 +206,7 @@ class SanaFamily:
             raise ValueError("SANA-Sprint is a few-step student and has no grid of a teacher: distil a SanaPipeline")
         scheduler: Any = _require_flow_scheduler(pipeline)
         config = scheduler.config
-        if config.get("use_dynamic_shifting") or config.get("stochastic_sampling") or config.get("invert_sigmas"):
-            raise ValueError(
-                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
-                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
-            )
+        require_fixed_grid(config)
         scheduler = type(scheduler).from_config(config)
         scheduler.set_timesteps(steps)
         times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
@@ -281,6 +285,29 @@ def _encode(pipeline: AnySanaPipeline, prompts: list[str], *, instruction: list[
     return Condition(tokens[:, :used], token_mask=mask[:, :used])
 
 
+def require_sana(configs: Configs) -> None:
+    """Raises ValueError for a SANA whose scheduler walks no rectified flow at fixed times."""
+    scheduler = configs["scheduler"]
+    name = str(scheduler.get("_class_name"))
+    solver = name == "DPMSolverMultistepScheduler" and scheduler.get("use_flow_sigmas")
+    if name == "SCMScheduler":
+        return
+    if name != "FlowMatchEulerDiscreteScheduler" and not (
+        solver and scheduler.get("prediction_type") == "flow_prediction"
+    ):
+        raise ValueError(_wrong_scheduler(name))
+    require_fixed_grid(scheduler)
+    require_scaling(configs["vae"])
+
+
+def _wrong_scheduler(name: str) -> str:
+    return (
+        f"SANA needs a FlowMatchEulerDiscreteScheduler, or a DPMSolverMultistepScheduler with use_flow_sigmas and "
+        f"prediction_type flow_prediction; this pipeline has {name} without: replace "
+        "scheduler/scheduler_config.json by the original model's"
+    )
+
+
 def _require_flow_scheduler(pipeline: AnySanaPipeline) -> FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler:
     scheduler: Any = pipeline.scheduler
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -289,8 +316,4 @@ def _require_flow_scheduler(pipeline: AnySanaPipeline) -> FlowMatchEulerDiscrete
         config = scheduler.config
         if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
             return scheduler
-    raise ValueError(
-        f"SANA needs a FlowMatchEulerDiscreteScheduler, or a DPMSolverMultistepScheduler with use_flow_sigmas and "
-        f"prediction_type flow_prediction; this pipeline has {type(scheduler).__name__} without: replace "
-        "scheduler/scheduler_config.json by the original model's"
-    )
+    raise ValueError(_wrong_scheduler(type(scheduler).__name__))

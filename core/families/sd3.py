@@ -21,11 +21,14 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import (
+    Configs,
     given,
     network_dtype,
     no_stand_ins,
     pixel_size,
+    require_fixed_grid,
     require_pictures,
+    require_scaling,
     vae_decode,
     vae_encode,
 )
@@ -178,11 +181,7 @@ class Sd3Family:
             ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
         """
         config = _require_flow_scheduler(pipeline).config
-        if config["use_dynamic_shifting"] or config["stochastic_sampling"] or config["invert_sigmas"]:
-            raise ValueError(
-                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
-                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
-            )
+        require_fixed_grid(config)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         scheduler.set_timesteps(steps)
@@ -237,12 +236,31 @@ class Sd3Family:
         return dict(zip(T5_COMPONENTS, zero_t5(pipeline.transformer.config.joint_attention_dim), strict=True))
 
 
+def require_sd3(configs: Configs) -> None:
+    """Raises ValueError for an SD3 with another scheduler than rectified flow's, or another input than text."""
+    transformer, scheduler = configs["transformer"], configs["scheduler"]
+    if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(_wrong_scheduler(str(scheduler.get("_class_name"))))
+    require_fixed_grid(scheduler)
+    takes, gives = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
+    if takes != gives:
+        raise ValueError(
+            f"the transformer takes {takes} channels and gives {gives}: it is told a picture beside the text; use a "
+            "text-to-image model"
+        )
+    require_scaling(configs["vae"])
+
+
+def _wrong_scheduler(name: str) -> str:
+    return (
+        f"SD3 needs a FlowMatchEulerDiscreteScheduler, this pipeline has {name}: replace "
+        "scheduler/scheduler_config.json by the original model's"
+    )
+
+
 def _require_flow_scheduler(pipeline: StableDiffusion3Pipeline) -> FlowMatchEulerDiscreteScheduler:
     if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"SD3 needs a FlowMatchEulerDiscreteScheduler, this pipeline has {type(pipeline.scheduler).__name__}: "
-            "replace scheduler/scheduler_config.json by the original model's"
-        )
+        raise ValueError(_wrong_scheduler(type(pipeline.scheduler).__name__))
     return pipeline.scheduler
 
 

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 
-from fewstep.core.families.family import Family
-from fewstep.core.families.sana import SanaFamily
+from fewstep.core.families.family import Configs, Family
+from fewstep.core.families.sana import SanaFamily, require_sana
 from fewstep.core.families.sana_control import SanaControlFamily
-from fewstep.core.families.sd3 import Sd3Family
-from fewstep.core.families.unet import UnetFamily
-from fewstep.core.families.wan import WanFamily
+from fewstep.core.families.sd3 import Sd3Family, require_sd3
+from fewstep.core.families.unet import UnetFamily, require_unet
+from fewstep.core.families.wan import WanFamily, require_wan
 
-FAMILIES: dict[str, Callable[[Any], Family]] = {
-    "SanaControlNetPipeline": SanaControlFamily.from_pipeline,
-    "SanaPipeline": SanaFamily.from_pipeline,
-    "SanaSprintPipeline": SanaFamily.from_pipeline,
-    "StableDiffusion3Pipeline": Sd3Family.from_pipeline,
-    "StableDiffusionPipeline": UnetFamily.from_pipeline,
-    "StableDiffusionXLPipeline": UnetFamily.from_pipeline,
-    "WanPipeline": WanFamily.from_pipeline,
+
+class Kind(NamedTuple):
+    """How the family of a pipeline is made, and what refuses one that it cannot call.
+
+    `require` takes the configs of the pipeline ("") and of these `components`, as their JSON files have them.
+    """
+
+    build: Callable[[Any], Family]
+    require: Callable[[Configs], None]
+    components: tuple[str, ...]
+
+
+UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
+SANA = Kind(SanaFamily.from_pipeline, require_sana, ("transformer", "scheduler", "vae"))
+
+FAMILIES: dict[str, Kind] = {
+    "SanaControlNetPipeline": SANA._replace(build=SanaControlFamily.from_pipeline),
+    "SanaPipeline": SANA,
+    "SanaSprintPipeline": SANA,
+    "StableDiffusion3Pipeline": Kind(Sd3Family.from_pipeline, require_sd3, ("transformer", "scheduler", "vae")),
+    "StableDiffusionPipeline": UNET,
+    "StableDiffusionXLPipeline": UNET,
+    "WanPipeline": Kind(WanFamily.from_pipeline, require_wan, ("transformer", "transformer_2", "scheduler", "vae")),
 }
 
 
@@ -33,7 +48,28 @@ def build_family(pipeline: DiffusionPipeline) -> Family:
     """
     name = type(pipeline).__name__
     require_known_class(name)
-    return FAMILIES[name](pipeline)
+    require_teacher(name, configs_of(pipeline))
+    return FAMILIES[name].build(pipeline)
+
+
+def configs_of(pipeline: DiffusionPipeline) -> dict[str, Mapping[str, Any]]:
+    """The configs of a loaded pipeline, as its JSON files would have them."""
+    found: dict[str, Mapping[str, Any]] = {"": pipeline.config}
+    for name, component in pipeline.components.items():
+        config = getattr(component, "config", None)
+        if isinstance(config, Mapping):
+            found[name] = {**config, "_class_name": type(component).__name__}
+    return found
+
+
+def config_components(name: str) -> tuple[str, ...]:
+    """The components whose configs `require_teacher` reads for a class of pipelines."""
+    return FAMILIES[name].components
+
+
+def require_teacher(name: str, configs: Configs) -> None:
+    """Raises ValueError for the configs of a pipeline that its family cannot call as stock diffusers does."""
+    FAMILIES[name].require(configs)
 
 
 def require_known_class(name: str) -> None:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import (
+    Configs,
     given,
     network_dtype,
     no_stand_ins,
     pixel_size,
     require_pictures,
+    require_scaling,
     vae_decode,
     vae_encode,
 )
@@ -31,8 +33,10 @@ UnetPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 # An fp32 t fixes the timestep to about 1e-4 near the noisy end; what lies this close to an integer was meant to be it.
 INDEX_ROUNDING = 1e-3
-# The same stand-in for zero that diffusers' EulerDiscreteScheduler puts at the end of a table with zero terminal SNR.
-SMALLEST_ALPHAS_CUMPROD = 2.0**-24
+# Stands for the zero at the end of a table with zero terminal SNR: alpha is 1e-8 there, which fp32 does not see beside
+# the zero that stock DDIM and LCM compute with. (EulerDiscreteScheduler's own stand-in, 2^-24, is 2.4e-4 off.)
+SMALLEST_ALPHAS_CUMPROD = 1e-16
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
 
 @dataclass(frozen=True)
@@ -60,27 +64,10 @@ class UnetFamily:
 
     @staticmethod
     def from_pipeline(pipeline: UnetPipeline) -> UnetFamily:
-        """The family of a pipeline, with the noise table of its scheduler's config.
-
-        Raises:
-            ValueError: the network predicts neither eps nor v, predicts eps at a timestep without any signal, or takes
-                other conditions than those of SD1.5 and SDXL.
-        """
-        scheduler = _ddim_scheduler(pipeline)
-        prediction = scheduler.config["prediction_type"]
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the scheduler's prediction_type must be epsilon or v_prediction, got {prediction!r}")
-        table = scheduler.alphas_cumprod.double()
-        if table[-1] <= 0 and prediction == "epsilon":
-            raise ValueError(
-                "the noise table has zero terminal SNR, where an eps prediction says nothing about x0: set "
-                "rescale_betas_zero_snr to false, or prediction_type to v_prediction if the network predicts v"
-            )
+        """The family of a pipeline that `require_unet` lets through, with the noise table of its scheduler's config."""
+        prediction = pipeline.scheduler.config["prediction_type"]
         kind = pipeline.unet.config.addition_embed_type
-        if kind not in (None, "text_time"):
-            raise ValueError(f"the U-Net's addition_embed_type must be null or text_time, got {kind!r}")
-        path = VariancePreserving(table.clamp(min=SMALLEST_ALPHAS_CUMPROD))
-        return UnetFamily(path, prediction, has_size_condition=kind == "text_time")
+        return UnetFamily(noise_table(pipeline.scheduler), prediction, has_size_condition=kind == "text_time")
 
     @property
     def last_time(self) -> float:
@@ -239,11 +226,58 @@ class UnetFamily:
         return pixel_size((sides[0] * factor, sides[1] * factor), height, width, multiple=factor * 2**halvings)
 
 
+def require_unet(configs: Configs) -> None:
+    """Raises ValueError for U-Nets with other inputs than text, time and SDXL's sizes, and for other noise tables."""
+    unet, scheduler = configs["unet"], configs["scheduler"]
+    takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if takes != gives:
+        raise ValueError(
+            f"the U-Net takes {takes} channels and gives {gives}: it is told a picture beside the text (inpainting, "
+            "editing); use a text-to-image model"
+        )
+    if unet.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "the U-Net has an input for the guidance (time_cond_proj_dim), as LCM has: it is a few-step student "
+            "already; use the model that it was distilled from"
+        )
+    if unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None:
+        raise ValueError(
+            f"the U-Net is told a class (num_class_embeds {unet.get('num_class_embeds')}, class_embed_type "
+            f"{unet.get('class_embed_type')}) beside the text; use a text-to-image model"
+        )
+    kind = unet.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise ValueError(f"the U-Net's addition_embed_type must be null or text_time, got {kind!r}")
+    name, prediction = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
+    if name.startswith("EDM") or "beta_schedule" not in scheduler:
+        raise ValueError(
+            f"the scheduler is a {name}, and the U-Nets here walk a DDPM table of betas: use another model"
+        )
+    if name in FEW_STEP_SCHEDULERS:
+        raise ValueError(
+            f"the scheduler is a {name}, which samples a few-step student: use the model that it was distilled from"
+        )
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"the scheduler's prediction_type must be epsilon or v_prediction, got {prediction!r}")
+    if scheduler.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise ValueError(
+            "the noise table has zero terminal SNR, where an eps prediction says nothing about x0: set "
+            "rescale_betas_zero_snr to false, or prediction_type to v_prediction if the network predicts v"
+        )
+    require_scaling(configs["vae"])
+
+
 def snap_to_integer(time: Tensor) -> Tensor:
     """Timesteps within `INDEX_ROUNDING` of an integer as that integer; others as given, for the network takes both."""
     nearest = time.round()
     # The move to the integer is a constant: the derivative with respect to time goes through.
     return torch.where((time - nearest).abs() < INDEX_ROUNDING, time + (nearest - time).detach(), time)
+
+
+def noise_table(scheduler: Any) -> VariancePreserving:
+    """The path of a scheduler's noise table, which does not depend on the scheduler's class."""
+    table = DDIMScheduler.from_config(scheduler.config).alphas_cumprod  # pyright: ignore[reportAttributeAccessIssue]
+    return VariancePreserving(table.double().clamp(min=SMALLEST_ALPHAS_CUMPROD))
 
 
 def _ddim_scheduler(pipeline: UnetPipeline) -> DDIMScheduler:

@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import network_dtype, no_stand_ins, pixel_size
+from fewstep.core.families.family import Configs, network_dtype, no_stand_ins, pixel_size, require_fixed_grid
 from fewstep.core.grids import validate_grid
 
 WanScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
@@ -56,24 +56,7 @@ class WanFamily:
 
     @staticmethod
     def from_pipeline(pipeline: WanPipeline) -> WanFamily:
-        """The family of a pipeline.
-
-        Raises:
-            ValueError: the pipeline has two networks (Wan 2.2 A14B), a network for images (image-to-video), or a
-                scheduler that is no flow.
-        """
-        if pipeline.transformer is None or pipeline.transformer_2 is not None or pipeline.config["boundary_ratio"]:
-            raise ValueError(
-                "this pipeline switches between two networks at boundary_ratio (Wan 2.2 A14B), and a teacher here is "
-                "one network: use Wan 2.1 or Wan 2.2 TI2V-5B, or a folder with transformer alone whose "
-                "model_index.json has no transformer_2 and boundary_ratio null, which is right for times above it only"
-            )
-        config = pipeline.transformer.config
-        if config.in_channels != config.out_channels or config.image_dim is not None:
-            raise ValueError(
-                f"the network takes {config.in_channels} channels and gives {config.out_channels}, image_dim "
-                f"{config.image_dim}: it is told an image beside the text; use a text-to-video model"
-            )
+        """The family of a pipeline that `require_wan` lets through."""
         return WanFamily(
             time_scale=_require_flow_scheduler(pipeline).config["num_train_timesteps"],
             text_tokens=min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length),
@@ -213,11 +196,7 @@ class WanFamily:
             ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
         """
         config = _require_flow_scheduler(pipeline).config
-        if config.get("use_dynamic_shifting") or config.get("stochastic_sampling") or config.get("invert_sigmas"):
-            raise ValueError(
-                "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
-                "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
-            )
+        require_fixed_grid(config)
         scheduler: Any = type(pipeline.scheduler).from_config(config)
         scheduler.set_timesteps(steps)
         times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
@@ -285,13 +264,41 @@ def _latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, 
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
+def require_wan(configs: Configs) -> None:
+    """Raises ValueError for a Wan of two networks (Wan 2.2 A14B), of images, or with no flow scheduler."""
+    index, scheduler = configs[""], configs["scheduler"]
+    if "transformer" not in configs or "transformer_2" in configs or index.get("boundary_ratio"):
+        raise ValueError(
+            "this pipeline switches between two networks at boundary_ratio (Wan 2.2 A14B), and a teacher here is "
+            "one network: use Wan 2.1 or Wan 2.2 TI2V-5B, or a folder with transformer alone whose "
+            "model_index.json has no transformer_2 and boundary_ratio null, which is right for times above it only"
+        )
+    network = configs["transformer"]
+    takes, gives, image = network.get("in_channels", 16), network.get("out_channels", 16), network.get("image_dim")
+    if takes != gives or image is not None:
+        raise ValueError(
+            f"the network takes {takes} channels and gives {gives}, image_dim {image}: it is told an image beside the "
+            "text; use a text-to-video model"
+        )
+    name = str(scheduler.get("_class_name"))
+    if name != "FlowMatchEulerDiscreteScheduler" and not (
+        name == "UniPCMultistepScheduler" and scheduler.get("use_flow_sigmas")
+    ):
+        raise ValueError(_wrong_scheduler(name))
+    require_fixed_grid(scheduler)
+
+
+def _wrong_scheduler(name: str) -> str:
+    return (
+        "Wan needs a FlowMatchEulerDiscreteScheduler or a UniPCMultistepScheduler with use_flow_sigmas, this pipeline "
+        f"has {name}: replace scheduler/scheduler_config.json by the original model's"
+    )
+
+
 def _require_flow_scheduler(pipeline: WanPipeline) -> WanScheduler:
     scheduler: Any = pipeline.scheduler
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler
     if isinstance(scheduler, UniPCMultistepScheduler) and scheduler.config["use_flow_sigmas"]:
         return scheduler
-    raise ValueError(
-        f"Wan needs a FlowMatchEulerDiscreteScheduler or a UniPCMultistepScheduler with use_flow_sigmas, this pipeline "
-        f"has {type(scheduler).__name__}: replace scheduler/scheduler_config.json by the original model's"
-    )
+    raise ValueError(_wrong_scheduler(type(scheduler).__name__))

@@ -268,14 +268,12 @@ class RewardRunConfig:
         """What an export must know of the student."""
         return RunSettings(
             method=self.method,
-            teacher_path=self.teacher.path,
-            guidance=self.teacher.guidance,
+            **self.teacher.of_run(),
             steps=self.student.steps,
             shift=self.student.shift,
             times=self.student.times,
             timesteps=self.student.timesteps,
             sampler=self.student.sampler,
-            teacher_dtype=self.teacher.dtype,
             lora_rank=self.student.lora_rank,
             lora_alpha=self.student.lora_alpha,
             lora_targets=self.student.lora_targets,

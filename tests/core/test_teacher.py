@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.core.denoiser import guided_velocity
 from fewstep.core.families.table import build_family
-from fewstep.core.teacher import Teacher, check_teacher_path
+from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_sd3, build_sd15, build_sdxl, save_pipeline
 
 PROMPTS = ["a red cat", "dog 12"]
@@ -174,20 +174,3 @@ def test_unknown_pipeline_class_lists_the_known() -> None:
         ValueError, match=r"OtherPipeline; known are .*StableDiffusion3Pipeline, StableDiffusionPipeline"
     ):
         build_family(OtherPipeline())  # pyright: ignore[reportArgumentType]
-
-
-def test_a_class_that_no_family_knows_is_refused_from_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder before its other files are looked at, and on the hub before they are downloaded."""
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}')
-    with pytest.raises(ValueError, match="no family for the pipeline class FluxPipeline; known are SanaControlNet"):
-        check_teacher_path(tmp_path)
-    asked: list[str] = []
-
-    def only_the_index(repo_id: str, filename: str, **_: object) -> str:
-        asked.append(f"{repo_id}/{filename}")
-        return str(tmp_path / filename)
-
-    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", only_the_index)
-    with pytest.raises(ValueError, match="no family for the pipeline class FluxPipeline"):
-        Teacher.load("owner/flux")
-    assert asked == ["owner/flux/model_index.json"]

@@ -19,7 +19,8 @@ from fewstep.core.export.run import load_run_student
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import sample_noise, sample_uniform
 from fewstep.core.run_settings import SETTINGS_FILE, read_settings
-from fewstep.core.teacher import Teacher, check_teacher_path
+from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run import Unwatched, open_run
@@ -74,7 +75,7 @@ def train_latent_reward(config: LatentRewardConfig) -> int:
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
     """
-    check_teacher_path(config.teacher.path)
+    check_teacher(config.teacher)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         samples = scored_samples(config, device=trainer.device)
