@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
-from fewstep.core.families.table import build_family
+from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
@@ -43,6 +43,8 @@ class Teacher:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
+        require_known_class(type(pipeline).__name__)
+        require_teacher(type(pipeline).__name__, configs_of(pipeline))
         self.pipeline = pipeline
         self.path = path
         self.family = build_family(pipeline)

@@ -48,7 +48,6 @@ def build_family(pipeline: DiffusionPipeline) -> Family:
     """
     name = type(pipeline).__name__
     require_known_class(name)
-    require_teacher(name, configs_of(pipeline))
     return FAMILIES[name].build(pipeline)
 
 
@@ -68,7 +67,8 @@ def config_components(name: str) -> tuple[str, ...]:
 
 
 def require_teacher(name: str, configs: Configs) -> None:
-    """Raises ValueError for the configs of a pipeline that its family cannot call as stock diffusers does."""
+    """Raises ValueError for the configs of a pipeline that is no teacher: its family cannot call it as stock diffusers
+    does, or it is a few-step student (which a family may well call)."""
     FAMILIES[name].require(configs)
 
 

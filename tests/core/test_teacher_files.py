@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from fewstep.core.families.table import build_family, configs_of
+from fewstep.core.families.table import configs_of
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.teacher_files import check_teacher
@@ -129,7 +129,7 @@ def test_a_loaded_pipeline_is_held_to_the_same() -> None:
     assert configs_of(pipeline)["scheduler"]["_class_name"] == type(pipeline.scheduler).__name__
     pipeline.unet.register_to_config(time_cond_proj_dim=32)
     with pytest.raises(ValueError, match="an input for the guidance"):
-        build_family(pipeline)
+        Teacher(pipeline, path="tiny")
 
 
 def test_other_kinds_of_files_are_told_what_to_do(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from fewstep.core.families.table import build_family
 from fewstep.core.families.unet import UnetFamily, snap_to_integer
 from fewstep.core.lora import add_lora
 from fewstep.core.paths import to_flow_state, x0_from_velocity
+from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_ddim, build_sd15, build_sdxl
 
 PROMPTS = ["a red cat", "dog 12"]
@@ -229,10 +230,10 @@ def test_tables_and_predictions_that_do_not_fit_are_named() -> None:
     assert zero_snr.last_time == pytest.approx(1.0, abs=2e-8)
     pipeline.scheduler = DDIMScheduler.from_config(config, rescale_betas_zero_snr=True, prediction_type="epsilon")
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        build_family(pipeline)
+        Teacher(pipeline, path="tiny")
     pipeline.scheduler = build_ddim("sample")
     with pytest.raises(ValueError, match="prediction_type"):
-        build_family(pipeline)
+        Teacher(pipeline, path="tiny")
     pipeline.scheduler = EulerDiscreteScheduler.from_config(build_ddim("epsilon").config)
     euler = build_family(pipeline)
     assert isinstance(euler, UnetFamily)

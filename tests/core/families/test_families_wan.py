@@ -221,7 +221,7 @@ def test_two_networks_are_refused() -> None:
     pipeline: Any = build_video_pipeline()
     pipeline.register_to_config(boundary_ratio=0.875)
     with pytest.raises(ValueError, match="switches between two networks at boundary_ratio"):
-        build_family(pipeline)
+        Teacher(pipeline, path="tiny")
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
