@@ -135,6 +135,7 @@ class ConsistencyConfig:
         return RunSettings(
             method=self.method,
             **self.teacher.of_run(),
+            student_path=self.student.path,
             steps=self.student.steps,
             shift=self.student.shift,
             times=self.student.times,
@@ -185,6 +186,11 @@ def check_sprint(config: ConsistencyConfig) -> None:
     if sprint is None:
         return
     given_grid = student.times is not None or student.timesteps is not None
+    if student.path is not None:
+        raise ValueError(
+            f"student.path is {student.path}, and sana_sprint makes its student of the teacher's own network: leave it "
+            "out"
+        )
     if student.lora_rank > 0 or student.shift != 1 or given_grid:
         raise ValueError(
             f"student.lora_rank is {student.lora_rank}, student.shift {student.shift}, student.times {student.times} "

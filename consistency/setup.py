@@ -34,10 +34,10 @@ from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.networks import build_denoiser, build_fake_score
+from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import frozen_twin
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.two_time import SITES, add_second_time
@@ -60,7 +60,7 @@ class ConsistencyData:
     @classmethod
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher(config.teacher)
+        check_models(config.teacher, student=config.student, fake_score=config.fake_score)
         init = None if config.student.init is None or config.run.resume else find_weights(config.student.init)
         judged = None if config.mcm is None else config.mcm.discriminator
         pictures = None if judged is None or judged.pictures is None else LatentDataset.load(judged.pictures)

@@ -62,7 +62,7 @@ def train_consistency(config: ConsistencyConfig) -> int:
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
-        setup.teacher.free_after_caching(config.data)
+        setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         notes = (partial(describe_run, config, setup, trainer), partial(check_tangent, config, setup, trainer))
         for _ in run.steps(watch, *notes, beside=config.student_settings.save):

@@ -20,7 +20,8 @@ HEAD_WIDTH = 128
 
 
 def build_denoiser(settings: TrainedConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int) -> Denoiser:
-    """A network to train: an fp32 copy of the teacher's, or fp32 adapters on the very weights of the teacher.
+    """A network to train: an fp32 copy of the base, or fp32 adapters on its very weights; the base is the teacher's
+    network, or that of the model at `settings.path`.
 
     Adapters cost no second base: several roles of one teacher, and the teacher itself, hold the same frozen tensors, in
     the dtype of the teacher. `init` are weights to start from, or adapters; adapters are merged where all weights are
@@ -30,7 +31,7 @@ def build_denoiser(settings: TrainedConfig, teacher: Teacher, init: StoredWeight
         ValueError: `init` does not fit, or gives a base to new adapters, with which alone an export could do nothing.
     """
     if settings.lora_rank == 0:
-        denoiser = teacher.denoiser.copy().float()
+        denoiser = teacher.base(settings.path).copy().float()
         if init is not None and init.holds_adapters:
             merge_stored_adapters(denoiser.network, init)
         elif init is not None:
@@ -41,7 +42,7 @@ def build_denoiser(settings: TrainedConfig, teacher: Teacher, init: StoredWeight
                 f"{init.key} {init.source} with lora_rank {settings.lora_rank}: adapters are saved without the weights "
                 "under them. Set lora_rank to 0, or export the first student and give it as teacher.path"
             )
-        denoiser = teacher.denoiser.beside()
+        denoiser = teacher.base(settings.path).beside()
         add_adapters(denoiser.network, settings, teacher.family, seed=seed)
         if init is not None:
             load_adapters(denoiser.network, init, alpha=settings.lora_alpha)

@@ -26,6 +26,7 @@ class RunSettings:
         method: name of the method, for people.
         teacher_path, teacher_variant, teacher_revision, teacher_subfolder: of the pipeline that was distilled.
         guidance: that is in the student's weights, or that it is told.
+        student_path: of the pipeline whose network the student started from; None is the teacher's.
         negative_prompt: what the guidance led away from; None is the stock pipeline's own.
         steps: network calls of a sample.
         shift: of the grid of steps.
@@ -54,6 +55,7 @@ class RunSettings:
     teacher_variant: str | None = None
     teacher_revision: str | None = None
     teacher_subfolder: str | None = None
+    student_path: str | None = None
     negative_prompt: str | None = None
     times: tuple[float, ...] | None = None
     timesteps: tuple[float, ...] | None = None
@@ -67,6 +69,11 @@ class RunSettings:
     second_time: SecondTime = "none"
     any_steps: bool = False
     guidance_embedded: bool = False
+
+    @property
+    def base(self) -> ModelSource:
+        """Where the pipeline is that the student's network is of."""
+        return self.teacher if self.student_path is None else ModelSource(path=self.student_path)
 
     @property
     def teacher(self) -> ModelSource:

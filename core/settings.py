@@ -16,6 +16,9 @@ class TrainedConfig:
 
     optimizer: OptimizerConfig
     """Optimizer of the network, and of what is trained with it (discriminator heads)."""
+    path: str | None = None
+    """Pipeline of the same kind and latent space whose network is the start, such as a 1.3B under a teacher of 14B;
+    empty is the teacher's."""
     lora_rank: int = 0
     """Rank of the adapters, which sit on the weights of the teacher in memory; 0 trains a copy of all weights."""
     lora_alpha: float = 64.0

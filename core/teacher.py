@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
+from fewstep.core.families.family import network_dtype
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
 from fewstep.core.paths import x0_from_velocity
+from fewstep.core.role_models import load_network
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
 
@@ -54,6 +56,7 @@ class Teacher:
         else:
             self.null_condition = self.family.encode_prompts(pipeline, [negative_prompt])
         self.text_encoders_freed = False
+        self._bases: dict[str, Denoiser] = {}
 
     @classmethod
     def of(cls, settings: TeacherConfig, *, device: torch.device) -> Teacher:
@@ -108,6 +111,20 @@ class Teacher:
         velocity = self.velocity(x_t, t, condition, guidance)
         return x0_from_velocity(x_t.to(velocity.dtype), velocity, t.to(velocity.dtype))
 
+    def base(self, path: str | None) -> Denoiser:
+        """The frozen denoiser that a role starts from: the teacher's, or the one of another model, in the same dtype.
+
+        Read once for all roles of a path. Raises ValueError when it cannot be read.
+        """
+        if path is None:
+            return self.denoiser
+        if path not in self._bases:
+            ours, components = self.denoiser.network, self.pipeline.components
+            name = next(name for name, component in components.items() if component is ours)
+            dtype, device = network_dtype(ours), self.null_condition.tokens.device
+            self._bases[path] = Denoiser(load_network(ours, name, path, dtype=dtype, device=device), self.family)
+        return self._bases[path]
+
     def encode(self, prompts: list[str], *, height: int | None = None, width: int | None = None) -> Condition:
         """Embeddings of the prompts, without gradient. Height and width in pixels are told to SDXL alone.
 
@@ -128,8 +145,9 @@ class Teacher:
         self.pipeline.register_modules(**dict.fromkeys(encoders))
         self.text_encoders_freed = True
 
-    def free_after_caching(self, data: DataConfig) -> None:
-        """Drop the text encoders of a run whose prompts are all encoded and kept."""
+    def free_after_setup(self, data: DataConfig) -> None:
+        """Drop what a run needs no more: text encoders whose prompts are all kept, and models that were copied."""
+        self._bases.clear()
         if data.cache_prompts:
             self.free_text_encoders()
 

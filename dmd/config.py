@@ -162,6 +162,7 @@ class DmdConfig:
         return RunSettings(
             method=self.method,
             **self.teacher.of_run(),
+            student_path=self.student.path,
             steps=self.student.steps,
             shift=self.student.shift,
             times=self.student.times,

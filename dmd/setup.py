@@ -9,9 +9,9 @@ from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource,
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks import build_denoiser, build_fake_score
+from fewstep.core.role_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
@@ -45,7 +45,7 @@ class DmdData:
     @classmethod
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher(config.teacher)
+        check_models(config.teacher, student=config.student, fake_score=config.fake_score)
         init = None if config.student.init is None or config.run.resume else find_weights(config.student.init)
         real = None if config.gan is None else LatentDataset.load(config.gan.latents)
         pairs = None if config.regression is None else LatentDataset.load(config.regression.pairs)

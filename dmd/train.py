@@ -44,7 +44,7 @@ def train_dmd(config: DmdConfig) -> int:
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
-        setup.teacher.free_after_caching(config.data)
+        setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         for _ in run.steps(watch, partial(describe_run, config, setup, trainer), beside=config.student_settings.save):
             run.finish_step(train_step(config, setup, trainer))

@@ -42,9 +42,9 @@ def build_video_vae() -> AutoencoderKLWan:
 
 
 def build_video_pipeline(
-    *, shift: float = 3.0, expand_timesteps: bool = False, text_tokens: int = 512, seed: int = 0
+    *, shift: float = 3.0, expand_timesteps: bool = False, text_tokens: int = 512, seed: int = 0, blocks: int = 3
 ) -> WanPipeline:
-    """Wan with three blocks and 16 tokens per latent frame; `expand_timesteps` as Wan 2.2 TI2V has it."""
+    """Wan with 16 tokens per latent frame; `expand_timesteps` as Wan 2.2 TI2V has it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = build_t5_tokenizer()
@@ -57,7 +57,7 @@ def build_video_pipeline(
             text_dim=TEXT_WIDTH,
             freq_dim=32,
             ffn_dim=48,
-            num_layers=3,
+            num_layers=blocks,
             rope_max_seq_len=64,
         )
         widen_weights(transformer)

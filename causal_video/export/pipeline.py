@@ -37,6 +37,7 @@ from fewstep.core.export.model_card import Verification, license_of, public_name
 from fewstep.core.export.pipeline import DTYPE_NAMES, LIBRARIES, ROUNDING_TOLERANCES, SAMPLER_TOLERANCE
 from fewstep.core.export.run import find_checkpoint
 from fewstep.core.lora import merge_lora
+from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 
 # Stock diffusers and the student do the same fp32 arithmetic in another order.
@@ -95,12 +96,14 @@ def export_causal_run(
     config = read_causal_run(run)
     settings = settings_of_run(config, steps)
     with torch.random.fork_rng(devices=[]):
-        teacher = Teacher.load(config.teacher.path, device=device)
+        # Everything but the network is the same in both models.
+        base = config.teacher if config.student.path is None else ModelSource(path=config.student.path)
+        teacher = Teacher.load(base, device=device)
         actions = trained_controls(run, config)
         network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
         report = CausalReport(
             method=config.method,
-            base_model=config.teacher.path,
+            base_model=base.path,
             guidance=config.teacher.guidance,
             step=step,
             ema=weights == "ema",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+import torch
 import yaml
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs
 from fewstep.causal_video.stages.student import build_student
+from fewstep.core.adapters import round_weights
 from fewstep.core.config import load_config
 from fewstep.core.data import LatentDataset
 from fewstep.core.teacher import Teacher
@@ -103,7 +105,12 @@ def load_run_network(
     # Adapters sit on the weights of the stage before; all others are in the checkpoint.
     has_base = config.student.lora_rank > 0 and config.student.init is not None
     init = find_weights(str(config.student.init)) if has_base else None
-    network = build_student(config.student, teacher, init, seed=config.run.seed, controls=controls).transformer
+    # The teacher given is of the student's own model already.
+    student = replace(config.student, path=None)
+    network = build_student(student, teacher, init, seed=config.run.seed, controls=controls).transformer
+    if student.lora_rank > 0:
+        # What the adapters were trained on: the teacher's or the stage's weights in the dtype of the teacher.
+        round_weights(network, getattr(torch, config.teacher.dtype))
     network.disable_gradient_checkpointing()
     load_trained(network, loaded.tensors[name], source=str(checkpoint))
     return network, loaded.step

@@ -15,9 +15,9 @@ from fewstep.causal_video.stages.setup import CausalSetup, latent_shape
 from fewstep.causal_video.stages.student import build_student
 from fewstep.causal_video.vae_stream import check_vae
 from fewstep.core.data import PromptConditions, read_prompts
+from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -37,7 +37,7 @@ class CausalRewardData:
     @classmethod
     def read(cls, config: CausalRewardConfig) -> CausalRewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher(config.teacher)
+        check_models(config.teacher, student=config.student)
         assert config.student.init is not None
         return cls(read_prompts(config.data.prompts), find_weights(config.student.init))
 

@@ -50,7 +50,7 @@ def train_causal_reward(config: CausalRewardConfig, *, scorers: Sequence[Scorer]
         config, trainer = run.config, run.trainer
         require_whole_groups(config.reward.group_size, config.run, trainer)
         setup = build_setup(config, data, trainer, scorers=scorers)
-        setup.causal.teacher.free_after_caching(config.data)
+        setup.causal.teacher.free_after_setup(config.data)
         run.on_close(setup.reward.close)
         watch = CausalRewardWatch(config, setup, trainer)
         notes = partial(describe_run, config, setup, trainer)

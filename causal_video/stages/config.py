@@ -169,6 +169,11 @@ def check_controls(config: CausalConfig) -> None:
             )
         if stage.longest_frames is not None:
             raise ValueError("self_forcing.longest_frames with data.controls: controls end where their videos do")
+    if config.fake_score is not None and config.fake_score.path is not None:
+        raise ValueError(
+            f"fake_score.path {config.fake_score.path} with data.controls, which only the steered teacher's network "
+            "knows: leave fake_score.path out"
+        )
     if config.student.lora_rank > 0 and config.student.init is None:
         raise ValueError(
             "student.lora_rank with data.controls and without student.init: adapters would leave the new input "

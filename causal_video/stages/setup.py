@@ -24,9 +24,9 @@ from fewstep.core.condition import Condition
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks import HEAD_WIDTH, build_fake_score
+from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
@@ -46,7 +46,7 @@ class CausalData:
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher(config.teacher)
+        check_models(config.teacher, student=config.student, fake_score=config.fake_score)
         data, stage, settings = config.data, config.stage, causal_settings(config.student)
         real = None if data.latents is None else LatentDataset.load(data.latents)
         if real is not None:

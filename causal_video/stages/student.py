@@ -34,7 +34,8 @@ def build_student(
     has_adapters = settings.lora_rank > 0
     shared = has_adapters and init is None and controls == 0
     # Adapters sit on the teacher's own weights, or on frozen ones of the stage before, in the dtype of the teacher.
-    base = teacher.denoiser.beside() if shared else teacher.denoiser.copy()
+    start = teacher.base(settings.path)
+    base = start.beside() if shared else start.copy()
     network = (base if has_adapters else base.float()).network
     if not isinstance(teacher.family, WanFamily) or not isinstance(network, WanTransformer3DModel):
         raise ValueError(f"causal students are made of Wan teachers, and {teacher.path} is {teacher.family.name}")

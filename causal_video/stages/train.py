@@ -47,7 +47,7 @@ def train_causal_video(config: CausalConfig) -> int:
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
-        setup.teacher.free_after_caching(config.data)
+        setup.teacher.free_after_setup(config.data)
         notes: list[Callable[[], str | None]] = [partial(describe_run, config, setup, trainer)]
         if config.tf_scm is not None:
             notes.append(partial(check_tangent, config.tf_scm, setup, trainer))

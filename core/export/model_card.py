@@ -44,6 +44,7 @@ class StudentReport:
     name: str | None = None
     frames: int | None = None
     base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    teacher_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class ExportRecord:
     max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
     use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
     num_frames, max_sequence_length: arguments of pipelines of videos, None for others.
+    teacher_model: the model that was distilled, where it is another than the one the student is of (`base_model`).
     base_dtype: in which the frozen weights were kept that adapters were trained on, and are to be loaded for adapters.
     absent_components: parts of the pipeline that the teacher does without; a merged export holds stand-ins for them.
     step_noise: where the noise between steps comes from: "none", the "generator" of the call, or torch's "global" one.
@@ -107,6 +109,7 @@ class ExportRecord:
     num_frames: int | None = None
     max_sequence_length: int | None = None
     base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    teacher_model: str | None = None
 
     @property
     def any_steps(self) -> bool:
@@ -261,9 +264,10 @@ def _summary(record: ExportRecord) -> str:
     kind = "LoRA weights" if record.weights == "lora" else "pipeline"
     article = "an image" if _kind(record) == "image" else "a video"
     averaged = "moving average of the weights" if record.ema else "live weights"
+    teacher = "a teacher" if record.teacher_model is None else f"the teacher {record.teacher_model} with a"
     return (
         f"A diffusers {kind} that makes {article} in {calls}: {record.base_model}, distilled with {record.method} "
-        f"against a teacher guidance of {record.training_guidance:g} (step {record.training_step}, {averaged}).\n"
+        f"against {teacher} guidance of {record.training_guidance:g} (step {record.training_step}, {averaged}).\n"
     )
 
 

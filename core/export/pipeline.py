@@ -332,6 +332,7 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         scheduler=type(plan.scheduler).__name__,
         weights="lora" if job.lora_only else "merged",
         base_dtype=report.base_dtype,
+        teacher_model=None if report.teacher_model in (None, report.base_model) else public_name(report.teacher_model),
         dtype=DTYPE_NAMES[job.dtype],
         absent_components=absent_components(job.teacher.pipeline),
         training_step=report.step,

@@ -78,7 +78,8 @@ def export_run(
         raise ValueError(f"{run} trained a student with a ControlNet: use scripts/export_sana_control.py")
     report = StudentReport(
         method=settings.method,
-        base_model=settings.teacher_path,
+        base_model=settings.base.path,
+        teacher_model=settings.teacher_path,
         guidance=settings.guidance,
         step=loaded.step,
         ema=weights == "ema",
@@ -90,7 +91,7 @@ def export_run(
     )
     output = run / "export" if output is None else Path(output)
     record = export_pipeline(
-        settings.teacher,
+        settings.base,
         loaded.student.denoiser.network,
         sampler=SamplerSpec(
             loaded.student.times, settings.sampler, settings.shift if settings.sampler == "flow_map" else None
@@ -125,7 +126,7 @@ def load_run_student(
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
         raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
-    teacher = Teacher.load(settings.teacher, device=device)
+    teacher = Teacher.load(settings.base, device=device)
     if settings.lora_rank > 0:
         round_weights(teacher.denoiser.network, getattr(torch, settings.teacher_dtype))
     network = _student_network(teacher, settings, loaded.tensors[name])

@@ -14,10 +14,10 @@ from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks import build_denoiser, build_fake_score
 from fewstep.core.randomness import sample_noise
+from fewstep.core.role_models import check_models
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -74,7 +74,7 @@ class RewardData:
     @classmethod
     def read(cls, config: RewardRunConfig, needs: Needs) -> RewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
-        check_teacher(config.teacher)
+        check_models(config.teacher, student=config.student, fake_score=config.fake_score)
         assert config.student.init is not None
         init = find_weights(config.student.init)
         require_same_steps(config.student, init)

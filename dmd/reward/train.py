@@ -49,7 +49,7 @@ def train_reward(config: RewardRunConfig, *, scorers: Sequence[Scorer] | None = 
         config, trainer = run.config, run.trainer
         require_whole_groups(config.reward.group_size, config.run, trainer)
         setup = build_setup(config, needs, data, trainer, scorers=scorers)
-        setup.teacher.free_after_caching(config.data)
+        setup.teacher.free_after_setup(config.data)
         run.on_close(setup.reward.close)
         method, watch = build_method(config, setup), RewardWatch(config, setup, trainer)
         note = partial(describe_run, config, setup, trainer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.consistency.methods.rcm import student_samples
 from fewstep.consistency.sections import AnyflowConfig, MeanflowConfig
@@ -189,6 +189,26 @@ def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Pa
         assert torch.allclose(again, x0.detach(), atol=1e-6)
     trainer.close()
     assert len(seen) >= 4
+
+
+def test_the_second_stage_of_anyflow_can_compute_blocks_again(inputs: TinyInputs, tmp_path: Path) -> None:
+    """The jumps after the trained one take no gradient while blocks are recomputed in the backward pass, either."""
+    found: list[list[Tensor]] = []
+    for checkpointing in (False, True):
+        changes = {"student.gradient_checkpointing": checkpointing}
+        config = tiny_consistency(inputs, tmp_path / str(checkpointing), "anyflow_dmd", changes)
+        setup, trainer = start_consistency(config)
+        gradients: list[Tensor] = []
+        for step in range(6):
+            trainer.step = step
+            student_samples(config, setup, trainer, draw=Draw(5, [0, 1], trainer.device)).square().mean().backward()
+            gradients += [torch.cat([p.grad.flatten() for _, p in setup.student_role.parameters if p.grad is not None])]
+            setup.student_role.module.zero_grad()
+        trainer.close()
+        found.append(gradients)
+    for plain, again in zip(*found, strict=True):
+        assert float(plain.norm()) > 0
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
 
 
 def count_calls(module: nn.Module) -> list[bool]:

@@ -1,0 +1,115 @@
+"""A teacher of one size and students of another: every stage runs, resumes exactly, and the small network exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from fewstep.causal_video.export.pipeline import export_causal_run
+from fewstep.causal_video.stages.setup import CausalData
+from fewstep.causal_video.stages.train import train_causal_video
+from fewstep.core.settings import FakeScoreConfig
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from tests.causal_video.tiny_causal_run import OPTIMIZER, VideoInputs, start_causal, tiny_causal
+from tests.dmd.tiny_run import assert_same_checkpoint
+from tests.tiny_pipelines import save_pipeline
+from tests.tiny_videos import build_video_pipeline
+
+STAGES = ("teacher_forcing", "diffusion_forcing", "tf_dcm", "tf_scm", "ode", "ode_causal", "self_forcing")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan of two blocks beside the teacher's three."""
+    return save_pipeline(build_video_pipeline(text_tokens=8, seed=3, blocks=2), tmp_path_factory.mktemp("small") / "it")
+
+
+@pytest.fixture(scope="module")
+def small_init(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an earlier stage of the small one."""
+    other: Any = build_video_pipeline(text_tokens=8, seed=4, blocks=2)
+    folder = tmp_path_factory.mktemp("small_init")
+    other.transformer.save_pretrained(folder, safe_serialization=True)
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def changes_of(stage: str, small: Path, init: Path, *, adapters: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = {"student.path": str(small)}
+    if stage in ("tf_dcm", "tf_scm", "ode_causal"):
+        found["student.init"] = str(init)
+    if adapters:
+        found["student.lora_rank"] = 2
+    if stage == "self_forcing":
+        found["fake_score"] = FakeScoreConfig(
+            optimizer=OPTIMIZER,
+            updates_per_student_update=3,
+            path=str(small),
+            lora_rank=2 if adapters else 0,
+        )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_small_student_of_a_large_teacher_resumes_exactly_and_exports(
+    inputs: VideoInputs, small: Path, small_init: Path, tmp_path: Path, stage: str, adapters: bool
+) -> None:
+    changes = changes_of(stage, small, small_init, adapters=adapters)
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "straight", stage, changes)) == 0
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "resumed", stage, {**changes, "run.steps": 2})) == 0
+    again = {**changes, "run.resume": "latest"}
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "resumed", stage, again)) == 0
+    left, right = (load_checkpoint(list_checkpoints(tmp_path / folder)[-1]) for folder in ("straight", "resumed"))
+    assert_same_checkpoint(left, right)
+    output, record = export_causal_run(tmp_path / "straight", steps=[2] if "forcing" in stage[:20] else None)
+    assert record.verification.sampler_difference < 1e-5
+    pipeline: Any = DiffusionPipeline.from_pretrained(output)
+    assert len(pipeline.transformer.blocks) == 2
+
+
+def test_roles_of_two_sizes_in_self_forcing(inputs: VideoInputs, small: Path, small_init: Path, tmp_path: Path) -> None:
+    """The score is the large teacher's, student and fake score are small; with adapters they share one small base."""
+    changes = changes_of("self_forcing", small, small_init, adapters=True)
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "self_forcing", changes))
+    assert setup.scores is not None
+    networks: list[Any] = [setup.teacher.denoiser.network, setup.student.transformer]
+    networks.append(setup.scores.fake.denoiser.network)
+    assert [len(network.blocks) for network in networks] == [3, 2, 2]
+    frozen = [{p.data_ptr() for p in network.parameters() if not p.requires_grad} for network in networks]
+    assert frozen[1] == frozen[2]
+    assert frozen[0].isdisjoint(frozen[1])
+    rows = {row.name: row for row in trainer.memory_report({"teacher": setup.teacher.denoiser})}
+    adapters = sum(p.numel() * 4 for p in setup.scores.fake.parameters() if p.requires_grad)
+    assert rows["fake_score"].weight_bytes == adapters
+    trainer.close()
+
+
+def test_models_of_another_space_are_refused_before_anything_is_loaded(inputs: VideoInputs, tmp_path: Path) -> None:
+    other = build_video_pipeline(text_tokens=8, expand_timesteps=True)
+    folder = save_pipeline(other, tmp_path / "other")
+    config = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(folder)})
+    for weights in folder.glob("*/*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"student\.path .*other has expand_timesteps True in model_index\.json"):
+        CausalData.read(config)
+    nowhere = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(tmp_path / "none")})
+    with pytest.raises(ValueError, match="neither a folder nor the name of a model"):
+        CausalData.read(nowhere)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_is_read_once_in_the_teachers_dtype(inputs: VideoInputs, small: Path, dtype: torch.dtype) -> None:
+    from fewstep.core.families.family import network_dtype
+    from fewstep.core.teacher import Teacher
+
+    teacher = Teacher.load(inputs.teacher, dtype=dtype)
+    base = teacher.base(str(small))
+    assert base is teacher.base(str(small))
+    assert teacher.base(None) is teacher.denoiser
+    assert network_dtype(base.network) == dtype
+    assert not any(p.requires_grad for p in base.parameters())
