@@ -195,8 +195,9 @@ def test_the_second_stage_of_anyflow_can_compute_blocks_again(inputs: TinyInputs
     """The jumps after the trained one take no gradient while blocks are recomputed in the backward pass, either."""
     found: list[list[Tensor]] = []
     for checkpointing in (False, True):
-        changes = {"student.gradient_checkpointing": checkpointing}
-        config = tiny_consistency(inputs, tmp_path / str(checkpointing), "anyflow_dmd", changes)
+        config = tiny_consistency(inputs, tmp_path / str(checkpointing), "anyflow_dmd")
+        student = dataclasses.replace(config.student, gradient_checkpointing=checkpointing)
+        config = dataclasses.replace(config, student=student)
         setup, trainer = start_consistency(config)
         gradients: list[Tensor] = []
         for step in range(6):
