@@ -46,7 +46,6 @@ class ConsistencyMatchingConfig(MatchingConfig):
     """Steps before distribution matching begins."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.weight > 0:
             raise ValueError(f"weight: given {self.weight}, allowed is a number > 0; leave the section out for none")
         if self.start < 0:
@@ -172,11 +171,6 @@ def check_matching(config: ConsistencyConfig) -> None:
         raise ValueError(
             "scm.learned_weight with the section matching: it would change the ratio of the two losses while it "
             "learns; set it to false"
-        )
-    if fake_score.updates_per_student_update < 2:
-        raise ValueError(
-            f"fake_score.updates_per_student_update is {fake_score.updates_per_student_update}; it is the length of a "
-            "cycle, one step of which is the student's: below 2 the fake score would never learn"
         )
 
 

@@ -38,6 +38,7 @@ from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import frozen_twin
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.two_time import SITES, add_second_time
@@ -109,8 +110,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         "student",
         denoiser,
         settings.optimizer,
-        ema_decay=settings.ema_decay,
-        ema_start=settings.ema_start,
+        ema=EmaSettings.of_student(settings),
         every=1 if sprint is None or sprint.discriminator is None else CYCLE,
     )
     fake_score = fake_role = None

@@ -1,7 +1,7 @@
 """Random times of the losses, as functions of uniform or normal numbers; pairs (t, r) for flow maps.
 
 Times are canonical, t in [0, 1] with noise at 1, shape [B]; angles are named tau. `core/grids.py` has the shift
-(`shift_time`, `sample_times`) and the grids (`step_grid`), `core/randomness.py` draws the numbers. fp32 at least, fp64
+(`shift_time`) and the grids (`step_grid`), `core/randomness.py` draws the numbers. fp32 at least, fp64
 where an input is fp64. Shares say which part of the samples in expectation, except in `anyflow_times`, which counts.
 """
 

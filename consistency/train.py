@@ -51,7 +51,7 @@ def train_consistency(config: ConsistencyConfig) -> int:
     """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
 
     Without the section `matching` every step is the student's. With it (rCM, arXiv:2510.08431; AnyFlow's second stage,
-    arXiv:2605.13724), from step `matching.start` on, every `updates_per_student_update`-th step is the student's, on
+    arXiv:2605.13724), from step `matching.start` on, the first of `ratio + 1` steps is the student's, on
     the sum of both losses, and the others are the fake score's. With `sana_sprint` (arXiv:2503.09641) steps of student
     and discriminator alternate, each with fresh samples.
 
@@ -112,7 +112,7 @@ def role_due(config: ConsistencyConfig, setup: ConsistencySetup, step: int) -> R
         return setup.student_role if step % CYCLE == 0 else setup.heads_role
     if config.matching is None or config.fake_score is None or setup.fake_role is None:
         return setup.student_role
-    cycle = config.fake_score.updates_per_student_update
+    cycle = config.fake_score.ratio + 1
     return setup.student_role if is_students_step(config.matching, cycle, step) else setup.fake_role
 
 

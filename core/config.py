@@ -95,26 +95,50 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW for one trained network, with linear warmup counted in updates of that network."""
+    """The optimizer of one trained network, with linear warmup counted in updates of that network."""
 
+    kind: Literal["adamw", "adam", "radam", "adamw_8bit", "adam_8bit", "came"] = "adamw"
+    """AdamW, Adam or RAdam of torch; those with moments of 8 bits (bitsandbytes), or CAME (came-pytorch): pip install
+    'fewstep[optimizers]'."""
     learning_rate: float
     """Learning rate after warmup."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moment; (0, 0.999) is common for distribution matching."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Decay of the first and second moment; (0, 0.999) is common for distribution matching. CAME has a third."""
+    eps: float | None = None
+    """Added to the root of the second moment; empty is 1e-8, and CAME's own pair."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to its value; 0 is no warmup."""
-    decay: Literal["none", "cosine"] = "none"
-    """'cosine' lets the rate fall to 0 over the run's updates of this network as half a cosine, after the warmup."""
+    decay: Literal["none", "cosine", "linear", "inverse_sqrt"] = "none"
+    """'cosine' lets the rate fall over the run's updates of this network as half a cosine, after the warmup, 'linear'
+    as a line; 'inverse_sqrt' with one over the root of the updates, from decay_start on."""
+    decay_floor: float = 0.0
+    """Share of the rate that is left at the end of a cosine or line."""
+    decay_start: int = 0
+    """Updates before the rate falls with inverse_sqrt."""
     clip: float | None = 1.0
     """Largest norm of the gradient over all parameters; empty does not clip."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: given {self.learning_rate}, allowed is a number > 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: given {self.betas}, allowed are two numbers in [0, 1)")
+        count = 3 if self.kind == "came" else 2
+        if len(self.betas) != count or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: given {self.betas}, allowed are {count} numbers in [0, 1) for {self.kind}")
+        if self.eps is not None and not 0 < self.eps < 1:
+            raise ValueError(f"eps: given {self.eps}, allowed is a number between 0 and 1, or null")
+        if self.eps is not None and self.kind == "came":
+            raise ValueError(f"eps: given {self.eps}, and came has a pair of its own: leave it out")
+        if not 0 <= self.decay_floor < 1:
+            raise ValueError(f"decay_floor: given {self.decay_floor}, allowed is a number in [0, 1)")
+        if self.decay_floor > 0 and self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay_floor: given {self.decay_floor} with decay {self.decay!r}, which has none")
+        if (self.decay_start > 0) != (self.decay == "inverse_sqrt"):
+            raise ValueError(
+                f"decay_start: given {self.decay_start} with decay {self.decay!r}; inverse_sqrt needs a number of "
+                "updates > 0, the others none"
+            )
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: given {self.weight_decay}, allowed is a number >= 0")
         if self.warmup_steps < 0:

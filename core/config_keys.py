@@ -18,6 +18,17 @@ import yaml
 
 SHORTCUTS = ("dry_run", "resume")
 HELP_FLAGS = ("-h", "--help")
+# Keys of earlier versions, and what takes their place.
+RENAMED = {
+    "fake_score.updates_per_student_update": (
+        "it is fake_score.ratio now, fake-score updates for each update of the student everywhere: the same number in "
+        "train_dmd and rewards; beside consistency and in self_forcing, where it was the length of a cycle, one less"
+    ),
+    "matching.score_shift": "it is matching.score_times.shift now",
+    "matching.fake_shift": "it is matching.fake_times.shift now",
+    "matching.t_min": "it is min in matching.score_times and in matching.fake_times now",
+    "matching.t_max": "it is max in matching.score_times and in matching.fake_times now",
+}
 
 
 class ConfigError(ValueError):
@@ -129,6 +140,8 @@ def check_methods(given: Mapping[str, str], methods: Sequence[str], *, lenient: 
 
 
 def _check_key(name: str, value: Any, keys: Mapping[str, Key], *, where: str) -> None:
+    if name not in keys and name in RENAMED:
+        raise ConfigError(f"unknown key {name} {where}: {RENAMED[name]}")
     if name not in keys:
         nearest = difflib.get_close_matches(name, list(keys), n=1, cutoff=0.5)
         # Without a near one, the keys of its own section, or the sections: never all keys of all of them.

@@ -70,17 +70,6 @@ def validate_grid(times: Sequence[float]) -> None:
             raise ValueError(f"times must fall strictly, got {times[i - 1]} then {t} at position {i}")
 
 
-def sample_times(u: Tensor, *, shift: float, t_min: float, t_max: float) -> Tensor:
-    """Random times for a loss: uniform numbers u [B] in [0, 1), shifted, then clamped to [t_min, t_max].
-
-    Raises:
-        ValueError: not 0 <= t_min < t_max <= 1, or the shift is not positive.
-    """
-    if not 0 <= t_min < t_max <= 1:
-        raise ValueError(f"need 0 <= t_min < t_max <= 1, got t_min={t_min}, t_max={t_max}")
-    return shift_time(u, shift).clamp(t_min, t_max)
-
-
 def shift_of_grid(times: Sequence[float]) -> float | None:
     """The shift k with `step_grid(len(times), shift=k) == times` to 1e-6, or None where there is none.
 

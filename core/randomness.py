@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.grids import sample_times
-
 
 def sample_noise(
     seed: int,
@@ -124,7 +122,3 @@ class Draw:
     def uniform(self, stream: str) -> Tensor:
         """Uniform in [0, 1), [B], fp32."""
         return sample_uniform(self.seed, self.indices, (), stream=stream, device=self.device)
-
-    def times(self, stream: str, *, shift: float, interval: tuple[float, float]) -> Tensor:
-        """Shifted uniform times [B], clamped to the interval."""
-        return sample_times(self.uniform(stream), shift=shift, t_min=interval[0], t_max=interval[1])

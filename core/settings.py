@@ -90,8 +90,13 @@ class TeacherConfig(ModelSource):
 class StudentConfig(TrainedConfig):
     """A generator of few steps."""
 
+    ema_kind: Literal["constant", "power"] = "constant"
+    """Of the weight average: exponential with one decay, or a power function of the update (EDM2), whose window grows
+    with the run."""
     ema_decay: float = 0.99
-    """Decay of the weight average per student update."""
+    """Decay of the exponential average per student update; 0 keeps the live weights."""
+    ema_length: float = 0.1
+    """Relative length of the power average: its standard deviation as a share of the run so far."""
     ema_start: int = 0
     """Student updates before averaging begins."""
     init: str | None = None
@@ -102,6 +107,13 @@ class StudentConfig(TrainedConfig):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1 or self.ema_start < 0:
             raise ValueError(f"ema_decay {self.ema_decay} must lie in [0, 1), ema_start {self.ema_start} must be >= 0")
+        if not 0 < self.ema_length < 0.28:
+            raise ValueError(f"ema_length is {self.ema_length}; it must lie between 0 and 0.28")
+        unread = "ema_length" if self.ema_kind == "constant" else "ema_decay"
+        if getattr(self, unread) != getattr(StudentConfig, unread):
+            raise ValueError(
+                f"{unread} is given, which an average of the kind {self.ema_kind} does not read: leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +168,53 @@ class SteppingStudentConfig(GridStudentConfig):
 class FakeScoreConfig(TrainedConfig):
     """The network that follows the student's distribution."""
 
-    updates_per_student_update: int = 5
-    """DMD and rewards: fake-score updates for each student update (two-time-scale rule of DMD2), on the same samples.
-    Beside consistency and in self_forcing: the length of a cycle, one step of which is the student's."""
+    ratio: int = 5
+    """Fake-score updates for each update of the student (two-time-scale rule of DMD2, 5). In train_dmd and rewards they
+    are made on the student's samples of the same step; beside consistency and in self_forcing a step is either the
+    student's or the fake score's, so that a cycle has ratio + 1 steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.updates_per_student_update < 1:
-            raise ValueError(
-                f"updates_per_student_update is {self.updates_per_student_update}; it must be at least 1 (DMD2 uses 5)"
-            )
+        if self.ratio < 1:
+            raise ValueError(f"ratio is {self.ratio}; it must be at least 1 (DMD2 uses 5)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeLawConfig:
+    """How random times are drawn at which networks are compared or trained."""
+
+    law: Literal["uniform", "logit_normal"] = "uniform"
+    """Uniform, or the sigmoid of a normal number (before the shift)."""
+    mean: float = 0.0
+    """Mean of that normal number."""
+    std: float = 1.0
+    """Standard deviation of that normal number."""
+    shift: float = 1.0
+    """Time shift of the times."""
+    unit: Literal["time", "timestep"] = "time"
+    """What min and max count: times from 0 to 1, or whole timesteps of the network, all equally likely (DMD2)."""
+    min: float = 0.02
+    """Smallest value."""
+    max: float = 0.98
+    """Largest value."""
+    ends: Literal["clamp", "truncate"] = "clamp"
+    """Values outside are moved to the ends, or never drawn."""
+
+    def __post_init__(self) -> None:
+        highest = 1.0 if self.unit == "time" else math.inf
+        if not 0.0 <= self.min < self.max <= highest or self.max == math.inf:
+            raise ValueError(f"min {self.min} and max {self.max} must satisfy 0 <= min < max <= {highest:g}")
+        if not 0 < self.shift < math.inf or not 0 < self.std < math.inf or not math.isfinite(self.mean):
+            raise ValueError(f"shift {self.shift} and std {self.std} must be positive, mean {self.mean} a number")
+        defaults = TimeLawConfig.__dataclass_fields__
+        unread: dict[str, str] = dict.fromkeys(("law", "shift", "ends"), "timestep") if self.unit == "timestep" else {}
+        unread |= dict.fromkeys(("mean", "std"), "uniform") if self.law == "uniform" else {}
+        for name in unread:
+            if getattr(self, name) != defaults[name].default:
+                told = "unit timestep draws whole timesteps evenly" if unread[name] != "uniform" else "law is uniform"
+                raise ValueError(f"{name} is {getattr(self, name)}, and {told}: leave it out")
+        if self.unit == "timestep" and (self.min % 1 or self.max % 1):
+            raise ValueError(f"min {self.min} and max {self.max} must be whole timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,13 @@ from typing import ClassVar, Literal, TypeAlias
 
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
-from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import (
+    FakeScoreConfig,
+    SampleDataConfig,
+    SteppingStudentConfig,
+    TeacherConfig,
+    TimeLawConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +53,18 @@ MatchingObjective: TypeAlias = DmdObjective | SidObjective | FDistillObjective
 class MatchingConfig:
     """Where the scores of student and teacher are compared, and where the fake score is trained."""
 
-    score_shift: float = 1.0
-    """Time shift of the times at which the scores are compared."""
-    fake_shift: float = 1.0
-    """Time shift of the times at which the fake score is trained."""
-    t_min: float = 0.02
-    """Smallest time at which the scores are compared and the fake score is trained."""
-    t_max: float = 0.98
-    """Largest such time."""
+    score_times: TimeLawConfig = field(default_factory=TimeLawConfig)
+    """Times at which the scores are compared."""
+    fake_times: TimeLawConfig = field(default_factory=TimeLawConfig)
+    """Times at which the fake score is trained, and a discriminator on it."""
+    guidance: float | None = None
+    """Guidance of the real score, where it is another than teacher.guidance."""
     fake_error: Literal["velocity", "x0", "eps"] = "velocity"
     """What the fake score's squared error is of: DMD2 regresses x0 or eps, which weighs times by t^2 or (1 - t)^2."""
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.t_min < self.t_max < 1.0:
-            raise ValueError(f"t_min {self.t_min} and t_max {self.t_max} must satisfy 0 < t_min < t_max < 1")
-        if not self.score_shift > 0 or not self.fake_shift > 0:
-            raise ValueError(f"score_shift {self.score_shift} and fake_shift {self.fake_shift} must be positive")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """(t_min, t_max)."""
-        return self.t_min, self.t_max
+    def guidance_of(self, teacher: TeacherConfig) -> float:
+        """The guidance of the real score."""
+        return teacher.guidance if self.guidance is None else self.guidance
 
 
 @dataclass(frozen=True, kw_only=True)

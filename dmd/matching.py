@@ -16,6 +16,7 @@ from fewstep.core.fake_score import FakeScore, FakeScoreOutput
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher
+from fewstep.core.time_law import Clock, draw_times, law_interval
 from fewstep.dmd.config import (
     DmdObjective,
     FDistillObjective,
@@ -104,8 +105,8 @@ def student_step(
     Raises:
         ValueError: a discriminator is read, and the fake score has none.
     """
-    shape = tuple(x0.shape[1:])
-    t = draw.times("score_time", shift=times.score_shift, interval=times.interval)
+    shape, clock = tuple(x0.shape[1:]), scores.teacher.family
+    t = draw_times(draw, "score_time", times.score_times, clock)
     eps = draw.noise(shape, "score_noise")
     # SiD differentiates through both scores; for the others they are constants.
     through_networks = isinstance(objective, SidObjective)
@@ -123,7 +124,7 @@ def student_step(
         ratio, saturated = density_ratio(logits), saturated_share(logits)
         if objective.time_bins > 0:
             bins = {"bins": objective.time_bins, "mean_over_processes": mean_over_processes}
-            ratio = normalise_by_time(ratio, t, interval=times.interval, **bins)
+            ratio = normalise_by_time(ratio, t, interval=law_interval(times.score_times, clock), **bins)
         weight = divergence_weight(ratio, objective.divergence)
         weight = unit_mean(weight, mean=mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
@@ -133,7 +134,7 @@ def student_step(
     adversarial = None
     if gan is not None:
         # At times of its own: the discriminator is trained on the fake score's law of times, not on the scores'.
-        gan_t = draw.times("gan_time", shift=times.fake_shift, interval=times.interval)
+        gan_t = draw_times(draw, "gan_time", times.fake_times, clock)
         noised = add_noise(x0, draw.noise(shape, "gan_noise"), gan_t)
         adversarial = generator_gan_loss(require_logits(scores.fake(noised, gan_t, condition)))
         total = total + gan.weight * adversarial
@@ -147,16 +148,17 @@ def fake_score_step(
     fake_score: nn.Module,
     draw: Draw,
     times: MatchingConfig,
+    clock: Clock,
     gan: GanConfig | None = None,
     real: tuple[Tensor, Condition] | None = None,
 ) -> FakeScoreStep:
     """The fake score's loss on the student's samples x0 (without graph), with the discriminator's where there is a GAN.
 
     `fake_score` may be a distributed wrapper: it is called once, on the batch or on [batch, fakes, reals] joined.
-    `real` are latents and their conditions, for the GAN.
+    `real` are latents and their conditions, for the GAN; `clock` is the family of the networks.
     """
     shape = tuple(x0.shape[1:])
-    t = draw.times("fake_time", shift=times.fake_shift, interval=times.interval)
+    t = draw_times(draw, "fake_time", times.fake_times, clock)
     eps = draw.noise(shape, "fake_noise")
     x_t = add_noise(x0, eps, t)
     if gan is None:
@@ -168,7 +170,7 @@ def fake_score_step(
     size = len(x0)
     all_times, states = [t], [x_t]
     for name, clean in (("fake", x0), ("real", latents)):
-        all_times.append(draw.times(f"discriminator_{name}_time", shift=times.fake_shift, interval=times.interval))
+        all_times.append(draw_times(draw, f"discriminator_{name}_time", times.fake_times, clock))
         states.append(add_noise(clean, draw.noise(shape, f"discriminator_{name}_noise"), all_times[-1]))
     # One call, because a distributed wrapper averages the gradients of one call; three would be averaged too early.
     joined = Condition.cat([condition, condition, real_condition])

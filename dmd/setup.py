@@ -12,6 +12,7 @@ from fewstep.core.networks import build_denoiser, build_fake_score
 from fewstep.core.role_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
@@ -73,9 +74,8 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         "student",
         denoiser,
         config.student.optimizer,
-        ema_decay=config.student.ema_decay,
-        ema_start=config.student.ema_start,
-        every=config.fake_score.updates_per_student_update,
+        ema=EmaSettings.of_student(config.student),
+        every=config.fake_score.ratio,
     )
     fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
 

@@ -33,7 +33,7 @@ class Batch:
 def train_dmd(config: DmdConfig) -> int:
     """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
 
-    Each step rolls the student out on noise. Every `updates_per_student_update`-th step the student is updated, and in
+    Each step rolls the student out on noise. Every `ratio`-th step the student is updated, and in
     every step the fake score is, on the same samples. For several student steps the input of the gradient step is what
     the student itself produces (backward simulation), up to a step drawn at random and shared by all processes.
 
@@ -53,7 +53,7 @@ def train_dmd(config: DmdConfig) -> int:
 
 def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
     """The resolved settings, the step grid, and parameters and memory of each network, as text."""
-    ratio = config.fake_score.updates_per_student_update
+    ratio = config.fake_score.ratio
     told = f"steps at t = {setup.student.grid_text} ({setup.student.sampler}); latents {setup.latent_shape}; "
     told += f"{ratio} fake-score updates per student update; {len(setup.prompts)} prompts"
     return run_text(config, trainer, told, frozen={"teacher": setup.teacher.denoiser})
@@ -61,7 +61,7 @@ def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
 
 def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
     """One step: the student's when it is due, then the fake score's, on the same samples. Returns its metrics."""
-    student_due = trainer.step % config.fake_score.updates_per_student_update == 0
+    student_due = trainer.step % config.fake_score.ratio == 0
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     batches: list[Batch] = []
     records: list[dict[str, Tensor]] = []
@@ -113,7 +113,7 @@ def student_backward(
         step = student_step(
             x0,
             condition,
-            scores=Scores(setup.teacher, setup.fake_score, config.teacher.guidance),
+            scores=Scores(setup.teacher, setup.fake_score, config.matching.guidance_of(config.teacher)),
             draw=draw,
             times=config.matching,
             objective=config.objective,
@@ -145,6 +145,7 @@ def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *,
         fake_score=setup.fake_role.wrapped,
         draw=batch.draw,
         times=config.matching,
+        clock=setup.teacher.family,
         gan=config.gan,
         real=real,
     )

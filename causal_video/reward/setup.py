@@ -18,6 +18,7 @@ from fewstep.core.data import PromptConditions, read_prompts
 from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -86,8 +87,7 @@ def build_setup(
         "student",
         student,
         config.student.optimizer,
-        ema_decay=config.student.ema_decay,
-        ema_start=config.student.ema_start,
+        ema=EmaSettings.of_student(config.student),
     )
     causal = CausalSetup(
         teacher=teacher,

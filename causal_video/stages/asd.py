@@ -22,6 +22,7 @@ from fewstep.core.fake_score import FakeScore
 from fewstep.core.paths import add_noise, at_least_fp32
 from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
+from fewstep.core.time_law import draw_times
 from fewstep.dmd.config import MatchingConfig
 from fewstep.dmd.gan_loss import approximate_r1_penalty, perturb_noised_input
 
@@ -122,7 +123,7 @@ def asd_student_loss(
         draw: of the slice.
         times: those of the fake score.
     """
-    t = draw.times("asd_time", shift=times.fake_shift, interval=times.interval)
+    t = draw_times(draw, "asd_time", times.fake_times, fake_score.denoiser.family)
     noises = (draw.noise(tuple(pair.fewer.shape[1:]), f"asd_noise_{name}") for name in ("fewer", "more"))
     logits = []
     for video, noise in zip((pair.fewer, pair.more.detach()), noises, strict=True):
@@ -146,7 +147,7 @@ def asd_discriminator_loss(
     it is called once.
     """
     shape = tuple(pair.fewer.shape[1:])
-    t = draw.times("asd_critic_time", shift=times.fake_shift, interval=times.interval)
+    t = draw_times(draw, "asd_critic_time", times.fake_times, fake_score.denoiser.family)
     states = []
     for name, video in (("fewer", pair.fewer), ("more", pair.more)):
         x_t = add_noise(video, draw.noise(shape, f"asd_critic_noise_{name}"), t)

@@ -195,11 +195,6 @@ def check_scores(config: CausalConfig) -> None:
     lacking = [name for name in NEEDED_SCORES if name not in there]
     if lacking or fake_score is None:
         raise ValueError(f"self_forcing needs the section {' and '.join(lacking)} (matching: {{}} for its defaults)")
-    if fake_score.updates_per_student_update < 2:
-        raise ValueError(
-            "fake_score.updates_per_student_update is the length of a cycle, one step of which is the student's: below "
-            "2 the fake score would never learn"
-        )
     if stage.rollout_schedules and student.times is not None:
         raise ValueError("self_forcing.rollout_schedules count steps on grids; leave student.times out")
     if config.asd is not None and max([student.longest_steps, *map(max, stage.rollout_schedules)]) < 2:

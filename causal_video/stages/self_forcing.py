@@ -84,7 +84,7 @@ class Generated:
 
 
 def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> RolloutPlan:
-    """The rollout of a step. Every `updates_per_student_update`-th step is the student's, the others the fake score's.
+    """The rollout of a step. The first step of a cycle is the student's, `ratio` are the fake score's.
 
     Student and fake score count their own rollouts, so that each of them meets every exit of a cycle (Causal-rCM,
     arXiv:2606.25473); with equal counters the student would stop at a few of them alone.
@@ -92,7 +92,7 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
     stage, seed = config.self_forcing, config.run.seed
     assert stage is not None
     assert config.fake_score is not None
-    cycles, place = divmod(step, config.fake_score.updates_per_student_update)
+    cycles, place = divmod(step, config.fake_score.ratio + 1)
     count = cycles if place == 0 else step - cycles - 1
     schedule = settings.schedule
     if stage.rollout_schedules:
@@ -183,7 +183,7 @@ def student_backward(
         step = student_step(
             window.latents,
             condition,
-            scores=Scores(setup.teacher, scores.fake, config.teacher.guidance),
+            scores=Scores(setup.teacher, scores.fake, times.guidance_of(config.teacher)),
             draw=draw,
             times=times,
             objective=config.objective,
@@ -227,7 +227,9 @@ def fake_score_backward(
     condition, image = rollout_inputs(config, setup, draw, trainer.step)
     with torch.no_grad():
         video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
-    step = fake_score_step(video, condition, fake_score=scores.fake_role.wrapped, draw=draw, times=times)
+    step = fake_score_step(
+        video, condition, fake_score=scores.fake_role.wrapped, draw=draw, times=times, clock=setup.teacher.family
+    )
     trainer.check_finite("fake score loss", step.loss)
     trainer.backward(step.loss)
     record = {"fake_score_loss": step.flow_loss.detach()}

@@ -27,6 +27,7 @@ from fewstep.core.networks import HEAD_WIDTH, build_fake_score
 from fewstep.core.role_models import check_models
 from fewstep.core.shared_weights import beside
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
@@ -165,9 +166,8 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
         "student",
         student,
         config.student.optimizer,
-        ema_decay=config.student.ema_decay,
-        ema_start=config.student.ema_start,
-        every=1 if config.fake_score is None else config.fake_score.updates_per_student_update,
+        ema=EmaSettings.of_student(config.student),
+        every=1 if config.fake_score is None else config.fake_score.ratio + 1,
     )
 
     def embed(prompts: Sequence[str]) -> PromptConditions:

@@ -11,6 +11,7 @@ from fewstep.core.config import OptimizerConfig
 from fewstep.core.data import LatentDataset, LatentSource, PromptConditions
 from fewstep.core.discriminator import build_heads
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 
@@ -63,7 +64,7 @@ def build_mcm(
     seed, motion_role, heads_role = trainer.run.seed, None, None
     if mcm.motion == "learned":
         head = MotionHead(channels, width=mcm.motion_width, seed=seed)
-        motion_role = trainer.add_role("motion", head, student_optimizer, ema_decay=mcm.motion_ema_decay)
+        motion_role = trainer.add_role("motion", head, student_optimizer, ema=EmaSettings(mcm.motion_ema_decay))
     if judged is not None:
         heads = build_heads(teacher.denoiser, judged.blocks, width=judged.head_width, seed=seed)
         heads_role = trainer.add_role("heads", heads, judged.optimizer)

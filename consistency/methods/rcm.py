@@ -63,7 +63,7 @@ def matching_backward(
         step = student_step(
             x0,
             setup.prompts.of_samples(draw.indices, config.run.seed),
-            scores=Scores(setup.teacher, setup.fake_score, config.teacher.guidance),
+            scores=Scores(setup.teacher, setup.fake_score, config.matching.guidance_of(config.teacher)),
             draw=draw,
             times=config.matching,
         )
@@ -82,7 +82,10 @@ def fake_score_backward(
     with torch.no_grad():
         x0 = student_samples(config, setup, trainer, draw=draw)
     condition = setup.prompts.of_samples(draw.indices, config.run.seed)
-    step = fake_score_step(x0, condition, fake_score=setup.fake_role.wrapped, draw=draw, times=config.matching)
+    clock = setup.teacher.family
+    step = fake_score_step(
+        x0, condition, fake_score=setup.fake_role.wrapped, draw=draw, times=config.matching, clock=clock
+    )
     trainer.check_finite("fake score loss", step.loss)
     trainer.backward(step.loss)
     return {"fake_score_loss": step.flow_loss.detach()}

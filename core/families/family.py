@@ -94,6 +94,10 @@ class Family(Protocol):
         """
         ...
 
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """The canonical time of a timestep in the network's own units."""
+        ...
+
     def teacher_grid(self, pipeline: Any, steps: int) -> tuple[float, ...]:
         """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out."""
         ...

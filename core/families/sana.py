@@ -193,6 +193,10 @@ class SanaFamily:
         height, width = pixel_size((side, side), height, width, multiple=max(32, factor * config["patch_size"]))
         return config["in_channels"], height // factor, width // factor
 
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """timestep / `time_scale`."""
+        return timestep / self.time_scale
+
     def teacher_grid(self, pipeline: AnySanaPipeline, steps: int) -> tuple[float, ...]:
         """The sigmas of the pipeline's own scheduler.
 

@@ -174,6 +174,10 @@ class Sd3Family:
         height, width = pixel_size((side, side), height, width, multiple=factor * config.patch_size)
         return config.in_channels, height // factor, width // factor
 
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """timestep / `time_scale`."""
+        return timestep / self.time_scale
+
     def teacher_grid(self, pipeline: StableDiffusion3Pipeline, steps: int) -> tuple[float, ...]:
         """The sigmas of the pipeline's own scheduler.
 

@@ -168,6 +168,10 @@ class UnetFamily:
         factor = pipeline.vae_scale_factor
         return pipeline.unet.config.in_channels, height // factor, width // factor
 
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """That of the noise table."""
+        return self.path.to_flow_time(timestep)
+
     def teacher_grid(self, pipeline: UnetPipeline, steps: int) -> tuple[float, ...]:
         """Times of DDIM (arXiv:2010.02502) with the timestep spacing of the pipeline's scheduler.
 

@@ -186,6 +186,10 @@ class WanFamily:
         count = latent_frames(STOCK_FRAMES if frames is None else frames, factor=vae["scale_factor_temporal"])
         return config["in_channels"], count, height // factor, width // factor
 
+    def flow_time(self, timestep: Tensor) -> Tensor:
+        """timestep / `time_scale`."""
+        return timestep / self.time_scale
+
     def teacher_grid(self, pipeline: WanPipeline, steps: int) -> tuple[float, ...]:
         """The sigmas of the pipeline's own scheduler.
 

@@ -4,29 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from fewstep.core.settings import StudentConfig
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """How an average is taken: see `Ema`; `length` is the relative length of a power average, None for one decay."""
+
+    decay: float = 0.0
+    start: int = 0
+    length: float | None = None
+
+    @staticmethod
+    def of_student(settings: StudentConfig) -> EmaSettings:
+        """The average that a student's settings ask for."""
+        length = settings.ema_length if settings.ema_kind == "power" else None
+        return EmaSettings(settings.ema_decay, settings.ema_start, length)
+
+    def of(self, module: nn.Module) -> Ema:
+        """The average of a module."""
+        power = None if self.length is None else power_of_length(self.length)
+        return Ema(module, self.decay, start_step=self.start, power=power)
+
+
+def power_of_length(length: float) -> float:
+    """gamma of the power average whose standard deviation is that share of the run (EDM2): the real root of
+    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+    Raises:
+        ValueError: there is none above 0, for a length outside (0, 0.28).
+    """
+    if not 0 < length < 0.28:
+        raise ValueError(f"the relative length of an average must lie between 0 and 0.28, got {length}")
+    inverse = length**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-6))
 
 
 class Ema:
     """fp32 running average of the trainable parameters and saved floating buffers of a module (fp64 ones stay fp64).
 
-    shadow <- decay shadow + (1 - decay) live, from `start_step` on; before that the shadow is the live weights. What is
-    trainable is decided once, at construction; freezing a parameter for a while later changes nothing. Give the bare
-    module, not a distributed wrapper.
+    shadow <- decay shadow + (1 - decay) live, from `start_step` on; before that the shadow is the live weights. With
+    `power` gamma the decay of update n is (1 - 1 / n)^(gamma + 1) (EDM2, arXiv:2312.02696, Sec. 3.1), n counted from
+    `start_step`, and `decay` is not read. What is trainable is decided once, at construction; freezing a parameter for
+    a while later changes nothing. Give the bare module, not a distributed wrapper.
 
     Raises:
         ValueError: decay is outside [0, 1), or start_step is negative.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, start_step: int = 0) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, start_step: int = 0, power: float | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}; 0 keeps the live weights")
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")
         self.decay = decay
+        self.power = power
         self.start_step = start_step
         self._module = module
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -38,13 +78,18 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the live weights after optimizer step `step` (counted from 0)."""
         live = _tensors(self._module)
+        decay = self.decay_of(step - self.start_step)
         for name, shadow in self._shadow.items():
             if shadow.device != live[name].device:
                 shadow = self._shadow[name] = shadow.to(live[name].device)
             if step < self.start_step:
                 shadow.copy_(live[name])
             else:
-                shadow.lerp_(live[name].to(shadow.dtype), 1 - self.decay)
+                shadow.lerp_(live[name].to(shadow.dtype), 1 - decay)
+
+    def decay_of(self, update: int) -> float:
+        """The decay of an update, counted from 0 at `start_step`."""
+        return self.decay if self.power is None else (1 - 1 / (max(update, 0) + 1)) ** (self.power + 1)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

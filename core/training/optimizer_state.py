@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State tensors named `<parameter number>.<name>`, and everything else as JSON values.
 
+    What bitsandbytes keeps in a mapping of its own is named `<parameter number>.<mapping>/<name>`.
+
     Raises:
         ValueError: the optimizer keeps something that is neither a tensor nor a JSON value.
     """
@@ -19,7 +21,7 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Te
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
@@ -52,7 +54,11 @@ def load_optimizer(
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
     for key, value in [*copies.items(), *description["numbers"].items()]:
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        *outer, inner = name.split("/")
+        entries = state.setdefault(int(index), {})
+        for part in outer:
+            entries = entries.setdefault(part, {})
+        entries[inner] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -78,8 +84,21 @@ def _check_fits(
     for key, tensor in tensors.items():
         index = int(key.partition(".")[0])
         shape = parameters[index].shape if index < len(parameters) else None
-        if tensor.dim() > 0 and tensor.shape != shape:
+        if key.rpartition(".")[2].startswith("exp_avg") and shape is not None and not _of_parameter(tensor, shape):
             raise ValueError(f"optimizer: state {key} has shape {tuple(tensor.shape)}, its parameter {shape}")
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", found) for inner, found in _flat(value))
+        else:
+            yield name, value
+
+
+def _of_parameter(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether a moment has the shape of its parameter, or of its rows or columns alone (CAME)."""
+    return tensor.shape in (shape, shape[:-1], shape[:-2] + shape[-1:])
 
 
 def _plain(value: Any, *, where: str) -> Any:

@@ -72,27 +72,26 @@ def trainable_parameters(name: str, module: nn.Module) -> tuple[tuple[str, nn.Pa
     return found
 
 
-def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [parameter for _, parameter in parameters],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        # One kernel for all parameters: a third of the time of the loop over them on a CPU.
-        fused=True,
-    )
-
-
 def scheduled_rate(settings: OptimizerConfig, updates: int, *, total: int) -> float:
     """Learning rate of the update that follows `updates` earlier ones of `total`.
 
-    Linear warmup, full from number `warmup_steps` on; with cosine decay times (1 + cos(pi updates / total)) / 2.
+    Linear warmup, full from number `warmup_steps` on. With x = updates / total and the floor f, times
+    f + (1 - f) (1 + cos(pi x)) / 2 (cosine) or f + (1 - f) (1 - x) (linear); with inverse_sqrt times
+    1 / sqrt(max(1, updates / decay_start)), as in EDM2 (arXiv:2312.02696).
     """
     rate = settings.learning_rate
     if settings.warmup_steps > 0:
         rate *= min(1.0, (updates + 1) / settings.warmup_steps)
-    if settings.decay == "cosine":
-        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / total)))
+    done, floor = min(1.0, updates / total), settings.decay_floor
+    match settings.decay:
+        case "cosine":
+            rate *= floor + (1.0 - floor) * (0.5 * (1.0 + math.cos(math.pi * done)))
+        case "linear":
+            rate *= floor + (1.0 - floor) * (1.0 - done)
+        case "inverse_sqrt":
+            rate /= math.sqrt(max(1.0, updates / settings.decay_start))
+        case "none":
+            pass
     return rate
 
 

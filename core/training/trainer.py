@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fewstep.core.training.ema import Ema, stored_buffers
+from fewstep.core.training.ema import EmaSettings, stored_buffers
 from fewstep.core.training.interrupt import Interrupt
 from fewstep.core.training.metrics import MetricWindow
+from fewstep.core.training.optimizers import build_optimizer
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.progress import Progress
 from fewstep.core.training.roles import (
     Role,
     RoleMemory,
     apply_gradients,
-    build_optimizer,
     first_non_finite_gradient,
     load_role,
     memory_of_frozen,
@@ -104,14 +104,13 @@ class Trainer:
         module: nn.Module,
         optimizer: OptimizerConfig,
         *,
-        ema_decay: float | None = None,
-        ema_start: int = 0,
+        ema: EmaSettings | None = None,
         every: int = 1,
     ) -> Role:
         """Take a network into training: it moves to the device and gets the weights of process 0 on all processes.
 
-        Parameters with requires_grad are trained by AdamW. With `ema_decay` an average is kept, equal to the weights
-        until `ema_start` updates are done. `every` says in which steps the role is updated, for a decaying rate.
+        Parameters with requires_grad are trained. With `ema` an average is kept. `every` says in which steps the role
+        is updated, for a decaying rate.
 
         Raises:
             ValueError: the name is taken, or no parameter can be trained.
@@ -123,7 +122,6 @@ class Trainer:
         # DDP would copy parameters alone, as it is told not to broadcast buffers.
         self._processes.copy_from_first(module)
         wrapped = self.accelerator.prepare_model(module)
-        ema = None if ema_decay is None else Ema(module, ema_decay, start_step=ema_start)
         self.roles[name] = Role(
             name=name,
             module=module,
@@ -132,7 +130,7 @@ class Trainer:
             parameters=parameters,
             buffers=stored_buffers(module),
             settings=optimizer,
-            ema=ema,
+            ema=None if ema is None else ema.of(module),
             total_updates=-(-self.run.steps // every),
         )
         return self.roles[name]

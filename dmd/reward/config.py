@@ -162,7 +162,12 @@ class RewardMatchingConfig(MatchingConfig):
     """Compare scores above the level at which a step ended; leave it out to compare them at the prediction x0."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        laws = (self.score_times, self.fake_times)
+        if self.ambient is not None and any(law.unit == "timestep" or law.ends == "truncate" for law in laws):
+            raise ValueError(
+                "score_times or fake_times with unit timestep or ends truncate, and the section ambient draws between "
+                "a step's end and 1: give times, clamped"
+            )
         if self.ambient is not None and self.fake_error != "velocity":
             raise ValueError(
                 f"fake_error is {self.fake_error!r} with the section ambient, whose fake score has an error of its "
@@ -219,7 +224,7 @@ class RewardRunConfig:
     matching: RewardMatchingConfig | None = None
     """Distribution matching; leave it out for none."""
     fake_score: FakeScoreConfig | None = None
-    """The network that follows the student's distribution, for matching; `updates_per_student_update` on each
+    """The network that follows the student's distribution, for matching; `ratio` on each
     rollout."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is measured beside the reward."""
@@ -311,10 +316,8 @@ def check_matching(config: RewardRunConfig) -> None:
     if (matching is None) != (fake_score is None):
         there, lacking = ("fake_score", "matching") if matching is None else ("matching", "fake_score")
         raise ValueError(f"the section {there} needs {lacking}: give both to match the teacher, or neither")
-    if fake_score is not None and fake_score.updates_per_student_update < 1:
-        raise ValueError(
-            f"fake_score.updates_per_student_update is {fake_score.updates_per_student_update}; it must be at least 1"
-        )
+    if fake_score is not None and fake_score.ratio < 1:
+        raise ValueError(f"fake_score.ratio is {fake_score.ratio}; it must be at least 1")
     if matching is None:
         if isinstance(section, RtdmdConfig | GndmConfig | RedmdConfig | FlashConfig):
             raise ValueError(

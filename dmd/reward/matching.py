@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.grids import shift_time
 from fewstep.core.paths import add_noise, eps_from_velocity, x0_from_velocity
 from fewstep.core.randomness import Draw
+from fewstep.core.settings import TimeLawConfig
+from fewstep.core.time_law import draw_times, unclamped_times
 from fewstep.dmd.loss import distribution_matching_loss, matching_statistics
 from fewstep.dmd.matching import fake_score_step
 from fewstep.dmd.reward.chain import Loss, Prepared, Rollout, Velocities, transition
@@ -87,10 +88,10 @@ def compare_scores(
     time = torch.full((len(velocity),), setup.student.times[j], device=velocity.device)
     x0 = x0_from_velocity(rollout.states[j], velocity, time)
     with torch.no_grad():
-        t = draw.times("score_time", shift=matching.score_shift, interval=matching.interval)
+        t = draw_times(draw, "score_time", matching.score_times, setup.teacher.family)
         x_t = add_noise(x0.detach(), draw.noise(setup.latent_shape, "score_noise"), t)
         fake_x0 = x0_from_velocity(x_t, setup.fake_score(x_t, t, rollout.condition).velocity, t)
-        real_x0 = setup.teacher.x0(x_t, t, rollout.condition, config.teacher.guidance)
+        real_x0 = setup.teacher.x0(x_t, t, rollout.condition, matching.guidance_of(config.teacher))
     return ComparedScores(x0, fake_x0, real_x0, t)
 
 
@@ -115,10 +116,10 @@ def ambient_matching(
     else:
         x_s = transition(config, rollout.states[j], velocity, times, j).draw(rollout.noises[j])
     with torch.no_grad():
-        t = ambient_times(matching, draw.uniform("score_time"), s, shift=matching.score_shift)
+        t = ambient_times(matching.score_times, draw.uniform("score_time"), s)
         x_t = add_subinterval_noise(x_s.detach(), draw.noise(setup.latent_shape, "score_noise"), s, t)
         fake = setup.fake_score(x_t, t, rollout.condition).velocity
-        real = setup.teacher.velocity(x_t, t, rollout.condition, config.teacher.guidance)
+        real = setup.teacher.velocity(x_t, t, rollout.condition, matching.guidance_of(config.teacher))
     noise = draw.noise(setup.latent_shape, "score_step_noise")
     loss = subinterval_matching_loss(x_s, x_t, fake, real, (s, t), eta=ambient.eta, noise=noise)
     record = {
@@ -130,9 +131,9 @@ def ambient_matching(
     return Matched(loss, record, ComparedScores(x_s, fake_x0, real_x0, t) if is_last else None)
 
 
-def ambient_times(matching: RewardMatchingConfig, u: Tensor, s: Tensor, *, shift: float) -> Tensor:
-    """Times [n] above s; a shift, which is the identity at 1 as in RTDMD, favours noisy ones as it does without s."""
-    return sample_subinterval_times(shift_time(u, shift), s, t_min=matching.t_min, t_max=matching.t_max)
+def ambient_times(law: TimeLawConfig, u: Tensor, s: Tensor) -> Tensor:
+    """Times [n] above s: the law's place between 0 and 1 is that between s and 1, clamped to the law's ends."""
+    return sample_subinterval_times(unclamped_times(u, law), s, t_min=law.min, t_max=law.max)
 
 
 def fake_step(config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, *, draw: Draw) -> Loss:
@@ -142,7 +143,12 @@ def fake_step(config: RewardRunConfig, setup: RewardSetup, rollout: Rollout, *, 
     if matching.ambient is not None:
         return ambient_fake_step(matching, matching.ambient, setup, rollout, draw=draw)
     step = fake_score_step(
-        rollout.predictions[j], rollout.condition, fake_score=setup.fake_role.wrapped, draw=draw, times=matching
+        rollout.predictions[j],
+        rollout.condition,
+        fake_score=setup.fake_role.wrapped,
+        draw=draw,
+        times=matching,
+        clock=setup.teacher.family,
     )
     return step.loss, {"fake_score_loss": step.loss.detach()}
 
@@ -156,7 +162,7 @@ def ambient_fake_step(
     is_last = j == len(setup.student.times) - 1
     x_s = rollout.predictions[j] if is_last else rollout.next_states[j]
     s = torch.full((len(x_s),), 0.0 if is_last else setup.student.times[j + 1], device=x_s.device)
-    t = ambient_times(matching, draw.uniform("fake_time"), s, shift=matching.fake_shift)
+    t = ambient_times(matching.fake_times, draw.uniform("fake_time"), s)
     noise = draw.noise(setup.latent_shape, "fake_noise")
     x_t = add_subinterval_noise(x_s, noise, s, t)
     if ambient.consistency_weight == 0:

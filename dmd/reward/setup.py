@@ -18,6 +18,7 @@ from fewstep.core.role_models import check_models
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -167,8 +168,7 @@ def build_setup(
         "student",
         denoiser,
         config.student.optimizer,
-        ema_decay=config.student.ema_decay,
-        ema_start=config.student.ema_start,
+        ema=EmaSettings.of_student(config.student),
     )
     student_role.total_updates = config.run.steps * config.student.updates_per_rollout
     fake_score, fake_role = add_fake_score(config, data, teacher, trainer)
@@ -224,7 +224,7 @@ def add_fake_score(
             )
         fake_score.load_state_dict(trunk, strict=False)
     role = trainer.add_role("fake_score", fake_score, settings.optimizer)
-    role.total_updates = config.run.steps * settings.updates_per_student_update
+    role.total_updates = config.run.steps * settings.ratio
     return fake_score, role
 
 

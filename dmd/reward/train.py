@@ -140,7 +140,7 @@ def judge(
 
 def fake_updates(config: RewardRunConfig) -> int:
     """Updates of the fake score on each rollout."""
-    return 0 if config.fake_score is None else config.fake_score.updates_per_student_update
+    return 0 if config.fake_score is None else config.fake_score.ratio
 
 
 def fake_backward(

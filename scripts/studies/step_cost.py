@@ -50,7 +50,7 @@ def network_calls(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> Calla
     x = torch.randn(batch, *setup.latent_shape, device=trainer.device)
     t = torch.full((batch,), 0.5, device=trainer.device)
     student, fake = setup.student_role.module, setup.fake_score
-    updates = config.fake_score.updates_per_student_update
+    updates = config.fake_score.ratio
 
     def run() -> None:
         for number in range(updates):
@@ -76,7 +76,7 @@ def measure_step_cost(config: DmdConfig, *, rounds: int) -> StepCost:
     """
     if config.student.steps != 1:
         raise ValueError(f"student.steps is {config.student.steps}; the step cost is measured with a one-step student")
-    updates = config.fake_score.updates_per_student_update
+    updates = config.fake_score.ratio
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, run=replace(config.run, directory=folder, resume=None))
         trainer = Trainer(config.run, RunDirectory(Path(folder)))

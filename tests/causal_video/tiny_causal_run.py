@@ -32,7 +32,7 @@ from tests.tiny_videos import VIDEO_LATENTS, build_video_pipeline
 PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42")
 LAYOUT = (1, 2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
-FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=3)
+FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, ratio=2)
 NOISY = {"student.policy": CachePolicy(noisy_from=0)}
 LONG = {
     "student.layout": (1, 1, 1),

@@ -24,7 +24,7 @@ from fewstep.core.training.trainer import Trainer
 from tests.dmd.tiny_run import TinyInputs
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
-FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=2)
+FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, ratio=1)
 FROM_DATA: Any = {"velocity": "data", "check_tangent": False}
 MATCHED: Any = {"matching": ConsistencyMatchingConfig(weight=0.5, start=1), "fake_score": FAKE_SCORE}
 PARTITION: Any = {"tangent": "central", "pairs": "partition"}

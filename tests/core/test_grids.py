@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from fewstep.core.grids import (
     euler_scheduler_parameters,
-    sample_times,
     shift_of_grid,
     shift_time,
     step_grid,
@@ -87,16 +86,6 @@ def test_bad_grid_arguments() -> None:
 def test_bad_grids(times: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"times|empty"):
         validate_grid(times)
-
-
-def test_sample_times() -> None:
-    u = torch.tensor([0.0, 0.25, 0.5, 0.999])
-    times = sample_times(u, shift=5, t_min=0.02, t_max=0.98)
-    expected = torch.tensor([0.02, 0.625, 5 / 6, 0.98])
-    torch.testing.assert_close(times, expected, rtol=0, atol=1e-7)
-    for t_min, t_max in ((0.5, 0.5), (-0.1, 0.5), (0.2, 1.1)):
-        with pytest.raises(ValueError, match="t_min"):
-            sample_times(u, shift=5, t_min=t_min, t_max=t_max)
 
 
 @settings(max_examples=30, deadline=None)

@@ -111,7 +111,14 @@ def three_steps(teacher: Teacher, *, shared: bool, kind: str, checkpointing: boo
             loss.backward()
         real = (draw.noise(shape, "real"), condition) if with_gan else None
         fake_loss = fake_score_step(
-            x0.detach(), condition, fake_score=fake, draw=draw, times=MatchingConfig(), gan=gan, real=real
+            x0.detach(),
+            condition,
+            fake_score=fake,
+            draw=draw,
+            times=MatchingConfig(),
+            clock=teacher.family,
+            gan=gan,
+            real=real,
         ).loss
         fake_loss.backward()
         found |= {f"loss {step}": loss.detach(), f"fake loss {step}": fake_loss.detach()}

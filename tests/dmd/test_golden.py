@@ -45,7 +45,7 @@ def checksum(role: Role, before: dict[str, Tensor]) -> dict[str, float]:
 
 def two_steps(inputs: TinyInputs, folder: Path, name: str, steps: int) -> dict[str, Any]:
     """Losses of two steps, with both networks updated in each, and checksums of the weights after them."""
-    changes = {"run.seed": SEED, "student.steps": steps, "fake_score.updates_per_student_update": 1, **OBJECTIVES[name]}
+    changes = {"run.seed": SEED, "student.steps": steps, "fake_score.ratio": 1, **OBJECTIVES[name]}
     config = tiny_config(inputs, folder, changes)
     setup, trainer = start(config)
     roles = (setup.student_role, setup.fake_role)

@@ -21,6 +21,7 @@ from fewstep.core.data import PromptConditions
 from fewstep.core.fake_score import FakeScoreOutput
 from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.student import Student
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.run import Run
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
 from fewstep.core.training.trainer import Trainer
@@ -112,7 +113,7 @@ def train(case: Case, directory: Path, *, updates: int) -> tuple[dict[str, Tenso
         teacher=teacher,
         student=Student(student, times),
         student_role=trainer.add_role(
-            "student", student, config.student.optimizer, ema_decay=config.student.ema_decay, every=5
+            "student", student, config.student.optimizer, ema=EmaSettings(config.student.ema_decay), every=5
         ),
         fake_role=trainer.add_role("fake_score", fake, config.fake_score.optimizer),
         fake_score=fake,

@@ -85,9 +85,8 @@ def test_unknown_key_in_the_file_names_the_nearest(config: DmdConfig, tmp_path: 
             {"regression": RegressionConfig(pairs="pairs", weight=1.0), "student.steps": 2},
             "regression with student.steps 2: DMD1 is a one-step method",
         ),
-        ({"matching.t_min": 0.5, "matching.t_max": 0.5}, "must satisfy 0 < t_min < t_max < 1"),
         ({"student.steps": 0}, "steps is 0; it must be at least 1"),
-        ({"fake_score.updates_per_student_update": 0}, "updates_per_student_update is 0; it must be at least 1"),
+        ({"fake_score.ratio": 0}, "ratio is 0; it must be at least 1"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(

@@ -31,7 +31,7 @@ def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize("changes", [{}, WITH_GAN, {"student.lora_rank": 2, "fake_score.lora_rank": 3, **WITH_GAN}])
 def test_each_turn_moves_its_own_network(inputs: TinyInputs, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Student in steps 0, 3, 6; fake score and heads in every step; teacher, frozen weights and prompts never."""
-    config = tiny_config(inputs, tmp_path, {"fake_score.updates_per_student_update": 3, **changes})
+    config = tiny_config(inputs, tmp_path, {"fake_score.ratio": 3, **changes})
     setup, trainer = start(config)
     student, fake, teacher = setup.student_role, setup.fake_role, setup.teacher.denoiser
     has_heads = any(name.startswith("heads.") for name, _ in fake.parameters)
@@ -94,7 +94,7 @@ def test_ema_is_the_closed_form(inputs: TinyInputs, tmp_path: Path, ema_start: i
     changes = {
         "run.checkpoint_every": 1,
         "run.steps": 5,
-        "fake_score.updates_per_student_update": 1,
+        "fake_score.ratio": 1,
         "student.ema_start": ema_start,
     }
     config = tiny_config(inputs, tmp_path, changes)

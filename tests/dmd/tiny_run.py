@@ -83,7 +83,7 @@ def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] 
             log_every=1,
         ),
         student=SteppingStudentConfig(optimizer=optimizer, ema_decay=0.8),
-        fake_score=FakeScoreConfig(optimizer=optimizer, updates_per_student_update=2),
+        fake_score=FakeScoreConfig(optimizer=optimizer, ratio=2),
         dmd=DmdObjective(),
     )
     told = {key: value(inputs) if callable(value) else value for key, value in (changes or {}).items()}

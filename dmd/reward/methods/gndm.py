@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.core.paths import add_noise, at_least_fp32
 from fewstep.core.randomness import Draw
 from fewstep.core.shapes import require_same_shape
+from fewstep.core.time_law import law_interval
 from fewstep.dmd.loss import NORMALISER_FLOOR, direction_normaliser, distribution_matching_loss
 from fewstep.dmd.reward.chain import (
     CallKey,
@@ -179,12 +180,13 @@ class Gndm:
     @torch.no_grad()
     def matched_advantages(self, rollout: Rollout, total: Tensor, draw: Draw) -> Loss:
         """The advantages [n]: the matching reward, estimated from draws that a group shares, and the reward."""
-        setup, settings, guidance = self.setup, self.settings, self.config.teacher.guidance
+        setup, settings = self.setup, self.settings
+        guidance = require_matching(self.config).guidance_of(self.config.teacher)
         assert setup.fake_score is not None
         shared, estimates = rollout.shared(draw), []
         for k in range(settings.matching_reward_draws):
-            interval = require_matching(self.config).interval
-            t = shared.times(f"matching_reward_time_{k}", shift=1.0, interval=interval)
+            low, high = law_interval(require_matching(self.config).score_times, setup.teacher.family)
+            t = shared.uniform(f"matching_reward_time_{k}").clamp(low, high)
             eps = shared.noise(setup.latent_shape, f"matching_reward_noise_{k}")
             x_t = add_noise(rollout.x0, eps, t)
             fake = setup.fake_score(x_t, t, rollout.condition).velocity

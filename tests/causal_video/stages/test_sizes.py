@@ -46,7 +46,7 @@ def changes_of(stage: str, small: Path, init: Path, *, adapters: bool = False) -
     if stage == "self_forcing":
         found["fake_score"] = FakeScoreConfig(
             optimizer=OPTIMIZER,
-            updates_per_student_update=3,
+            ratio=2,
             path=str(small),
             lora_rank=2 if adapters else 0,
         )

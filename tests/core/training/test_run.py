@@ -11,6 +11,7 @@ from torch import nn
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.training.checkpoint import load_checkpoint
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.run import Run, open_run
 from fewstep.core.training.run_directory import read_metrics
 
@@ -68,7 +69,7 @@ def train(config: Settings, watch: Recorder, *, stop: int | None = None) -> tupl
     """Steps of gradient descent on one number."""
     layer = nn.Linear(1, 1)
     with open_run(config) as run:
-        role = run.trainer.add_role("student", layer, OptimizerConfig(learning_rate=0.1), ema_decay=0.5)
+        role = run.trainer.add_role("student", layer, OptimizerConfig(learning_rate=0.1), ema=EmaSettings(0.5))
         for step in run.steps(watch, lambda: "hello", lambda: None, beside=lambda path: (path / "beside").touch()):
             if step == stop:
                 break

@@ -7,6 +7,7 @@ from torch import nn
 
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.randomness import sample_noise
+from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
@@ -37,8 +38,7 @@ def build(run, *, dropout=0.0):
         "student",
         Net(1 + trainer.rank, dropout),
         OptimizerConfig(learning_rate=0.02, betas=(0.0, 0.99), warmup_steps=3),
-        ema_decay=0.9,
-        ema_start=1,
+        ema=EmaSettings(0.9, 1),
     )
     fake = trainer.add_role("fake", Net(11 + trainer.rank), OptimizerConfig(learning_rate=0.05, clip=0.1))
     return trainer, student, fake

@@ -55,7 +55,7 @@ from tests.tiny_pipelines import LATENT_SHAPE
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
 # A discriminator that tells samples apart after one update.
 QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0)
-FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, updates_per_student_update=2)
+FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, ratio=2)
 # Sections that let a method match.
 MATCHED: dict[str, Any] = {"matching": RewardMatchingConfig(), "fake_score": FAKE_SCORE}
 # What each method adds to the settings below, in the form of its configuration in configs/digits.
