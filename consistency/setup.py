@@ -33,9 +33,9 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
-from fewstep.core.networks import build_denoiser, build_fake_score
-from fewstep.core.role_models import check_models
-from fewstep.core.shared_weights import frozen_twin
+from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings

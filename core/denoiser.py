@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family, network_dtype
+from fewstep.core.networks.shared import beside
 from fewstep.core.paths import expand_time, x0_from_velocity
-from fewstep.core.shared_weights import beside
 from fewstep.core.two_time import network_times
 
 

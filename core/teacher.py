@@ -18,8 +18,8 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
+from fewstep.core.networks.other_models import load_network
 from fewstep.core.paths import x0_from_velocity
-from fewstep.core.role_models import load_network
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks import build_denoiser, build_fake_score
-from fewstep.core.role_models import check_models
+from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.other_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings

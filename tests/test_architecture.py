@@ -14,6 +14,7 @@ ALLOWED_PLACES = {
     "diffusers": (
         "core/denoiser.py",
         "core/teacher.py",
+        "core/teacher_files.py",
         "core/families/*",
         "core/export/*",
         "embedded/*",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, build_sd15, build_sdxl
 
 PROMPTS = ["a red house", "x"]

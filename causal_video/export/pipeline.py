@@ -36,7 +36,7 @@ from fewstep.core.export.directory import check_finite, check_output, new_direct
 from fewstep.core.export.model_card import Verification, license_of, public_name
 from fewstep.core.export.pipeline import DTYPE_NAMES, LIBRARIES, ROUNDING_TOLERANCES, SAMPLER_TOLERANCE
 from fewstep.core.export.run import find_checkpoint
-from fewstep.core.lora import merge_lora
+from fewstep.core.networks.lora import merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 

@@ -22,9 +22,9 @@ from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs
 from fewstep.causal_video.stages.student import build_student
-from fewstep.core.adapters import round_weights
 from fewstep.core.config import load_config
 from fewstep.core.data import LatentDataset
+from fewstep.core.networks.adapters import round_weights
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import load_checkpoint
 from fewstep.core.training.run_directory import CONFIG_FILE

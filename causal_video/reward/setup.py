@@ -15,8 +15,8 @@ from fewstep.causal_video.stages.setup import CausalSetup, latent_shape
 from fewstep.causal_video.stages.student import build_student
 from fewstep.causal_video.vae_stream import check_vae
 from fewstep.core.data import PromptConditions, read_prompts
-from fewstep.core.role_models import check_models
-from fewstep.core.shared_weights import beside
+from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.shared import beside
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.processes import Processes

@@ -23,9 +23,9 @@ from fewstep.causal_video.stages.student import build_student, check_names, stee
 from fewstep.core.condition import Condition
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks import HEAD_WIDTH, build_fake_score
-from fewstep.core.role_models import check_models
-from fewstep.core.shared_weights import beside
+from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score
+from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.shared import beside
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role

@@ -16,7 +16,7 @@ from fewstep.causal_video.settings import FILE_NAME, load_defaults
 from fewstep.causal_video.stages.sections import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.wan import WanFamily
-from fewstep.core.networks import add_adapters
+from fewstep.core.networks.build import add_adapters
 from fewstep.core.teacher import Teacher
 from fewstep.core.weights import StoredWeights, load_weights
 

@@ -10,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fewstep.core.adapters import round_weights
 from fewstep.core.export.anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
 from fewstep.core.export.check import (
     ExportMismatchError,
@@ -36,7 +35,8 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
-from fewstep.core.lora import ADAPTER, lora_state_dict, merge_lora
+from fewstep.core.networks.adapters import round_weights
+from fewstep.core.networks.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.two_time import second_time_of

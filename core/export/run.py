@@ -9,7 +9,6 @@ import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
-from fewstep.core.adapters import round_weights
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.model_card import ExportRecord, StudentReport
 from fewstep.core.export.pipeline import DTYPE_NAMES, export_pipeline
@@ -18,8 +17,9 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
-from fewstep.core.lora import add_lora
-from fewstep.core.networks import adapted_layers
+from fewstep.core.networks.adapters import round_weights
+from fewstep.core.networks.build import adapted_layers
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher

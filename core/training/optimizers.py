@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,12 +10,7 @@ from torch import nn
 
 from fewstep.core.config import OptimizerConfig
 
-# Kinds that other packages bring: their module and class, and the package that is missing without it.
-OTHERS = {
-    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
-    "adam_8bit": ("bitsandbytes.optim", "Adam8bit", "bitsandbytes"),
-    "came": ("came_pytorch", "CAME", "came-pytorch"),
-}
+OTHERS = {"adamw_8bit": "bitsandbytes", "adam_8bit": "bitsandbytes", "came": "came-pytorch"}
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -46,10 +40,17 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], settings: Op
 
 
 def _class_of(kind: str) -> Any:
-    module, name, package = OTHERS[kind]
+    """The class of a kind that another package brings."""
     try:
-        return getattr(importlib.import_module(module), name)
+        if kind == "came":
+            from came_pytorch import CAME
+
+            return CAME
+        from bitsandbytes import optim
+
+        return optim.AdamW8bit if kind == "adamw_8bit" else optim.Adam8bit
     except ImportError as error:
         raise ValueError(
-            f"optimizer.kind is {kind}, and {package} is not installed ({error}): pip install {package}, or take adamw"
+            f"optimizer.kind is {kind}, and {OTHERS[kind]} is not installed ({error}): pip install {OTHERS[kind]}, or "
+            "take adamw"
         ) from error

@@ -12,9 +12,9 @@ from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks import build_denoiser, build_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.other_models import check_models
 from fewstep.core.randomness import sample_noise
-from fewstep.core.role_models import check_models
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -164,12 +164,8 @@ def build_setup(
     if reference is not None:
         reference.requires_grad_(False)
     copies = {name: denoiser.beside() for name in needs.snapshots}
-    student_role = trainer.add_role(
-        "student",
-        denoiser,
-        config.student.optimizer,
-        ema=EmaSettings.of_student(config.student),
-    )
+    average = EmaSettings.of_student(config.student)
+    student_role = trainer.add_role("student", denoiser, config.student.optimizer, ema=average)
     student_role.total_updates = config.run.steps * config.student.updates_per_rollout
     fake_score, fake_role = add_fake_score(config, data, teacher, trainer)
     snapshots = {name: add_snapshot(name, network, config, trainer) for name, network in copies.items()}

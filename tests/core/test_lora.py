@@ -7,7 +7,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from fewstep.core.lora import add_lora, lora_state_dict, merge_lora
+from fewstep.core.networks.lora import add_lora, lora_state_dict, merge_lora
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 TARGETS = ("attn.to_q", "to_out.0", "ff.net.2")

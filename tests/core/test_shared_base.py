@@ -15,11 +15,11 @@ from fewstep.core.config import OptimizerConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.lora import add_lora
-from fewstep.core.networks import build_denoiser, build_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.lora import add_lora
+from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.randomness import Draw
 from fewstep.core.settings import FakeScoreConfig, GridStudentConfig
-from fewstep.core.shared_weights import frozen_twin
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import Ema
 from fewstep.core.training.roles import frozen

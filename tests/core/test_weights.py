@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.table import build_family
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.training.checkpoint import save_checkpoint
 from fewstep.core.weights import WEIGHTS_NAME, find_weights, load_weights
 from tests.tiny_pipelines import build_sd3, save_pipeline

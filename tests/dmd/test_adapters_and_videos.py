@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from fewstep.core.adapters import adapter_tensors
 from fewstep.core.export.run import ExportFiles, export_run
+from fewstep.core.networks.adapters import adapter_tensors
 from fewstep.core.settings import GridStudentConfig
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.weights import find_weights

@@ -14,7 +14,7 @@ from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import condition_first_frame, packed_call, per_frame, whole_call
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.core.lora import add_lora, lora_state_dict
+from fewstep.core.networks.lora import add_lora, lora_state_dict
 from fewstep.kernels.check_jvp import Float64Inside, check_jvp
 from tests.causal_video.tiny_causal import (
     FRAME_TOKENS,

@@ -21,7 +21,7 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.student import Student
 from fewstep.core.two_time import SecondTime, add_second_time
 from tests.tiny_pipelines import build_sd3, save_pipeline

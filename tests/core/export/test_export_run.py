@@ -16,7 +16,7 @@ from fewstep.core.export.model_card import read_record
 from fewstep.core.export.run import ExportFiles, export_run
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.training.checkpoint import save_checkpoint
 from tests.tiny_pipelines import build_sd3, save_pipeline

@@ -18,7 +18,7 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_angles, sprint_teacher, sprint_times
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
 from fewstep.core.families.sana_networks import with_guidance_embedding
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import RunSettings
 from fewstep.core.teacher import Teacher

@@ -23,7 +23,7 @@ from fewstep.core.export.schedulers import plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.student import Student
 from fewstep.core.two_time import SecondTime, add_second_time, second_time_of
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, build_sd15, save_pipeline

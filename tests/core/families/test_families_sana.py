@@ -21,7 +21,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sana_networks import with_dense_time, with_guidance_embedding, with_qk_norm
 from fewstep.core.families.table import build_family
-from fewstep.core.lora import add_lora, merge_lora
+from fewstep.core.networks.lora import add_lora, merge_lora
 from fewstep.core.teacher import Teacher
 from tests.tiny_sana import LATENT_SHAPE, PIXELS, build_sana
 

@@ -12,7 +12,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.sd3 import T5_TOKENS, Sd3Family
 from fewstep.core.families.table import build_family
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_sd3
 
 PROMPTS = ["a red cat", "dog 12"]

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.table import build_family
 from fewstep.core.families.unet import UnetFamily, snap_to_integer
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.paths import to_flow_state, x0_from_velocity
 from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_ddim, build_sd15, build_sdxl

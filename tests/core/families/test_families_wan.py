@@ -13,7 +13,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.table import build_family
 from fewstep.core.families.wan import WanFamily, latent_frames
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import build_sd3
 from tests.tiny_videos import (

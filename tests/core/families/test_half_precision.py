@@ -14,7 +14,7 @@ from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.families.family import network_dtype
-from fewstep.core.lora import add_lora
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.settings import TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.run_directory import RunDirectory

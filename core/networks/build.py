@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fewstep.core.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.family import Family
-from fewstep.core.lora import add_lora, matching_layers
+from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
+from fewstep.core.networks.lora import add_lora, matching_layers
 from fewstep.core.settings import FakeScoreConfig, TrainedConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.weights import StoredWeights, load_weights

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.lora import ADAPTER, add_lora, merge_lora
+from fewstep.core.networks.lora import ADAPTER, add_lora, merge_lora
 from fewstep.core.weights import StoredWeights
 
 
