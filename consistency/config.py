@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from fewstep.consistency.mcm.config import McmConfig
 from fewstep.consistency.sana_sprint.config import SprintConfig
@@ -44,6 +44,9 @@ class ConsistencyMatchingConfig(MatchingConfig):
     """Weight lambda of distribution matching beside the consistency loss (rCM: 0.01)."""
     start: int = 0
     """Steps before distribution matching begins."""
+    rollout: Literal["grid", "drawn"] = "grid"
+    """Rollouts of the student on its grid with a random exit, or as rCM's: 1, 2, ... student.steps calls in turn,
+    student and fake score each counting their own, at times of each sample that fall at random."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -162,6 +165,8 @@ def check_matching(config: ConsistencyConfig) -> None:
         if config.anyflow is not None:
             require_unset(config.anyflow, ["rollout_steps"], "anyflow with the section matching")
         return
+    if matching.rollout == "drawn" and config.anyflow is not None:
+        raise ValueError("matching.rollout 'drawn' is rCM's, and anyflow has rollouts of its own: leave it out")
     if not isinstance(config.settings, ScmConfig | DcmConfig | AnyflowConfig):
         raise ValueError(
             f"the section matching beside {require_one_method(config)}: distribution matching goes with scm, dcm (both "

@@ -115,7 +115,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     )
     fake_score = fake_role = None
     if config.fake_score is not None:
-        fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=False)
+        fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed)
         fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
 
     def embed(prompts: Sequence[str], control: LatentDataset | None = None) -> PromptConditions:

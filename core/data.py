@@ -200,7 +200,7 @@ class PromptsWithGuidance(PromptConditions):
 
 
 # Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.
-REAL_SEED, PAIR_SEED = 1, 2
+REAL_SEED, PAIR_SEED, INPUT_SEED = 1, 2, 3
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,9 @@ class SteppingStudentConfig(GridStudentConfig):
 class FakeScoreConfig(TrainedConfig):
     """The network that follows the student's distribution."""
 
+    init: str | None = None
+    """Weights to start from: the fake score of a run (directory or checkpoint), or a network; empty is the model's own,
+    and in rewards the fake score of the run that student.init names."""
     ratio: int = 5
     """Fake-score updates for each update of the student (two-time-scale rule of DMD2, 5). In train_dmd and rewards they
     are made on the student's samples of the same step; beside consistency and in self_forcing a step is either the

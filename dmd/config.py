@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
 
-from fewstep.core.config import RunConfig, require_one_method
+from fewstep.core.config import OptimizerConfig, RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
 from fewstep.core.settings import (
     FakeScoreConfig,
@@ -75,8 +76,27 @@ class GanConfig:
     """Folder of real latents (scripts/encode_latents.py)."""
     weight: float
     """Weight of the student's adversarial loss."""
+    features: Literal["fake_score", "teacher"] = "fake_score"
+    """Whose features are judged: those of the fake score, whose trunk the discriminator trains, too (DMD2), or those of
+    the frozen teacher."""
+    blocks: tuple[int, ...] = ()
+    """Transformer blocks whose features are judged; empty is the family's own choice."""
+    head: Literal["mlp", "conv"] = "mlp"
+    """Two layers on each position, or DMD2's convolutions on the feature map (pictures)."""
+    head_width: int = 128
+    """Width of the layers of an mlp head."""
+    loss: Literal["softplus", "hinge"] = "softplus"
+    """Non-saturating logistic loss (DMD2), or hinge."""
+    r1_weight: float = 0.0
+    """Weight of the slope of the logits at real latents, by differences (APT); 0 takes none."""
+    r1_scale: float = 0.1
+    """Deviation of the noise by which real latents are moved for it."""
+    same_noise: bool = False
+    """Fakes and reals share time and noise (FastGen)."""
     discriminator_weight: float = 0.01
-    """Weight of the discriminator loss beside the fake-score loss."""
+    """Weight of the discriminator loss beside the fake-score loss, for features of the fake score."""
+    optimizer: OptimizerConfig | None = None
+    """Optimizer of the heads on the teacher's features; those on the fake score's are trained with it."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0 or not self.discriminator_weight > 0:
@@ -84,6 +104,44 @@ class GanConfig:
                 f"weight {self.weight} and discriminator_weight {self.discriminator_weight} must be positive; "
                 "leave the section out for no discriminator"
             )
+        if not 0 <= self.r1_weight < math.inf or not 0 < self.r1_scale < math.inf or self.head_width < 1:
+            raise ValueError(
+                f"r1_weight {self.r1_weight} must be 0 or more, r1_scale {self.r1_scale} and head_width "
+                f"{self.head_width} positive"
+            )
+        on_teacher = self.features == "teacher"
+        if on_teacher != (self.optimizer is not None):
+            raise ValueError(
+                f"features is {self.features} and optimizer {'given' if self.optimizer else 'empty'}: heads on the "
+                "teacher's features need one, those on the fake score's are trained by its own"
+            )
+        unread = {
+            "discriminator_weight": on_teacher,
+            "head_width": self.head == "conv",
+            "r1_scale": self.r1_weight == 0,
+        }
+        for name, given in unread.items():
+            if given and getattr(self, name) != getattr(GanConfig, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, which nothing reads here: leave it out")
+
+    @property
+    def chosen_blocks(self) -> tuple[int, ...] | None:
+        """The blocks, None for the family's own."""
+        return self.blocks or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisedDataConfig:
+    """The student's input is real data, noised to one of its times, in place of its own rollout (FastGen, FastWan)."""
+
+    latents: str
+    """Folder of real latents with captions (scripts/encode_latents.py, encode_videos.py)."""
+    share: float = 1.0
+    """Share of the steps with such an input; the others roll out (SenseFlow mixes)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must lie in (0, 1], leave the section out for rollouts alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +156,20 @@ class RegressionConfig:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"weight is {self.weight}; it must be positive, leave the section out for no regression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdFakeScoreConfig(FakeScoreConfig):
+    """The network that follows the student's distribution."""
+
+    student_share: float = 0.0
+    """Share of the way to the student that the fake score goes after each of its updates (implicit distribution
+    alignment of SenseFlow, arXiv:2506.00523, there 0.02 or 0.03); both train the same weights then."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.student_share < 1:
+            raise ValueError(f"student_share is {self.student_share}; it must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +189,7 @@ class DmdConfig:
     """Where and how long the run goes."""
     student: SteppingStudentConfig
     """The few-step generator."""
-    fake_score: FakeScoreConfig
+    fake_score: DmdFakeScoreConfig
     """The network that follows the student's distribution."""
     dmd: DmdObjective | None = None
     """Minimise the reverse KL."""
@@ -131,11 +203,16 @@ class DmdConfig:
     """An adversarial loss beside it; leave it out for none."""
     regression: RegressionConfig | None = None
     """A regression beside it; leave it out for none."""
+    noised_data: NoisedDataConfig | None = None
+    """Noised real data as the student's input; leave it out for backward simulation (DMD2)."""
 
     def __post_init__(self) -> None:
         require_one_method(self)
         if self.f_distill is not None and self.gan is None:
             raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
+        check_shared_weights(self)
+        if self.noised_data is not None and self.regression is not None:
+            raise ValueError("noised_data with regression, which is on the student's own noise: leave one of them out")
         if self.regression is not None and self.student.steps != 1:
             raise ValueError(
                 f"regression with student.steps {self.student.steps}: DMD1 is a one-step method; set it to 1"
@@ -172,3 +249,16 @@ class DmdConfig:
             width=self.data.width,
             frames=self.data.frames,
         )
+
+
+def check_shared_weights(config: DmdConfig) -> None:
+    """Raise ValueError where the fake score is to move towards a student that trains other weights."""
+    student, fake = config.student, config.fake_score
+    if fake.student_share == 0:
+        return
+    for name in ("path", "lora_rank", "lora_alpha", "lora_targets"):
+        if getattr(student, name) != getattr(fake, name):
+            raise ValueError(
+                f"fake_score.student_share is {fake.student_share}, and {name} is {getattr(student, name)} for the "
+                f"student and {getattr(fake, name)} for the fake score: it moves between the same weights alone"
+            )

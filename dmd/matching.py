@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
+from fewstep.core.denoiser import Denoiser
 from fewstep.core.fake_score import FakeScore, FakeScoreOutput
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
@@ -32,7 +33,14 @@ from fewstep.dmd.f_divergence import (
     saturated_share,
     unit_mean,
 )
-from fewstep.dmd.gan_loss import discriminator_loss, generator_gan_loss
+from fewstep.dmd.gan_loss import (
+    approximate_r1_penalty,
+    discriminator_loss,
+    generator_gan_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    perturb_noised_input,
+)
 from fewstep.dmd.loss import (
     MatchingStatistics,
     distribution_matching_loss,
@@ -46,16 +54,36 @@ REVERSE_KL = DmdObjective()
 
 
 @dataclass(frozen=True)
+class TeacherJudge:
+    """Heads on the features of the frozen teacher; `heads` may be a distributed wrapper."""
+
+    denoiser: Denoiser
+    heads: nn.Module
+    blocks: tuple[int, ...] | None
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits, with the graph to x_t and to the heads."""
+        return self.heads(self.denoiser.velocity_and_features(x_t, t, condition, self.blocks)[1])
+
+
+@dataclass(frozen=True)
 class Scores:
     """The two scores that are compared: the frozen teacher's with guidance, and the fake one.
 
     `fake` is the bare module with its parameters frozen by the caller: for SiD and the GAN gradients pass through it to
-    x0.
+    x0. So is `judge`, the discriminator on the teacher's features, where there is one.
     """
 
     teacher: Teacher
     fake: FakeScore
     guidance: float
+    judge: TeacherJudge | None = None
+
+    def logits(self, x_t: Tensor, t: Tensor, condition: Condition, output: FakeScoreOutput | None = None) -> Tensor:
+        """The discriminator's logits [B]; `output` is the fake score's at the same place, where it was called."""
+        if self.judge is not None:
+            return self.judge(x_t, t, condition)
+        return require_logits(self.fake(x_t, t, condition) if output is None else output)
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,8 @@ def student_step(
     if isinstance(objective, SidObjective):
         total = sid_loss(x0, fake_x0, real_x0, alpha=objective.alpha)
     elif isinstance(objective, FDistillObjective):
-        logits = require_logits(output)
+        with torch.no_grad():
+            logits = scores.logits(x_t, t, condition, output)
         ratio, saturated = density_ratio(logits), saturated_share(logits)
         if objective.time_bins > 0:
             bins = {"bins": objective.time_bins, "mean_over_processes": mean_over_processes}
@@ -136,7 +165,7 @@ def student_step(
         # At times of its own: the discriminator is trained on the fake score's law of times, not on the scores'.
         gan_t = draw_times(draw, "gan_time", times.fake_times, clock)
         noised = add_noise(x0, draw.noise(shape, "gan_noise"), gan_t)
-        adversarial = generator_gan_loss(require_logits(scores.fake(noised, gan_t, condition)))
+        adversarial = generator_loss(scores.logits(noised, gan_t, condition), gan)
         total = total + gan.weight * adversarial
     return StudentStep(total, matching_statistics(x0, fake_x0, real_x0), adversarial, saturated)
 
@@ -161,24 +190,87 @@ def fake_score_step(
     t = draw_times(draw, "fake_time", times.fake_times, clock)
     eps = draw.noise(shape, "fake_noise")
     x_t = add_noise(x0, eps, t)
-    if gan is None:
+    if gan is None or gan.features == "teacher":
         flow = fake_score_loss(fake_score(x_t, t, condition).velocity, x0, eps, weight=error_weight(t, times))
         return FakeScoreStep(flow, flow)
 
     assert real is not None
-    latents, real_condition = real
     size = len(x0)
-    all_times, states = [t], [x_t]
-    for name, clean in (("fake", x0), ("real", latents)):
-        all_times.append(draw_times(draw, f"discriminator_{name}_time", times.fake_times, clock))
-        states.append(add_noise(clean, draw.noise(shape, f"discriminator_{name}_noise"), all_times[-1]))
+    judged = judged_samples(x0, condition, real, draw=draw, times=times, clock=clock, gan=gan)
     # One call, because a distributed wrapper averages the gradients of one call; three would be averaged too early.
-    joined = Condition.cat([condition, condition, real_condition])
-    output = fake_score(torch.cat(states), torch.cat(all_times), joined)
-    _, fake_logits, real_logits = require_logits(output).split(size)
+    joined = Condition.cat([condition, judged.condition])
+    output = fake_score(torch.cat([x_t, judged.x_t]), torch.cat([t, judged.t]), joined)
     flow = fake_score_loss(output.velocity[:size], x0, eps, weight=error_weight(t, times))
-    adversarial = discriminator_loss(fake_logits, real_logits)
+    adversarial = judged.losses(require_logits(output)[size:], size, gan)
     return FakeScoreStep(flow + gan.discriminator_weight * adversarial, flow, adversarial)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Noised samples that a discriminator learns from: fakes, reals, and reals moved a little where R1 is taken."""
+
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+
+    def losses(self, logits: Tensor, size: int, gan: GanConfig) -> Tensor:
+        """The discriminator's loss of the logits of all of them; `size` is B."""
+        fake, real, *moved = logits.split(size)
+        loss = hinge_discriminator_loss(fake, real) if gan.loss == "hinge" else discriminator_loss(fake, real)
+        if moved:
+            loss = loss + gan.r1_weight * approximate_r1_penalty(real, moved[0]) / gan.r1_scale**2
+        return loss
+
+
+def judged_samples(
+    x0: Tensor,
+    condition: Condition,
+    real: tuple[Tensor, Condition],
+    *,
+    draw: Draw,
+    times: MatchingConfig,
+    clock: Clock,
+    gan: GanConfig,
+) -> Judged:
+    """Fakes x0 and real latents at times of the fake score's law; with `same_noise` both share time and noise."""
+    latents, real_condition = real
+    shape = tuple(x0.shape[1:])
+    t, states = [], []
+    for name, clean in (("fake", x0), ("real", latents)):
+        stream = "discriminator_fake" if gan.same_noise else f"discriminator_{name}"
+        t.append(draw_times(draw, f"{stream}_time", times.fake_times, clock))
+        states.append(add_noise(clean, draw.noise(shape, f"{stream}_noise"), t[-1]))
+    conditions = [condition, real_condition]
+    if gan.r1_weight > 0:
+        moved = draw.noise(shape, "discriminator_r1_noise")
+        states.append(perturb_noised_input(states[-1], moved, scale=gan.r1_scale))
+        t.append(t[-1])
+        conditions.append(real_condition)
+    return Judged(torch.cat(states), torch.cat(t), Condition.cat(conditions))
+
+
+def generator_loss(logits: Tensor, gan: GanConfig) -> Tensor:
+    """The student's adversarial loss of the logits of its noised samples."""
+    return hinge_generator_loss(logits) if gan.loss == "hinge" else generator_gan_loss(logits)
+
+
+def heads_step(
+    x0: Tensor,
+    condition: Condition,
+    real: tuple[Tensor, Condition],
+    *,
+    judge: TeacherJudge,
+    draw: Draw,
+    times: MatchingConfig,
+    clock: Clock,
+    gan: GanConfig,
+) -> Tensor:
+    """The loss of heads on the teacher's features, on samples x0 without graph and real latents; the features are
+    constants."""
+    judged = judged_samples(x0, condition, real, draw=draw, times=times, clock=clock, gan=gan)
+    with torch.no_grad():
+        features = judge.denoiser.velocity_and_features(judged.x_t, judged.t, judged.condition, judge.blocks)[1]
+    return judged.losses(judge.heads(features), len(x0), gan)
 
 
 def error_weight(t: Tensor, times: MatchingConfig) -> Tensor | None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
+from torch import nn
+
+from fewstep.core.data import (
+    INPUT_SEED,
+    PAIR_SEED,
+    REAL_SEED,
+    LatentDataset,
+    LatentSource,
+    PromptConditions,
+    read_prompts,
+)
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score, load_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -17,6 +27,8 @@ from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
 from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.discriminator import build_gan_heads
+from fewstep.dmd.matching import TeacherJudge
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,18 @@ class DmdSetup:
     latent_shape: tuple[int, ...]
     real: LatentSource | None
     pairs: LatentSource | None
+    inputs: LatentSource | None = None
+    heads_role: Role | None = None
+    blocks: tuple[int, ...] | None = None
+
+    @property
+    def judge(self) -> TeacherJudge | None:
+        """The discriminator on the teacher's features, for gradients to the samples, where there is one."""
+        return None if self.heads_role is None else self.judge_of(self.heads_role.module)
+
+    def judge_of(self, heads: nn.Module) -> TeacherJudge:
+        """The discriminator with these heads, which may be wrapped."""
+        return TeacherJudge(self.teacher.denoiser, heads, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,8 @@ class DmdData:
     init: StoredWeights | None
     real: LatentDataset | None
     pairs: LatentDataset | None
+    inputs: LatentDataset | None
+    fake_score: StoredWeights | None
 
     @classmethod
     def read(cls, config: DmdConfig) -> DmdData:
@@ -52,7 +78,9 @@ class DmdData:
         pairs = None if config.regression is None else LatentDataset.load(config.regression.pairs)
         if pairs is not None:
             pairs.require_noise("regression.pairs")
-        return cls(read_prompts(config.data.prompts), init, real, pairs)
+        inputs = None if config.noised_data is None else LatentDataset.load(config.noised_data.latents)
+        fake_score = None if config.run.resume else find_fake_score(config.fake_score)
+        return cls(read_prompts(config.data.prompts), init, real, pairs, inputs, fake_score)
 
 
 def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
@@ -62,14 +90,15 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
-    for key, dataset in (("gan.latents", data.real), ("regression.pairs", data.pairs)):
+    read = {"gan.latents": data.real, "regression.pairs": data.pairs, "noised_data.latents": data.inputs}
+    for key, dataset in read.items():
         if dataset is not None:
             dataset.require_shape(shape, key)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = student_times(teacher.pipeline, config.student)
     student = Student(denoiser, times, config.student.sampler)
-    fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed, with_heads=config.gan is not None)
+    fake_score, heads = build_judges(config, data, teacher, shape)
     student_role = trainer.add_role(
         "student",
         denoiser,
@@ -78,6 +107,9 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         every=config.fake_score.ratio,
     )
     fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
+    heads_role = None
+    if heads is not None and config.gan is not None and config.gan.optimizer is not None:
+        heads_role = trainer.add_role("discriminator", heads, config.gan.optimizer)
 
     def embed(prompts: Sequence[str]) -> PromptConditions:
         return PromptConditions(
@@ -93,8 +125,28 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         student_role=student_role,
         fake_role=fake_role,
         fake_score=fake_score,
+        blocks=None if config.gan is None else config.gan.chosen_blocks,
         prompts=embed(data.prompts),
         latent_shape=shape,
         real=source(data.real, REAL_SEED),
         pairs=source(data.pairs, PAIR_SEED),
+        inputs=source(data.inputs, INPUT_SEED),
+        heads_role=heads_role,
     )
+
+
+def build_judges(
+    config: DmdConfig, data: DmdData, teacher: Teacher, shape: tuple[int, ...]
+) -> tuple[FakeScore, nn.Module | None]:
+    """The fake score, with heads where the discriminator is on its features; else the heads on the teacher's apart."""
+    fake_score, gan = build_fake_score(config.fake_score, teacher, seed=config.run.seed), config.gan
+    if data.fake_score is not None:
+        load_fake_score(fake_score, data.fake_score)
+    if gan is None:
+        return fake_score, None
+    on_teacher = gan.features == "teacher"
+    trunk = teacher.denoiser if on_teacher else fake_score.denoiser
+    heads = build_gan_heads(gan, trunk, shape=shape, null=teacher.null_condition, seed=config.run.seed)
+    if on_teacher:
+        return fake_score, heads
+    return FakeScore(fake_score.denoiser, heads=heads, blocks=gan.chosen_blocks), None

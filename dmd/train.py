@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,16 +11,20 @@ import torch
 from torch import Tensor
 
 from fewstep.core.condition import Condition
+from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.metrics import mean_records
-from fewstep.core.training.roles import frozen
+from fewstep.core.training.roles import Role, frozen, inject_student
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.loss import regression_loss
-from fewstep.dmd.matching import Scores, fake_score_step, student_step
+from fewstep.dmd.matching import Scores, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
+
+# Of the integers that decide whether a step's input is noised data.
+INPUT_PARTS = 10**6
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,15 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
         condition = setup.prompts.of_samples(indices, config.run.seed)
         # Steps of the fake score alone roll out without a graph: their samples are only data.
         with trainer.sync(setup.student_role, number == len(slices) - 1), torch.set_grad_enabled(student_due):
-            x0 = student_samples(config, setup, trainer, condition=condition, draw=draw)
+            x0, condition = student_samples(config, setup, trainer, condition=condition, draw=draw)
             if student_due:
                 records.append(student_backward(config, setup, trainer, x0=x0, condition=condition, draw=draw))
         batches.append(Batch(x0.detach(), condition, draw))
     metrics: dict[str, float | Tensor] = {**mean_records(records)}
     if student_due:
         metrics["student_grad_norm"] = trainer.update(setup.student_role)
+        if config.fake_score.student_share > 0:
+            follow_student(setup, share=config.fake_score.student_share)
 
     # On the samples from before the update: the fake score follows the distribution that they were drawn from, and a
     # second rollout would cost as much as the step.
@@ -86,22 +94,41 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
             records.append(fake_score_backward(config, setup, trainer, batch=batch))
     metrics |= mean_records(records)
     metrics["fake_grad_norm"] = trainer.update(setup.fake_role)
+    if setup.heads_role is not None:
+        metrics |= heads_update(config, setup, trainer, setup.heads_role, batches)
     return metrics
+
+
+def follow_student(setup: DmdSetup, *, share: float) -> None:
+    """Move the fake score's trunk towards the student (SenseFlow's implicit distribution alignment)."""
+    prefix = "denoiser."
+    trunk = {name.removeprefix(prefix): p for name, p in setup.fake_role.parameters if name.startswith(prefix)}
+    student = dict(setup.student_role.parameters)
+    inject_student([trunk[name] for name in student], student.values(), decay=1 - share)
 
 
 def student_samples(
     config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, condition: Condition, draw: Draw
-) -> Tensor:
-    """The student's x0 [B, C, h, w] for one slice, with a graph where gradients are on.
+) -> tuple[Tensor, Condition]:
+    """The student's x0 [B, C, h, w] for one slice and its condition, with a graph where gradients are on.
 
     The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
+    Its input is what the student's own steps before led to, or noised real data where these are configured.
     """
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     noise = draw.noise(setup.latent_shape, "noise")
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
     # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
     wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
-    return setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0
+    if setup.inputs is not None and config.noised_data is not None:
+        chosen = shared_integer(config.run.seed, trainer.step, "noised_data", INPUT_PARTS)
+        if chosen < config.noised_data.share * INPUT_PARTS:
+            _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
+            t = torch.full((len(clean),), setup.student.times[grad_step], device=trainer.device)
+            x_t = add_noise(clean, noise, t)
+            called = setup.student.denoiser if wrapped is None else wrapped
+            return x0_from_velocity(x_t, called(x_t, t, condition), t), condition
+    return setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0, condition
 
 
 def student_backward(
@@ -109,11 +136,13 @@ def student_backward(
 ) -> dict[str, Tensor]:
     """Add the student's gradients for one slice; returns what to log."""
     # Gradients may pass through the fake score to x0 (SiD, GAN), but must not be left on its weights.
-    with frozen(setup.fake_score):
+    judge = setup.judge
+    with frozen(setup.fake_score), nullcontext() if judge is None else frozen(judge.heads):
+        guidance = config.matching.guidance_of(config.teacher)
         step = student_step(
             x0,
             condition,
-            scores=Scores(setup.teacher, setup.fake_score, config.matching.guidance_of(config.teacher)),
+            scores=Scores(setup.teacher, setup.fake_score, guidance, judge),
             draw=draw,
             times=config.matching,
             objective=config.objective,
@@ -136,9 +165,37 @@ def student_backward(
     return record
 
 
+def heads_update(
+    config: DmdConfig, setup: DmdSetup, trainer: Trainer, role: Role, batches: Sequence[Batch]
+) -> dict[str, float | Tensor]:
+    """One update of the discriminator on the teacher's features, on the same samples; returns what to log."""
+    assert setup.real is not None
+    assert config.gan is not None
+    judge, records = setup.judge_of(role.wrapped), []
+    for number, batch in enumerate(batches):
+        _, real, condition = setup.real.rows(batch.draw.indices, trainer.device)
+        with trainer.sync(role, number == len(batches) - 1):
+            loss = heads_step(
+                batch.x0,
+                batch.condition,
+                (real, condition),
+                judge=judge,
+                draw=batch.draw,
+                times=config.matching,
+                clock=setup.teacher.family,
+                gan=config.gan,
+            )
+            trainer.check_finite("discriminator loss", loss)
+            trainer.backward(loss)
+        records.append({"discriminator_loss": loss.detach()})
+    return {**mean_records(records), "discriminator_grad_norm": trainer.update(role)}
+
+
 def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, batch: Batch) -> dict[str, Tensor]:
     """Add the fake score's gradients for one slice; returns what to log."""
-    real = None if setup.real is None else setup.real.rows(batch.draw.indices, trainer.device)[1:]
+    real = None
+    if setup.real is not None and setup.heads_role is None:
+        real = setup.real.rows(batch.draw.indices, trainer.device)[1:]
     step = fake_score_step(
         batch.x0,
         batch.condition,

@@ -129,7 +129,7 @@ class ForcingNetworks:
     """The student bare and wrapped, the masks of its calls, and the frozen causal teacher of the stages that have one.
 
     Forward mode does not pass through the hooks of a distributed wrapper: `student` is called for what has no gradient,
-    `wrapped` for what has one.
+    `wrapped` for what has one. `average` is the student with its averaged weights, where a stage needs it.
     """
 
     student: nn.Module
@@ -138,6 +138,7 @@ class ForcingNetworks:
     packed: AttentionMask
     causal: AttentionMask
     teacher: CausalTeacher | None = None
+    average: nn.Module | None = None
 
     def on_context(self, batch: VideoBatch, *, bare: bool = False) -> PackedNetwork:
         """The student on a batch's clean context, wrapped for gradients unless `bare`."""

@@ -36,10 +36,12 @@ def tf_dcm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, sta
     times = grid_times(draw.uniform("consistency_grid"), steps=stage.grid_steps, shift=stage.grid_shift)
     x_t = add_noise(batch.x0, batch.eps, times.t)
     x_r = teacher_step(x_t, teacher_velocity(networks, x_t, times.t, batch), times.t, times.r)
-    student = networks.on_context(batch, bare=True)
+    target_network = networks.on_context(batch, bare=True)
+    if networks.average is not None:
+        target_network = PackedNetwork(networks.average, batch, networks.packed)
     wrapped = networks.on_context(batch)
     with torch.no_grad():
-        target = x0_from_velocity(x_r, student(x_r, times.r, batch.condition), times.r)
+        target = x0_from_velocity(x_r, target_network(x_r, times.r, batch.condition), times.r)
     prediction = x0_from_velocity(x_t, wrapped(x_t, times.t, batch.condition), times.t)
     # The velocity of a given frame is nothing, and so would be its prediction here.
     counts = batch.frame_counts[:, None, :, None, None]

@@ -40,11 +40,15 @@ def teacher_forcing_step(
 ) -> ForcingStep:
     """Flow matching of every chunk on clean earlier chunks, in one packed call (Causal-rCM, arXiv:2606.25473).
 
-    All chunks of a sample have one time, uniform and shifted.
+    All chunks of a sample have one time, uniform and shifted, or each has its own.
     """
-    t = shift_time(draw.uniform("forcing_time"), stage.shift)
+    if stage.times == "chunk":
+        uniform = chunk_uniform(draw, networks.layout, "forcing_chunk_time")
+        t = over_frames(shift_time(uniform, stage.shift), networks.layout)
+    else:
+        t = shift_time(draw.uniform("forcing_time"), stage.shift)
     velocity = networks.on_context(batch)(add_noise(batch.x0, batch.eps, t), t, batch.condition)
-    return flow_step(velocity, batch, per_frame(t, batch.x0.shape[2]), stage)
+    return flow_step(velocity, batch, t if t.ndim == 2 else per_frame(t, batch.x0.shape[2]), stage)
 
 
 def diffusion_forcing_step(

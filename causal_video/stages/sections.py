@@ -124,6 +124,8 @@ class FlowConfig:
 class TeacherForcingConfig(FlowConfig):
     """Flow matching on clean earlier chunks (arXiv:2606.25473)."""
 
+    times: Literal["sample", "chunk"] = "sample"
+    """One time for all chunks of a sample (Causal-rCM), or one for each chunk (Causal-Forcing)."""
     context_noise: float = 0.0
     """Largest time to which the clean context is noised; the network is given that time."""
 
@@ -149,6 +151,9 @@ class TfDcmConfig:
     """Steps of the grid that the teacher walks by one."""
     grid_shift: float = 3.0
     """Time shift of that grid."""
+    target: Literal["student", "ema"] = "student"
+    """What the prediction is drawn to: the student's own one step further (Causal-rCM), or that of its average
+    (Causal-Forcing++)."""
 
     def __post_init__(self) -> None:
         require_share("context_noise", self.context_noise)
@@ -229,8 +234,8 @@ class OdeConfig:
 class SelfForcingConfig:
     """Distribution matching on the student's own rollouts (arXiv:2506.08009)."""
 
-    exit: Literal["cycled", "random"] = "cycled"
-    """Where rollouts stop: each exit in turn (Causal-rCM), or a random one (Self-Forcing)."""
+    exit: Literal["cycled", "random", "last"] = "cycled"
+    """Where rollouts stop: each exit in turn (Causal-rCM), a random one (Self-Forcing), or always the last."""
     rollout_schedules: tuple[tuple[int, ...], ...] = ()
     """Numbers of steps per chunk, one such list drawn for each rollout in place of student.steps (AnyFlow's mixture of
     step counts); they use student.shift."""

@@ -98,7 +98,13 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
     if stage.rollout_schedules:
         chosen = shared_integer(seed, step, "rollout_schedule", len(stage.rollout_schedules))
         schedule = StepSchedule.steps(stage.rollout_schedules[chosen], shift=config.student.shift)
-    exit_step = cycled_exit(schedule, count) if stage.exit == "cycled" else random_exit(schedule, seed, step)
+    match stage.exit:
+        case "cycled":
+            exit_step = cycled_exit(schedule, count)
+        case "random":
+            exit_step = random_exit(schedule, seed, step)
+        case "last":
+            exit_step = schedule.longest - 1
     extra = 0
     if stage.longest_frames is not None:
         most = (stage.longest_frames - settings.layout.frames) // settings.layout.lengths[-1]

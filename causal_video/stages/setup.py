@@ -25,7 +25,7 @@ from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource,
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score
 from fewstep.core.networks.other_models import check_models
-from fewstep.core.networks.shared import beside
+from fewstep.core.networks.shared import averaged_twin, beside
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
@@ -252,7 +252,11 @@ def forcing_networks(
         # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
         network = beside(student.transformer).requires_grad_(False)
         frozen = CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
-    return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen)
+    average = None
+    if config.tf_dcm is not None and config.tf_dcm.target == "ema":
+        assert role.ema is not None
+        average = averaged_twin(student, role.ema.state_dict())
+    return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen, average)
 
 
 def build_scores(config: CausalConfig, teacher: Teacher, settings: CausalSettings, trainer: Trainer) -> ScoreNetworks:
@@ -260,7 +264,7 @@ def build_scores(config: CausalConfig, teacher: Teacher, settings: CausalSetting
     assert config.fake_score is not None
     assert config.self_forcing is not None
     seed, optimizer = config.run.seed, config.fake_score.optimizer
-    fake = build_fake_score(config.fake_score, teacher, seed=seed, with_heads=False)
+    fake = build_fake_score(config.fake_score, teacher, seed=seed)
     fake_role = trainer.add_role("fake_score", fake, optimizer)
     if config.asd is None:
         return ScoreNetworks(fake, fake_role, None, None)

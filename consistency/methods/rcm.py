@@ -15,7 +15,10 @@ from fewstep.consistency.config import ConsistencyConfig, ConsistencyMatchingCon
 from fewstep.consistency.methods.anyflow import rollout_samples
 from fewstep.consistency.sections import AnyflowConfig
 from fewstep.consistency.setup import ConsistencySetup
+from fewstep.core.condition import Condition
+from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
+from fewstep.core.time_law import draw_times
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.matching import Scores, fake_score_step, student_step
@@ -45,11 +48,39 @@ def student_samples(config: ConsistencyConfig, setup: ConsistencySetup, trainer:
             shift=shift,
             step=trainer.step,
         )
+    assert config.matching is not None
+    if config.matching.rollout == "drawn":
+        return drawn_rollout(config, setup, trainer, condition=condition, draw=draw)
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
     # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
     wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
     return setup.student.rollout(draw.noise(setup.latent_shape, "noise"), condition, renoise, grad_step, wrapped).x0
+
+
+def drawn_rollout(
+    config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, condition: Condition, draw: Draw
+) -> Tensor:
+    """rCM's rollout (public code): 1, 2, ... calls in turn, with re-noising between them; only the last has a graph.
+
+    The first time is that of the student's grid, the others are drawn for each sample by the law of the fake score's
+    times, each at most the one before. Student and fake score count their own rollouts.
+    """
+    assert config.matching is not None
+    assert config.fake_score is not None
+    cycles, place = divmod(trainer.step - config.matching.start, config.fake_score.ratio + 1)
+    calls = 1 + (cycles if place == 0 else cycles * config.fake_score.ratio + place - 1) % len(setup.student.times)
+    wrapped, student = setup.student_role.wrapped, setup.student_role.module
+    x_t = draw.noise(setup.latent_shape, "noise")
+    t = torch.full((len(x_t),), setup.student.times[0], device=x_t.device)
+    for call in range(calls - 1):
+        with torch.no_grad():
+            x0 = x0_from_velocity(x_t, student(x_t, t, condition), t)
+        law = draw_times(draw, f"rollout_time_{call}", config.matching.fake_times, setup.teacher.family)
+        t = torch.minimum(t, law)
+        x_t = add_noise(x0, draw.noise(setup.latent_shape, f"renoise_{call}"), t)
+    called = wrapped if torch.is_grad_enabled() else student
+    return x0_from_velocity(x_t, called(x_t, t, condition), t)
 
 
 def matching_backward(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.discriminator import build_heads
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.family import Family
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.lora import add_lora, matching_layers
 from fewstep.core.settings import FakeScoreConfig, TrainedConfig
 from fewstep.core.teacher import Teacher
-from fewstep.core.weights import StoredWeights, load_weights
+from fewstep.core.weights import StoredWeights, find_weights, load_weights
 
 HEAD_WIDTH = 128
 
@@ -70,8 +70,48 @@ def adapted_layers(network: nn.Module, family: Family, given: Sequence[str]) -> 
     return matching_layers(network) if tuple(given) == ("all",) else tuple(given)
 
 
-def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int, with_heads: bool) -> FakeScore:
-    """The fake score: see `build_denoiser`; with discriminator heads if asked."""
-    trunk = build_denoiser(settings, teacher, None, seed=seed + 1)
-    heads = build_heads(trunk, None, width=HEAD_WIDTH, seed=seed) if with_heads else None
-    return FakeScore(trunk, heads=heads)
+def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int) -> FakeScore:
+    """The fake score without a discriminator: see `build_denoiser`."""
+    return FakeScore(build_denoiser(settings, teacher, None, seed=seed + 1))
+
+
+def find_fake_score(settings: FakeScoreConfig | None) -> StoredWeights | None:
+    """The weights that `fake_score.init` names. Raises ValueError for a run that has no fake score."""
+    if settings is None or settings.init is None:
+        return None
+    found = find_weights(settings.init, "fake_score.init")
+    if found.checkpoint is None:
+        return found
+    file = found.beside("fake_score")
+    if file is None:
+        raise ValueError(f"fake_score.init {settings.init} is a run without a fake score: give one of train_dmd")
+    return StoredWeights(found.key, found.source, (file,), run=found.run)
+
+
+def load_fake_score(fake_score: FakeScore, weights: StoredWeights) -> None:
+    """Load stored weights into a fake score in place: of a fake score, whose heads are left out, or of a network.
+
+    Raises:
+        ValueError: they are not exactly this network's weights, or adapters where all weights are trained, or the other
+            way round.
+    """
+    prefix = "denoiser.network."
+    trained = {
+        name: p for name, p in fake_score.named_parameters() if p.requires_grad and not name.startswith("heads.")
+    }
+    if not any(name.startswith(prefix) for name in weights.names()):
+        load_weights(fake_score.denoiser.network, weights)
+        return
+    tables = {name for name, _ in fake_score.named_buffers()}
+    found = {name: t for name, t in weights.tensors().items() if not name.startswith("heads.") and name not in tables}
+    wrong = sorted(name for name in found.keys() & trained.keys() if found[name].shape != trained[name].shape)
+    missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
+    if missing or unknown or wrong:
+        raise ValueError(
+            f"{weights.files[0]} does not fit this fake score: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}; {weights.key} must be "
+            "of the same network and LoRA settings"
+        )
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight.copy_(found[name])

@@ -8,9 +8,10 @@ pass could find switched otherwise than its forward pass left it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -23,6 +24,17 @@ def beside(network: ModuleT) -> ModuleT:
     """
     shared: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
     shared |= {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
+    return copy.deepcopy(network, shared)
+
+
+def averaged_twin(network: ModuleT, average: Mapping[str, Tensor]) -> ModuleT:
+    """A network whose trained weights are these averages by name, in their own memory, so that it follows them.
+
+    It takes no gradient; all other weights and the buffers that are not averaged are shared with `network`.
+    """
+    shared: dict[int, Any] = {id(buffer): average.get(name, buffer) for name, buffer in network.named_buffers()}
+    for name, weight in network.named_parameters():
+        shared[id(weight)] = nn.Parameter(average.get(name, weight.detach()), requires_grad=False)
     return copy.deepcopy(network, shared)
 
 

@@ -12,7 +12,7 @@ from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score, load_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
@@ -79,8 +79,13 @@ class RewardData:
         assert config.student.init is not None
         init = find_weights(config.student.init)
         require_same_steps(config.student, init)
-        file = None if config.fake_score is None else init.beside("fake_score")
-        fake_score = None if file is None else StoredWeights(init.key, init.source, (file,))
+        fake_score = find_fake_score(config.fake_score)
+        file = None if config.fake_score is None or fake_score is not None else init.beside("fake_score")
+        if file is not None:
+            found = StoredWeights(init.key, init.source, (file,))
+            # A fake score of other adapters is of no use; one of all weights starts none.
+            fits = config.fake_score is not None and found.holds_adapters == (config.fake_score.lora_rank > 0)
+            fake_score = found if fits else None
         real = None if needs.pixel_gan is None else LatentDataset.load(needs.pixel_gan.latents)
         return cls(read_prompts(config.data.prompts), init, fake_score, real)
 
@@ -204,21 +209,9 @@ def add_fake_score(
     settings = config.fake_score
     if settings is None:
         return None, None
-    fake_score = build_fake_score(settings, teacher, seed=config.run.seed, with_heads=False)
-    if data.fake_score is not None and data.fake_score.holds_adapters == (settings.lora_rank > 0):
-        own = dict(fake_score.named_parameters() if settings.lora_rank > 0 else fake_score.state_dict())
-        trained = {name for name, weight in own.items() if settings.lora_rank == 0 or weight.requires_grad}
-        found = data.fake_score.tensors(own.keys())
-        trunk = {name: tensor for name, tensor in found.items() if not name.startswith("heads.") and name in own}
-        missing, unexpected = sorted(trained - trunk.keys()), sorted(trunk.keys() - trained)
-        unexpected += [name for name in trunk.keys() & trained if trunk[name].shape != own[name].shape]
-        if missing or unexpected:
-            raise ValueError(
-                f"{data.fake_score.files[0]} does not fit the teacher's network: {len(missing)} weights missing "
-                f"{missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}; give student.init as a file to start from "
-                "the teacher's"
-            )
-        fake_score.load_state_dict(trunk, strict=False)
+    fake_score = build_fake_score(settings, teacher, seed=config.run.seed)
+    if data.fake_score is not None:
+        load_fake_score(fake_score, data.fake_score)
     role = trainer.add_role("fake_score", fake_score, settings.optimizer)
     role.total_updates = config.run.steps * settings.ratio
     return fake_score, role

@@ -19,14 +19,14 @@ from fewstep.core.condition import Condition
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import PromptConditions
 from fewstep.core.fake_score import FakeScoreOutput
-from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.student import Student
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.run import Run
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch
-from fewstep.dmd.config import DmdConfig, DmdObjective, SidObjective
+from fewstep.dmd.config import DmdConfig, DmdFakeScoreConfig, DmdObjective, SidObjective
 from fewstep.dmd.setup import DmdSetup
 from fewstep.dmd.train import train_step
 from tests.dmd.gaussian_bench import GaussianDenoiser, LinearGaussianDenoiser
@@ -42,6 +42,8 @@ class GaussianTeacher:
 
     def __init__(self) -> None:
         self.denoiser = GaussianDenoiser(MEAN, STD)
+        # Its times are canonical, so nothing asks for a family.
+        self.family: Any = None
         self.null_condition = self.encode(["0"])
 
     def encode(self, prompts: list[str], *, height: int | None = None, width: int | None = None) -> Condition:
@@ -94,7 +96,7 @@ def settings(case: Case, directory: Path, *, updates: int) -> DmdConfig:
             log_every=50,
         ),
         student=SteppingStudentConfig(optimizer=student, steps=case.steps, ema_decay=0.95),
-        fake_score=FakeScoreConfig(optimizer=fake),
+        fake_score=DmdFakeScoreConfig(optimizer=fake),
         dmd=DmdObjective() if case.objective == "dmd" else None,
         sid=SidObjective() if case.objective == "sid" else None,
     )

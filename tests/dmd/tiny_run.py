@@ -15,12 +15,12 @@ from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.latent_sources import teacher_pairs
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import FakeScoreConfig, SampleDataConfig, SteppingStudentConfig, TeacherConfig
+from fewstep.core.settings import SampleDataConfig, SteppingStudentConfig, TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import Checkpoint
 from fewstep.core.training.run_directory import RunDirectory, read_metrics
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.config import DmdConfig, DmdObjective, GanConfig, RegressionConfig
+from fewstep.dmd.config import DmdConfig, DmdFakeScoreConfig, DmdObjective, GanConfig, RegressionConfig
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 from tests.tiny_pipelines import LATENT_SHAPE, build_sd3, save_pipeline
 
@@ -83,7 +83,7 @@ def tiny_config(inputs: TinyInputs, directory: Path, changes: Mapping[str, Any] 
             log_every=1,
         ),
         student=SteppingStudentConfig(optimizer=optimizer, ema_decay=0.8),
-        fake_score=FakeScoreConfig(optimizer=optimizer, ratio=2),
+        fake_score=DmdFakeScoreConfig(optimizer=optimizer, ratio=2),
         dmd=DmdObjective(),
     )
     told = {key: value(inputs) if callable(value) else value for key, value in (changes or {}).items()}

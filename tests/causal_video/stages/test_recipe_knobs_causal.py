@@ -1,0 +1,111 @@
+"""What published recipes of causal students set: a time for each chunk, the average as target, exits at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.causal_video.model.calls import per_frame
+from fewstep.causal_video.stages.batch import PackedNetwork, chunk_uniform, over_frames
+from fewstep.causal_video.stages.consistency import tf_dcm_step
+from fewstep.causal_video.stages.forcing import forcing_loss, teacher_forcing_step
+from fewstep.causal_video.stages.self_forcing import plan_rollout
+from fewstep.causal_video.stages.train import train_causal_video, train_step, video_batch
+from fewstep.core.grids import shift_time
+from fewstep.core.paths import add_noise
+from fewstep.core.randomness import Draw
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
+from tests.dmd.tiny_run import assert_same_checkpoint
+
+
+def test_chunks_have_times_of_their_own(inputs: VideoInputs, tmp_path: Path) -> None:
+    """The loss is flow matching at a time per frame; with equal times it is that of one time per sample."""
+    changes = {"teacher_forcing.times": "chunk", "teacher_forcing.weight": "none"}
+    config = tiny_causal(inputs, tmp_path, "teacher_forcing", changes)
+    setup, trainer = start_causal(config)
+    stage = config.teacher_forcing
+    assert stage is not None
+    assert setup.networks is not None
+    draw = Draw(5, [0, 1], trainer.device)
+    batch = video_batch(config, stage, setup, draw=draw, step=0)
+    found = teacher_forcing_step(batch, setup.networks, draw=draw, stage=stage)
+    uniform = chunk_uniform(draw, setup.networks.layout, "forcing_chunk_time")
+    t = over_frames(shift_time(uniform, stage.shift), setup.networks.layout)
+    assert t.shape == (2, 3)
+    assert torch.equal(t[:, 1], t[:, 2])
+    assert not torch.equal(t[:, 0], t[:, 1])
+    velocity = setup.networks.on_context(batch)(add_noise(batch.x0, batch.eps, t), t, batch.condition)
+    expected = forcing_loss(velocity, batch.x0, batch.eps, torch.ones_like(t))
+    torch.testing.assert_close(found.loss, expected.loss)
+    one = torch.tensor([0.3, 0.6])
+    x_t = add_noise(batch.x0, batch.eps, one)
+    torch.testing.assert_close(
+        setup.networks.on_context(batch)(x_t, per_frame(one, 3), batch.condition),
+        setup.networks.on_context(batch)(x_t, one, batch.condition),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    trainer.close()
+
+
+def test_the_average_is_the_target_and_follows_the_student(inputs: VideoInputs, tmp_path: Path) -> None:
+    changes = {"tf_dcm.target": "ema", "student.ema_decay": 0.5}
+    config = tiny_causal(inputs, tmp_path, "tf_dcm", changes)
+    setup, trainer = start_causal(config)
+    networks, stage, role = setup.networks, config.tf_dcm, setup.student_role
+    assert networks is not None
+    assert stage is not None
+    assert role.ema is not None
+    assert networks.average is not None
+    average = dict(networks.average.named_parameters())
+    shadows = role.ema.state_dict()
+    # No memory of its own, and no gradient.
+    assert all(average[name].data_ptr() == shadow.data_ptr() for name, shadow in shadows.items() if name in average)
+    assert not any(parameter.requires_grad for parameter in average.values())
+    for _ in range(2):
+        train_step(config, setup, trainer)
+        trainer.advance()
+    live = dict(role.parameters)
+    assert any(not torch.equal(average[name], live[name]) for name in live)
+    draw = Draw(5, [0, 1], trainer.device)
+    batch = video_batch(config, stage, setup, draw=draw, step=2)
+    with role.ema.applied(role.module):
+        # With the averaged weights in place of the live ones both networks are the same.
+        x_t, t = add_noise(batch.x0, batch.eps, torch.tensor([0.4, 0.7])), torch.tensor([0.4, 0.7])
+        own = networks.on_context(batch, bare=True)(x_t, t, batch.condition)
+        theirs = PackedNetwork(networks.average, batch, networks.packed)(x_t, t, batch.condition)
+    torch.testing.assert_close(theirs, own)
+    drawn_to_average = tf_dcm_step(batch, networks, draw=draw, stage=stage)
+    networks = type(networks)(**{**vars(networks), "average": None})
+    drawn_to_itself = tf_dcm_step(batch, networks, draw=draw, stage=stage)
+    assert float(drawn_to_average.loss) != float(drawn_to_itself.loss)
+    trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("tf_dcm", {"tf_dcm.target": "ema"}),
+        ("teacher_forcing", {"teacher_forcing.times": "chunk"}),
+        ("self_forcing", {"self_forcing.exit": "last"}),
+    ],
+)
+def test_they_resume_exactly(inputs: VideoInputs, tmp_path: Path, stage: str, changes: dict[str, object]) -> None:
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "straight", stage, changes)) == 0
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "resumed", stage, {**changes, "run.steps": 2})) == 0
+    assert (
+        train_causal_video(tiny_causal(inputs, tmp_path / "resumed", stage, {**changes, "run.resume": "latest"})) == 0
+    )
+    left, right = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "resumed"))
+    assert_same_checkpoint(left, right)
+
+
+def test_rollouts_may_always_go_to_the_end(inputs: VideoInputs, tmp_path: Path) -> None:
+    config = tiny_causal(inputs, tmp_path, "self_forcing", {"self_forcing.exit": "last"})
+    setup, trainer = start_causal(config)
+    trainer.close()
+    assert {plan_rollout(config, setup.settings, step).exit_step for step in range(9)} == {2}
