@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.stages.batch import (
     ForcingNetworks,
     ForcingStep,
@@ -22,6 +23,7 @@ from fewstep.consistency.methods.dcm import consistency_distillation_loss, teach
 from fewstep.consistency.methods.scm import Tangent, flow_tangent, normalise_tangent, scm_loss, tangent_warmup
 from fewstep.consistency.tangents import central_derivative, total_derivative
 from fewstep.consistency.times import grid_times, logit_normal, mix_max_time
+from fewstep.core.families.family import network_dtype
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
 from fewstep.core.training.trainer import Trainer
@@ -108,7 +110,9 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
     x0, condition = setup.videos(list(range(len(CHECKED_TIMES))), trainer.device)
     t = torch.tensor(CHECKED_TIMES, device=trainer.device)
     batch = VideoBatch(x0, x0, condition, x0, None, None, 0)
-    packed = PackedNetwork(setup.student, batch, setup.networks.packed)
+    # A wrapper of its own, around which no trainer has put autocast: the rounding of bf16 is far beyond the check's.
+    bare = CausalWan(setup.student.transformer)
+    packed, dtype = PackedNetwork(bare, batch, setup.networks.packed), network_dtype(bare.transformer)
     found = []
     # Steps of time are small, since the network gets a thousand times as much.
     for name, tangents, step, halvings in (
@@ -117,7 +121,12 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
     ):
         try:
             check = check_jvp(
-                lambda x, time: packed(x, time, condition), (x0, t), tangents, largest_step=step, halvings=halvings
+                lambda x, time: packed(x, time, condition),
+                (x0, t),
+                tangents,
+                dtype=dtype,
+                largest_step=step,
+                halvings=halvings,
             )
         except ValueError as error:
             raise ValueError(f"along {name}: {error}: set tf_scm.tangent to 'central'") from error

@@ -182,14 +182,15 @@ def network_dtype(network: nn.Module) -> torch.dtype:
     """The dtype in which a network computes: that of most of its floating weights.
 
     Not that of the first: diffusers keeps some layers of a half-precision network in fp32 (norms, time embeddings and
-    tables, `_keep_in_fp32_modules`), and adapters on it are fp32, too.
+    tables, `_keep_in_fp32_modules`). Adapters do not count: they are fp32 on whatever they sit, and of a high rank they
+    may outnumber the weights under them.
 
     Raises:
         ValueError: the network has no floating weights.
     """
     counts: dict[torch.dtype, int] = {}
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and ".lora_" not in name:
             counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     if not counts:
         raise ValueError(f"{type(network).__name__} has no floating parameter, so it has no dtype to call it in")

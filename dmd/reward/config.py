@@ -186,8 +186,6 @@ class RewardStudentConfig(SteppingStudentConfig):
     """Updates on one rollout, with the ratio as importance weight where the method has one."""
 
     def __post_init__(self) -> None:
-        if self.init is None:
-            raise ValueError("init is empty; give the run directory of a student from scripts/train_dmd.py")
         require_positive(steps=self.steps, updates_per_rollout=self.updates_per_rollout)
         super().__post_init__()
 
@@ -247,6 +245,11 @@ class RewardRunConfig:
 
     def __post_init__(self) -> None:
         require_one_method(self)
+        if self.student.init is None and (self.matching is None or self.matching.cold_start_steps == 0):
+            raise ValueError(
+                "student.init is empty; give the run directory of a student from scripts/train_dmd.py, or start from "
+                "the teacher with matching.cold_start_steps of matching alone"
+            )
         check_groups(self.reward, self.run)
         check_comparison(self)
         check_matching(self)

@@ -63,12 +63,12 @@ class Needs:
 class RewardData:
     """What is read from disk before any network is loaded: a mistake here costs seconds.
 
-    `init` are the student's weights, `fake_score` those of the fake score that went with them, or None; `real` are
-    latents of real pictures for the pixel GAN, or None.
+    `init` are the student's weights, None for a cold start from the teacher, `fake_score` those of the fake score that
+    went with them, or None; `real` are latents of real pictures for the pixel GAN, or None.
     """
 
     prompts: tuple[str, ...]
-    init: StoredWeights
+    init: StoredWeights | None
     fake_score: StoredWeights | None
     real: LatentDataset | None = None
 
@@ -76,12 +76,13 @@ class RewardData:
     def read(cls, config: RewardRunConfig, needs: Needs) -> RewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_models(config.teacher, student=config.student, fake_score=config.fake_score)
-        assert config.student.init is not None
-        init = find_weights(config.student.init)
-        require_same_steps(config.student, init)
+        init = None if config.student.init is None else find_weights(config.student.init)
+        if init is not None:
+            require_same_steps(config.student, init)
         fake_score = find_fake_score(config.fake_score)
-        file = None if config.fake_score is None or fake_score is not None else init.beside("fake_score")
-        if file is not None:
+        beside = init is not None and config.fake_score is not None and fake_score is None
+        file = init.beside("fake_score") if beside and init is not None else None
+        if file is not None and init is not None:
             found = StoredWeights(init.key, init.source, (file,))
             # A fake score of other adapters is of no use; one of all weights starts none.
             fits = config.fake_score is not None and found.holds_adapters == (config.fake_score.lora_rank > 0)

@@ -183,6 +183,7 @@ def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student:
     # An export is a start as good as its run.
     again = reward_config(inputs, output, tmp_path / "again", "rtdmd")
     read = RewardData.read(again, needs_of(again))
+    assert read.init is not None
     assert read.init.files == (output / "transformer" / "diffusion_pytorch_model.safetensors",)
     assert read.fake_score is None
     # A checkpoint brings its fake score, which a run without matching leaves alone.
@@ -190,6 +191,7 @@ def test_a_whole_run_is_measured_saved_and_exported(inputs: TinyInputs, student:
     for name, files in (("rtdmd", (folder / "fake_score.safetensors",)), ("nft", None)):
         one = reward_config(inputs, folder, tmp_path / "again", name)
         found = RewardData.read(one, needs_of(one))
+        assert found.init is not None
         assert found.init.files == (folder / "student_ema.safetensors",)
         assert (None if found.fake_score is None else found.fake_score.files) == files
 
