@@ -1,0 +1,186 @@
+"""Every family with teacher and run in bf16, for every kind of objective: one step beside that in fp32.
+
+Consistency methods on SD3 and Wan are in tests/consistency/test_consistency_half_precision.py; here are the families
+beside them, distribution matching on all, adapters on the bf16 base, and the causal stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from fewstep.causal_video.stages.consistency import check_tangent as check_causal_tangent
+from fewstep.causal_video.stages.train import train_step as causal_step
+from fewstep.consistency.config import ConsistencyMatchingConfig
+from fewstep.consistency.sections import DcmConfig, EctConfig, ScmConfig
+from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.train import train_step as consistency_step
+from fewstep.core.data import LatentDataset
+from fewstep.core.randomness import sample_noise
+from fewstep.core.settings import FakeScoreConfig
+from fewstep.core.teacher import Teacher
+from fewstep.dmd.config import FDistillObjective, GanConfig, SidObjective
+from fewstep.dmd.train import train_step as dmd_step
+from tests.causal_video.tiny_causal_run import start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
+from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
+from tests.dmd.tiny_run import PROMPTS, TinyInputs, changed, start, tiny_config
+from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipeline
+from tests.tiny_sana import build_sana
+from tests.tiny_videos import build_video_pipeline
+
+FAMILIES: dict[str, Any] = {
+    "sd3": build_sd3,
+    "sd15": build_sd15,
+    "sdxl": build_sdxl,
+    "sana": lambda: build_sana(dense=True),
+    "wan": lambda: build_video_pipeline(text_tokens=8),
+    "wan_time_per_token": lambda: build_video_pipeline(text_tokens=8, expand_timesteps=True),
+}
+# Tangents along time of SD3 and Wan are tested elsewhere; those of a table's U-Net and of SANA here.
+CONSISTENT = ("sd15", "sdxl", "sana", "wan_time_per_token")
+ADAPTERS = {"student.lora_rank": 2, "fake_score.lora_rank": 2}
+MATCHINGS = ("dmd", "sid", "f_distill", "adapters", "teacher_gan")
+OBJECTIVES = ("scm", "dcm", "ect", "rcm", "adapters")
+STAGES = ("teacher_forcing", "diffusion_forcing", "tf_dcm", "tf_scm", "ode", "self_forcing")
+# Logged numbers that are means over a batch of 4, so that bf16's errors of single numbers average out.
+CLOSE: dict[str, Any] = {"rel": 0.1, "abs": 4e-3}
+
+
+@dataclass(frozen=True)
+class FamilyInputs:
+    """A tiny model of a family on disk, and data of its shape."""
+
+    inputs: TinyInputs
+    size: dict[str, int]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the mixed precision of the first run of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyInputs]:
+    found = {}
+    for name, build in FAMILIES.items():
+        folder = tmp_path_factory.mktemp(name)
+        teacher = save_pipeline(build(), folder / "teacher")
+        size = {"height": 32, "width": 32, "frames": 5} if name.startswith("wan") else {}
+        shape = Teacher.load(teacher).latent_shape(**size)
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        latents = 0.3 + 0.8 * sample_noise(9, range(5), shape, stream="data")
+        LatentDataset(latents, tuple(f"picture {number}" for number in range(5))).save(folder / "latents")
+        inputs = TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "none")
+        found[name] = FamilyInputs(inputs, size)
+    return found
+
+
+def in_both(config: Any, first_step: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics of the first step in fp32, and with teacher and run in bf16."""
+    results = []
+    for dtype, precision in (("float32", "no"), ("bfloat16", "bf16")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        changes = {"teacher.dtype": dtype, "run.mixed_precision": precision}
+        directory = f"{config.run.directory}_{precision}"
+        results.append(first_step(changed(config, {**changes, "run.directory": directory})))
+    return results[0], results[1]
+
+
+def assert_close(exact: dict[str, float], half: dict[str, float], names: tuple[str, ...]) -> None:
+    assert exact.keys() == half.keys()
+    for name in names:
+        assert half[name] == pytest.approx(exact[name], **CLOSE), name
+    assert exact != half
+
+
+def dmd_first(config: Any) -> dict[str, float]:
+    setup, trainer = start(config)
+    metrics = dmd_step(config, setup, trainer)
+    trainer.close()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", MATCHINGS)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_matching(families: dict[str, FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
+    family = families[name]
+    gan = GanConfig(latents=str(family.inputs.latents), weight=0.1, discriminator_weight=0.5)
+    changes: dict[str, Any] = {f"data.{key}": value for key, value in family.size.items()} | {"student.steps": 2}
+    changes |= {
+        "dmd": {},
+        "sid": {"dmd": None, "sid": SidObjective()},
+        "f_distill": {"dmd": None, "f_distill": FDistillObjective(), "gan": gan},
+        "adapters": ADAPTERS,
+        "teacher_gan": {
+            "gan": dataclasses.replace(gan, features="teacher", optimizer=OPTIMIZER, discriminator_weight=0.01)
+        },
+    }[objective]
+    exact, half = in_both(tiny_config(family.inputs, tmp_path / "run", changes), dmd_first)
+    assert_close(exact, half, ("fake_score_loss", "matching_student_std", "matching_teacher_std"))
+
+
+def consistency_first(config: Any) -> dict[str, float]:
+    setup, trainer = start_consistency(config)
+    checked = check_tangent(config, setup, trainer)
+    assert (checked is not None) == (config.scm is not None and config.scm.tangent == "jvp")
+    metrics = consistency_step(config, setup, trainer)
+    trainer.close()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_consistency(families: dict[str, FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
+    family = families[name]
+    sections: dict[str, Any] = {
+        "scm": {"scm": ScmConfig(time_std=0.8)},
+        "dcm": {"dcm": DcmConfig(grid_steps=8)},
+        "ect": {"ect": EctConfig(), "teacher.guidance": 1.0},
+        "rcm": {
+            "dcm": DcmConfig(grid_steps=8),
+            "matching": ConsistencyMatchingConfig(weight=0.5),
+            "fake_score": FakeScoreConfig(optimizer=OPTIMIZER, ratio=1),
+        },
+        "adapters": {"scm": ScmConfig(time_std=0.8), "student.lora_rank": 2},
+    }[objective]
+    config = tiny_consistency(family.inputs, tmp_path / "run", "dcm")
+    size = {f"data.{key}": value for key, value in family.size.items()}
+    config = changed(config, {"dcm": None, **sections, **size})
+    exact, half = in_both(config, consistency_first)
+    names = tuple(name for name in ("consistency_loss", "tangent", "student_grad_norm") if name in exact)
+    assert_close(exact, half, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, stage: str, adapters: bool) -> None:
+    inputs = write_causal_inputs(tmp_path_factory.mktemp("videos"))
+    changes: dict[str, Any] = {"student.lora_rank": 2} if adapters else {}
+    if stage == "tf_scm":
+        changes["tf_scm.check_tangent"] = True
+    config = tiny_causal(inputs, tmp_path / "run", stage, changes)
+
+    def first(config: Any) -> dict[str, float]:
+        setup, trainer = start_causal(config)
+        if config.tf_scm is not None:
+            assert check_causal_tangent(config.tf_scm, setup, trainer) is not None
+        metrics = causal_step(config, setup, trainer)
+        trainer.close()
+        return {name: float(value) for name, value in metrics.items()}
+
+    exact, half = in_both(config, first)
+    names = ("matching_student_std", "matching_teacher_std") if stage == "self_forcing" else ("forcing_loss",)
+    assert_close(exact, half, names)
