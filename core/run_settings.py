@@ -24,7 +24,8 @@ class RunSettings:
 
     Attributes:
         method: name of the method, for people.
-        teacher_path, teacher_variant, teacher_revision, teacher_subfolder: of the pipeline that was distilled.
+        teacher_path, teacher_variant, teacher_revision, teacher_subfolder, teacher_lora, teacher_lora_scale: of the
+            pipeline that was distilled.
         guidance: that is in the student's weights, or that it is told.
         student_path: of the pipeline whose network the student started from; None is the teacher's.
         negative_prompt: what the guidance led away from; None is the stock pipeline's own.
@@ -34,6 +35,7 @@ class RunSettings:
         timesteps: the same in the network's units, or None.
         sampler: as of `Student`.
         teacher_dtype: in which the teacher was kept, and with it the weights that adapters sat on.
+        teacher_quantise: in how many bits the layers of its blocks were kept.
         lora_rank: rank of the adapters, 0 for none.
         lora_alpha: their scale.
         lora_targets: as of `StudentConfig`.
@@ -55,11 +57,14 @@ class RunSettings:
     teacher_variant: str | None = None
     teacher_revision: str | None = None
     teacher_subfolder: str | None = None
+    teacher_lora: str | None = None
+    teacher_lora_scale: float = 1.0
     student_path: str | None = None
     negative_prompt: str | None = None
     times: tuple[float, ...] | None = None
     timesteps: tuple[float, ...] | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_quantise: Literal["none", "int8", "float8"] = "none"
     lora_rank: int = 0
     lora_alpha: float = 64.0
     lora_targets: tuple[str, ...] = ()
@@ -83,6 +88,8 @@ class RunSettings:
             variant=self.teacher_variant,
             revision=self.teacher_revision,
             subfolder=self.teacher_subfolder,
+            lora=self.teacher_lora,
+            lora_scale=self.teacher_lora_scale,
         )
 
     def save(self, run: str | Path) -> Path:

@@ -54,6 +54,17 @@ class ModelSource:
     """Branch, tag or commit of a model of the hub."""
     subfolder: str | None = None
     """Folder of the pipeline inside the directory or repository."""
+    lora: str | None = None
+    """A LoRA of the pipeline's network that is merged into it first: a .safetensors file, a folder or a hub id, in any
+    layout that diffusers knows (its own, kohya's, ComfyUI's)."""
+    lora_scale: float = 1.0
+    """Its scale."""
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.lora_scale != 1.0:
+            raise ValueError(f"lora_scale is {self.lora_scale}, and there is no lora: leave it out")
+        if not math.isfinite(self.lora_scale):
+            raise ValueError(f"lora_scale is {self.lora_scale}; it must be a number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +77,9 @@ class TeacherConfig(ModelSource):
     """What u is told; empty is the stock pipeline's own (the empty prompt; zeros for SDXL). Recipes of Wan have one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the frozen teacher is kept."""
+    quantise: Literal["none", "int8", "float8"] = "none"
+    """Keep the linear layers of the network's blocks in 8 bits (torchao: pip install 'fewstep[quantise]'); what is
+    trained on it are adapters, or networks of another path."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of its autoencoder, whose rounding is seen in sample grids and in what rewards judge."""
 
@@ -76,12 +90,16 @@ class TeacherConfig(ModelSource):
             "teacher_variant": self.variant,
             "teacher_revision": self.revision,
             "teacher_subfolder": self.subfolder,
+            "teacher_lora": self.lora,
+            "teacher_lora_scale": self.lora_scale,
             "teacher_dtype": self.dtype,
+            "teacher_quantise": self.quantise,
             "guidance": self.guidance,
             "negative_prompt": self.negative_prompt,
         }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; it must be a number")
 

@@ -18,10 +18,13 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
+from fewstep.core.networks.lora import merge_lora_file
 from fewstep.core.networks.other_models import load_network
+from fewstep.core.networks.quantised import Quantisation, quantise
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
+from fewstep.core.weights import NETWORK_FOLDERS
 
 
 class Teacher:
@@ -63,7 +66,10 @@ class Teacher:
         """The teacher that the settings of a run name. Raises ValueError as `load`."""
         dtype, vae_dtype = (getattr(torch, name) for name in (settings.dtype, settings.vae_dtype))
         negative = settings.negative_prompt
-        return cls.load(settings, device=device, dtype=dtype, vae_dtype=vae_dtype, negative_prompt=negative)
+        kept = settings.quantise
+        return cls.load(
+            settings, device=device, dtype=dtype, vae_dtype=vae_dtype, quantised=kept, negative_prompt=negative
+        )
 
     @classmethod
     def load(
@@ -73,12 +79,16 @@ class Teacher:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype | None = None,
+        network_dtype: torch.dtype | None = None,
+        quantised: Quantisation = "none",
         negative_prompt: str | None = None,
     ) -> Teacher:
         """Load a diffusers directory or a model of the hub; safetensors alone, and no code from the model.
 
-        The autoencoder has `vae_dtype`, by default that of the rest; one that its config says is unstable in fp16 stays
-        in fp32. `negative_prompt` None is what the stock pipeline guides with by itself.
+        Autoencoder and denoising network have `vae_dtype` and `network_dtype`, by default that of the rest; an
+        autoencoder that its config says is unstable in fp16 stays in fp32. `quantised` is of the network, see
+        `quantise`. `negative_prompt` None is what the stock
+        pipeline guides with by itself.
 
         Raises:
             ValueError: the directory, its index or a component is missing, or no family can call it.
@@ -93,11 +103,16 @@ class Teacher:
         # Read in its own precision: a bf16 autoencoder that is widened afterwards has lost its digits.
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
-            dtype={"default": dtype, "vae": vae_dtype},
+            dtype={"default": dtype, "vae": vae_dtype, **dict.fromkeys(NETWORK_FOLDERS, network_dtype or dtype)},
             use_safetensors=True,
             variant=variant_of(folder, source.variant),
             **dict.fromkeys(null_components),
         )
+        if source.lora is not None:
+            merge_lora_file(pipeline, source.lora, scale=source.lora_scale)
+        for name in NETWORK_FOLDERS:
+            if getattr(pipeline, name, None) is not None:
+                quantise(getattr(pipeline, name), quantised)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, path=source.path, negative_prompt=negative_prompt)

@@ -6,6 +6,7 @@ A header is YAML behind '# ': recipe, source, published (keys of the file with t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 FIELDS = {"recipe", "source", "published", "deviates", "unknown", "trained"}
 # Keys that this project's own place decides.
 PLACES = ("data.prompts", "data.latents", "gan.latents", "noised_data.latents")
+NEGATIVE = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
 IDS = [f"{path.parent.name}-{path.stem}" for path in RECIPES]
 # A tiny model for each folder, and the size that its clips or pictures have there.
 SMALL: dict[str, Any] = {
@@ -124,6 +126,20 @@ def test_a_header_says_what_the_file_sets(path: Path) -> None:
     header = header_of(path)
     assert problems_of(path, header) == []
     assert len(header["published"]) >= 2
+
+
+def test_recipes_of_wan_lead_away_from_its_own_negative_prompt() -> None:
+    """The long one of its repository, in every file that guides."""
+    found = {
+        path.parent.name + path.stem: load(class_of(path), "--config", str(path)).teacher.negative_prompt
+        for path in RECIPES
+        if path.parent.name.startswith("wan")
+    }
+    assert len(set(found.values())) == 1
+    (text,) = set(found.values())
+    assert text is not None
+    assert hashlib.sha256(text.encode()).hexdigest() == NEGATIVE
+    assert len(text.split("\uff0c")) == 28
 
 
 def test_headers_that_are_wrong_are_found() -> None:

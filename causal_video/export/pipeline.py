@@ -35,7 +35,7 @@ from fewstep.core.export.check import PROBE_PROMPTS, PROBE_SEED, ExportMismatchE
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
 from fewstep.core.export.model_card import Verification, license_of, public_name
 from fewstep.core.export.pipeline import DTYPE_NAMES, LIBRARIES, ROUNDING_TOLERANCES, SAMPLER_TOLERANCE
-from fewstep.core.export.run import find_checkpoint
+from fewstep.core.export.run import find_checkpoint, load_base
 from fewstep.core.networks.lora import merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
@@ -98,7 +98,9 @@ def export_causal_run(
     with torch.random.fork_rng(devices=[]):
         # Everything but the network is the same in both models.
         base = config.teacher if config.student.path is None else ModelSource(path=config.student.path)
-        teacher = Teacher.load(base, device=device)
+        bits = config.teacher.quantise if base is config.teacher else "none"
+        adapters = config.student.lora_rank > 0
+        teacher = load_base(base, config.teacher.dtype, bits, has_adapters=adapters, device=device)
         actions = trained_controls(run, config)
         network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
         report = CausalReport(

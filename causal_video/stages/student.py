@@ -17,6 +17,7 @@ from fewstep.causal_video.stages.sections import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.wan import WanFamily
 from fewstep.core.networks.build import add_adapters
+from fewstep.core.networks.quantised import dequantise
 from fewstep.core.teacher import Teacher
 from fewstep.core.weights import StoredWeights, load_weights
 
@@ -36,6 +37,9 @@ def build_student(
     # Adapters sit on the teacher's own weights, or on frozen ones of the stage before, in the dtype of the teacher.
     start = teacher.base(settings.path)
     base = start.beside() if shared else start.copy()
+    if not shared:
+        # Weights of a stage before are loaded into it, which 8 bits would not take.
+        dequantise(base.network)
     network = (base if has_adapters else base.float()).network
     if not isinstance(teacher.family, WanFamily) or not isinstance(network, WanTransformer3DModel):
         raise ValueError(f"causal students are made of Wan teachers, and {teacher.path} is {teacher.family.name}")

@@ -20,6 +20,7 @@ from fewstep.core.export.check import (
     relative_difference,
     training_latents,
 )
+from fewstep.core.export.comfyui import write_comfyui
 from fewstep.core.export.components import absent_components
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
 from fewstep.core.export.model_card import (
@@ -35,7 +36,6 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
-from fewstep.core.networks.adapters import round_weights
 from fewstep.core.networks.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
@@ -94,7 +94,8 @@ def export_pipeline(
     steps on `sampler.times`. A second time of the network becomes part of its time layers, for these times alone; for
     Wan it stays, in an AnyFlowPipeline, which takes any number of steps.
     `distillation.json` and README.md say what to pass to the pipeline. With `lora_only` it
-    holds `pytorch_lora_weights.safetensors` and the scheduler, to be loaded on top of the teacher. It appears at
+    holds `pytorch_lora_weights.safetensors` and the scheduler, to be loaded on top of the teacher, and where ComfyUI
+    knows the model comfyui/lora.safetensors. It appears at
     `output` only after the comparison: latents to 3e-5 of the largest in fp32 arithmetic, timesteps to 1e-3.
 
     Args:
@@ -246,8 +247,11 @@ def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
 
 
 def _write_adapters(job: _Job, stored: Any, draft: Path) -> None:
-    tensors = {name: tensor.to(job.dtype).contiguous() for name, tensor in lora_state_dict(stored).items()}
-    metadata = stored.peft_config[ADAPTER].to_dict() | {"base_model_name_or_path": None}
+    state, config = lora_state_dict(stored), stored.peft_config[ADAPTER]
+    tensors = {name: tensor.to(job.dtype).contiguous() for name, tensor in state.items()}
+    metadata = config.to_dict() | {"base_model_name_or_path": None}
+    scale = config.lora_alpha / config.r
+    write_comfyui(state, draft, family=job.teacher.family.name, scale=scale, dtype=job.dtype)
     job.teacher.pipeline.save_lora_weights(
         draft,
         safe_serialization=True,
@@ -296,8 +300,9 @@ def _load(job: _Job, draft: Path) -> Any:
     """The export as a user would load it, in fp32: diffusers casts to that by default, transformers does not."""
     if not job.lora_only:
         return DiffusionPipeline.from_pretrained(draft, dtype=torch.float32)
-    pipeline: Any = Teacher.load(job.teacher_path).pipeline
-    round_weights(getattr(pipeline, job.network_name), getattr(torch, job.report.base_dtype))
+    base = Teacher.load(job.teacher_path, network_dtype=getattr(torch, job.report.base_dtype))
+    base.denoiser.float()
+    pipeline: Any = base.pipeline
     pipeline.load_lora_weights(draft)
     pipeline.register_modules(scheduler=type(job.plan.scheduler).from_pretrained(draft, subfolder="scheduler"))
     return pipeline

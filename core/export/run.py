@@ -17,10 +17,11 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
-from fewstep.core.networks.adapters import round_weights
 from fewstep.core.networks.build import adapted_layers
 from fewstep.core.networks.lora import add_lora
+from fewstep.core.networks.quantised import Quantisation, dequantise
 from fewstep.core.run_settings import RunSettings, read_settings
+from fewstep.core.settings import ModelSource
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
@@ -73,6 +74,8 @@ def export_run(
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
     settings = with_steps(read_settings(run), steps, run)
+    if files.lora_only:
+        require_own_base(settings)
     loaded = load_run_student(run, settings, checkpoint=checkpoint, weights=weights, device=device)
     if isinstance(loaded.student.denoiser.network, ControlledSana):
         raise ValueError(f"{run} trained a student with a ControlNet: use scripts/export_sana_control.py")
@@ -90,12 +93,11 @@ def export_run(
         base_dtype=settings.teacher_dtype if settings.lora_rank > 0 else "float32",
     )
     output = run / "export" if output is None else Path(output)
+    shift = settings.shift if settings.sampler == "flow_map" else None
     record = export_pipeline(
         settings.base,
         loaded.student.denoiser.network,
-        sampler=SamplerSpec(
-            loaded.student.times, settings.sampler, settings.shift if settings.sampler == "flow_map" else None
-        ),
+        sampler=SamplerSpec(loaded.student.times, settings.sampler, shift),
         output=output,
         report=report,
         dtype=dtypes[dtype],
@@ -103,6 +105,18 @@ def export_run(
         lora_only=files.lora_only,
     )
     return output, record
+
+
+def require_own_base(settings: RunSettings) -> None:
+    """Raises ValueError for adapters that sit on other weights than a user would load them on."""
+    unlike = f"teacher.lora {settings.base.lora}" if settings.base.lora is not None else None
+    if settings.teacher_quantise != "none" and settings.student_path is None:
+        unlike = f"teacher.quantise {settings.teacher_quantise}"
+    if unlike is not None:
+        raise ValueError(
+            f"lora_only with {unlike}: the adapters were trained on other weights than a user would load them on; "
+            "export them merged"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,13 +140,22 @@ def load_run_student(
     name = EMA_FILE if weights == "ema" else LIVE_FILE
     if name not in loaded.tensors:
         raise ValueError(f"the checkpoint has no {name}.safetensors, only {', '.join(loaded.tensors)}; change weights")
-    teacher = Teacher.load(settings.base, device=device)
-    if settings.lora_rank > 0:
-        round_weights(teacher.denoiser.network, getattr(torch, settings.teacher_dtype))
+    bits = settings.teacher_quantise if settings.student_path is None else "none"
+    teacher = load_base(settings.base, settings.teacher_dtype, bits, has_adapters=settings.lora_rank > 0, device=device)
     network = _student_network(teacher, settings, loaded.tensors[name])
     sprint = settings.guidance_embedded
     times = sprint_times(settings.steps) if sprint else student_times(teacher.pipeline, settings)
     return RunStudent(teacher, Student(Denoiser(network, teacher.family), times, settings.sampler), loaded.step)
+
+
+def load_base(source: ModelSource, dtype: str, quantised: Quantisation, *, has_adapters: bool, device: str) -> Teacher:
+    """The pipeline that a student is of, in fp32; its network has the values on which adapters were trained, which are
+    rounded to `dtype` and `quantised`. Raises ValueError as `Teacher.load`."""
+    kept = getattr(torch, dtype) if has_adapters else None
+    teacher = Teacher.load(source, device=device, network_dtype=kept, quantised=quantised if has_adapters else "none")
+    dequantise(teacher.denoiser.network)
+    teacher.denoiser.float()
+    return teacher
 
 
 def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettings:

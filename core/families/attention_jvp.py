@@ -121,8 +121,7 @@ def check_denoiser_jvp(
 ) -> DenoiserJvpCheck:
     """Check both parts of the tangent d velocity / d (x_t, t) along (dx, dt) before a training run rests on it.
 
-    Takes some sixty network calls; a small batch of small latents tells as much as a large one. Differences
-    of a network in half precision are too coarse for more than gross mistakes: check a copy with fp32 weights.
+    Takes some sixty calls of a small batch. Differences in half precision find gross mistakes alone.
 
     Args:
         denoiser: prepared by `use_jvp_attention`, in the mode (train or eval) in which it will be used.
@@ -164,10 +163,8 @@ def check_denoiser_jvp(
             raise ValueError(f"along {name}: {error}") from error
 
     # A network that is told 1000 t turns on a scale of a thousandth. Steps below a millionth would see the flat places
-    # of a family that rounds its timestep, and call a lost tangent right. One that is told t turns on a scale of one,
-    # where only large steps stand out from the rounding of weights in half precision.
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    largest, halvings = (2.0**-2, 14) if is_half else (2.0**-8, 10)
+    # of a family that rounds its timestep, and call a lost tangent right. In half precision only large steps stand out.
+    largest, halvings = (2.0**-2, 14) if dtype in (torch.bfloat16, torch.float16) else (2.0**-8, 10)
     return DenoiserJvpCheck(
         state=check("the state", (dx, None), 2.0**-3, 12), time=check("time", (None, dt), largest, halvings)
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 ADAPTER = "default"
@@ -84,6 +85,39 @@ def merge_lora(network: nn.Module) -> None:
     if not isinstance(network, AdapterNetwork) or not lora_layers(network):
         raise ValueError("the network has no LoRA adapters to merge")
     network.fuse_lora(safe_fusing=True)
+    network.unload_lora()
+
+
+def merge_lora_file(pipeline: Any, source: str, *, scale: float) -> None:
+    """Add a stored LoRA to the weights of a pipeline's denoising network, in place; safetensors alone.
+
+    Raises:
+        ValueError: it cannot be read, is of another network, or changes text encoders, which stay the teacher's own.
+    """
+    try:
+        found = pipeline.lora_state_dict(source, use_safetensors=True, return_lora_metadata=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"teacher.lora {source} cannot be read ({error}); give a LoRA as .safetensors") from error
+    # U-Nets give the scales of kohya's layout between the weights and the rank and scale of diffusers' own.
+    state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+    text = [name for name in state if name.startswith("text_encoder")]
+    if text:
+        raise ValueError(
+            f"teacher.lora {source} changes {len(text)} weights of the text encoders {text[:2]}, and students have the "
+            "teacher's own: give a LoRA of the denoising network alone"
+        )
+    name = next(name for name in ("transformer", "unet") if getattr(pipeline, name, None) is not None)
+    network = getattr(pipeline, name)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            network.load_lora_adapter(
+                state, prefix=name, network_alphas=alphas, metadata=metadata, adapter_name="teacher"
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ValueError(f"teacher.lora {source} does not fit the {name} of the teacher: {error}") from error
+    if not lora_layers(network):
+        raise ValueError(f"teacher.lora {source} has no weights for the {name} of the teacher: is it of another model?")
+    network.fuse_lora(lora_scale=scale, safe_fusing=True)
     network.unload_lora()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewstep.core.families.table import config_components
-from fewstep.core.settings import ModelSource, TrainedConfig
+from fewstep.core.settings import ModelSource, TeacherConfig, TrainedConfig
 from fewstep.core.teacher_files import check_teacher, fetch_network, read_configs, variant_of
 
 # What decides how a network is called and what its inputs and outputs mean, by component. The size of it is not here.
@@ -42,12 +42,19 @@ SAME: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_models(teacher: ModelSource, **roles: TrainedConfig | None) -> None:
+def check_models(teacher: TeacherConfig, **roles: TrainedConfig | None) -> None:
     """Check from JSON files alone the teacher and the models that roles start from, by their sections' names.
 
     Raises:
         ValueError: one cannot be used, or a role's model is of another latent space than the teacher.
     """
+    for name, settings in roles.items():
+        copied = settings is not None and settings.lora_rank == 0 and settings.path is None
+        if teacher.quantise != "none" and copied:
+            raise ValueError(
+                f"{name}.lora_rank is 0, which trains a copy of all weights, and teacher.quantise is "
+                f"{teacher.quantise}: train adapters, or give {name}.path, a model that is not quantised"
+            )
     check_teacher(teacher)
     for name, settings in roles.items():
         if settings is not None and settings.path is not None:

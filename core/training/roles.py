@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.config import OptimizerConfig
+from fewstep.core.networks.quantised import parts_of
 from fewstep.core.training.ema import Ema
 from fewstep.core.training.optimizer_state import load_optimizer, optimizer_to_tensors
 
@@ -239,7 +240,8 @@ def memory_table(rows: Sequence[RoleMemory]) -> str:
 
 def _new_bytes(module: nn.Module, counted: set[int]) -> int:
     """Bytes of the weights and buffers of a module that no network before it holds."""
-    held = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    tensors = (part for tensor in (*module.parameters(), *module.buffers()) for part in parts_of(tensor))
+    held = {tensor.data_ptr(): tensor for tensor in tensors}
     fresh = held.keys() - counted
     counted |= fresh
     return _bytes(held[place] for place in fresh)

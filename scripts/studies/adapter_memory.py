@@ -80,12 +80,8 @@ def measure(variant: str) -> Measured:
     from fewstep.core.config import OptimizerConfig
     from fewstep.core.fake_score import FakeScore
     from fewstep.core.networks.lora import add_lora
-    from fewstep.core.randomness import Draw
     from fewstep.core.training.ema import Ema
     from fewstep.core.training.optimizers import build_optimizer
-    from fewstep.core.training.roles import frozen
-    from fewstep.dmd.config import MatchingConfig
-    from fewstep.dmd.matching import Scores, fake_score_step, student_step
 
     torch.set_num_threads(1)
     before = resident()
@@ -107,6 +103,33 @@ def measure(variant: str) -> Measured:
     optimizers = {name: build_optimizer(parameters, settings) for name, parameters in trained.items()}
     average = Ema(student, 0.99)
     built = resident() - before
+    highest = watched_steps(teacher, student, fake, list(optimizers.values()), average, before=before)
+    base = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
+    adapters = {name: sum(p.numel() for _, p in parameters) for name, parameters in trained.items()}
+    # Weights, gradients and two moments of both, and the average of the student.
+    expected = base + 4 * (4 * sum(adapters.values()) + adapters["student"])
+    return Measured(
+        variant=variant,
+        parameters=sum(p.numel() for p in teacher.denoiser.parameters()),
+        adapters=sum(adapters.values()),
+        expected=round(expected / MIB, 1),
+        after_build=round(built, 1),
+        after_steps=round(resident() - before, 1),
+        highest=round(highest, 1),
+    )
+
+
+def watched_steps(
+    teacher: Any, student: Any, fake: Any, optimizers: list[Any], average: Any, *, before: float
+) -> float:
+    """Whole steps of DMD; the highest memory in them, in MiB over `before`."""
+    import torch
+
+    from fewstep.core.randomness import Draw
+    from fewstep.core.training.roles import frozen
+    from fewstep.dmd.config import MatchingConfig
+    from fewstep.dmd.matching import Scores, fake_score_step, student_step
+
     highest, stop = [0.0], threading.Event()
 
     def watch() -> None:
@@ -127,25 +150,13 @@ def measure(variant: str) -> Measured:
         fake_score_step(
             x0.detach(), condition, fake_score=fake, draw=draw, times=MatchingConfig(), clock=teacher.family
         ).loss.backward()
-        for optimizer in optimizers.values():
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         average.update(step)
     stop.set()
     thread.join()
-    base = sum(p.numel() * p.element_size() for p in teacher.denoiser.parameters())
-    adapters = {name: sum(p.numel() for _, p in parameters) for name, parameters in trained.items()}
-    # Weights, gradients and two moments of both, and the average of the student.
-    expected = base + 4 * (4 * sum(adapters.values()) + adapters["student"])
-    return Measured(
-        variant=variant,
-        parameters=sum(p.numel() for p in teacher.denoiser.parameters()),
-        adapters=sum(adapters.values()),
-        expected=round(expected / MIB, 1),
-        after_build=round(built, 1),
-        after_steps=round(resident() - before, 1),
-        highest=round(highest[0], 1),
-    )
+    return highest[0]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.core.export.run import ExportFiles, export_run
 from fewstep.core.networks.adapters import adapter_tensors
@@ -192,3 +192,62 @@ def test_rewards_on_videos_score_frames(inputs: TinyInputs, tmp_path: Path) -> N
     config = reward_config(inputs, tmp_path / "student", tmp_path / "run", "nft", {**size, "run.steps": 2})
     assert train_reward(config) == 0
     assert export_run(tmp_path / "run")[1].num_frames == 5
+
+
+@pytest.fixture(scope="module")
+def user_lora(inputs: TinyInputs, adapter_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The adapters of a run as a LoRA of anybody: in diffusers' layout, with and without its metadata, and kohya's."""
+    folder = tmp_path_factory.mktemp("lora")
+    alone, _ = export_run(adapter_run, output=folder / "diffusers", files=ExportFiles(lora_only=True))
+    state = load_file(alone / "pytorch_lora_weights.safetensors")
+    return {"folder": alone, "file": alone / "pytorch_lora_weights.safetensors", "state": _save(state, folder)}
+
+
+def _save(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    """With the text encoder's part that students cannot take."""
+    text = {f"text_encoder.{name.partition('.')[2]}": tensor.clone() for name, tensor in state.items()}
+    save_file({**state, **text}, folder / "with_text.safetensors")
+    return folder / "with_text.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_lora_of_the_user_is_merged_into_the_teacher(
+    inputs: TinyInputs, user_lora: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """The teacher is then what stock diffusers makes of the two, and students and exports are made of that."""
+    stock: Any = StableDiffusion3Pipeline.from_pretrained(inputs.teacher, text_encoder_3=None, tokenizer_3=None)
+    plain = {name: tensor.clone() for name, tensor in stock.transformer.state_dict().items()}
+    stock.load_lora_weights(user_lora[kind])
+    stock.fuse_lora(lora_scale=0.5)
+    stock.unload_lora_weights()
+    merged = stock.transformer.state_dict()
+    changes: dict[str, Any] = {"teacher.lora": str(user_lora[kind]), "teacher.lora_scale": 0.5, "run.steps": 1}
+    setup, trainer = start(tiny_config(inputs, tmp_path / "start", changes))
+    own = setup.teacher.denoiser.network.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in merged.items())
+    assert sum(not torch.equal(plain[name], merged[name]) for name in plain) > 10
+    trainer.close()
+    for name, more in (("full", {}), ("adapters", HALF)):
+        assert train_dmd(tiny_config(inputs, tmp_path / name, {**changes, **more})) == 0
+        output, record = export_run(tmp_path / name)
+        assert record.verification is not None
+        assert record.verification.sampler_difference < 1e-5
+    weights = load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
+    untouched = "transformer_blocks.0.norm1.linear.weight"
+    assert torch.equal(weights[untouched], plain[untouched].bfloat16().float())
+    with pytest.raises(ValueError, match=r"lora_only with teacher\.lora"):
+        export_run(tmp_path / "adapters", output=tmp_path / "alone", files=ExportFiles(lora_only=True))
+
+
+def test_a_lora_that_does_not_fit_is_named(inputs: TinyInputs, user_lora: dict[str, Path], tmp_path: Path) -> None:
+    wrong = {
+        str(user_lora["state"]): "weights of the text encoders",
+        str(inputs.prompts): r"cannot be read .*; give a LoRA as \.safetensors",
+        str(inputs.teacher / "transformer" / "diffusion_pytorch_model.safetensors"): "teacher.lora",
+        str(tmp_path / "none"): "cannot be read",
+    }
+    for source, told in wrong.items():
+        with pytest.raises(ValueError, match=told):
+            start(tiny_config(inputs, tmp_path / "run", {"teacher.lora": source}))
+    with pytest.raises(ValueError, match=r"lora_scale is 0\.5, and there is no lora"):
+        tiny_config(inputs, tmp_path / "run", {"teacher.lora_scale": 0.5})

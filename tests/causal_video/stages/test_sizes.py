@@ -113,3 +113,15 @@ def test_a_base_is_read_once_in_the_teachers_dtype(inputs: VideoInputs, small: P
     assert teacher.base(None) is teacher.denoiser
     assert network_dtype(base.network) == dtype
     assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher_forcing", "tf_scm", "self_forcing"])
+def test_adapters_on_a_teacher_of_8_bits(inputs: VideoInputs, tmp_path: Path, stage: str) -> None:
+    """A stage without a start shares the quantised weights; one that goes on has the plain weights of that start."""
+    changes: dict[str, Any] = {"student.lora_rank": 2, "teacher.dtype": "bfloat16", "teacher.quantise": "int8"}
+    if stage == "self_forcing":
+        changes["fake_score"] = FakeScoreConfig(optimizer=OPTIMIZER, ratio=2, lora_rank=2)
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "run", stage, {**changes, "run.steps": 2})) == 0
+    _, record = export_causal_run(tmp_path / "run", steps=[2] if stage == "teacher_forcing" else None)
+    assert record.verification.sampler_difference < 1e-5

@@ -298,7 +298,7 @@ def test_adapters_alone_are_loaded_on_the_teacher(teachers, tmp_path, name):
     )
     assert record.weights == "lora"
     names = {path.name for path in output.iterdir()}
-    assert names == {"README.md", "distillation.json", "pytorch_lora_weights.safetensors", "scheduler"}
+    assert names == {"README.md", "distillation.json", "pytorch_lora_weights.safetensors", "scheduler", "comfyui"}
     absent = dict.fromkeys(record.absent_components)
     assert len(absent) == (2 if name == "sd3" else 0)
     pipeline: Any = DiffusionPipeline.from_pretrained(teachers[name], **absent)
