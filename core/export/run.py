@@ -54,7 +54,7 @@ def export_run(
     device: str = "cpu",
     files: ExportFiles = DEFAULT_FILES,
 ) -> tuple[Path, ExportRecord]:
-    """Export the student of a run; returns the directory that was written and its record.
+    """Export the student of a run; gives the directory that was written and its record.
 
     Args:
         run: run directory with student.json and checkpoints.
@@ -66,8 +66,7 @@ def export_run(
         files: how the files are written.
 
     Raises:
-        ValueError: a file, key or weight is missing, or see `export_pipeline`.
-        FileExistsError, ExportMismatchError: see `export_pipeline`.
+        ValueError, FileExistsError, ExportMismatchError: see `export_pipeline`; or a file, key or weight is missing.
     """
     dtypes, dtype = {name: value for value, name in DTYPE_NAMES.items()}, files.dtype
     if dtype not in dtypes or weights not in ("ema", "live"):
