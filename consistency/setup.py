@@ -33,7 +33,7 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
-from fewstep.core.networks.build import build_denoiser, build_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.student import Student
@@ -57,6 +57,7 @@ class ConsistencyData:
     real: LatentDataset
     pictures: LatentDataset | None
     control: LatentDataset | None
+    fake_score: StoredWeights | None
 
     @classmethod
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
@@ -67,7 +68,9 @@ class ConsistencyData:
         pictures = None if judged is None or judged.pictures is None else LatentDataset.load(judged.pictures)
         followed = None if config.sana_sprint is None else config.sana_sprint.control
         control = None if followed is None else LatentDataset.load(followed)
-        return cls(read_prompts(config.data.prompts), init, LatentDataset.load(config.data.latents), pictures, control)
+        fake_score = None if config.run.resume else find_fake_score(config.fake_score)
+        real = LatentDataset.load(config.data.latents)
+        return cls(read_prompts(config.data.prompts), init, real, pictures, control, fake_score)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     )
     fake_score = fake_role = None
     if config.fake_score is not None:
-        fake_score = build_fake_score(config.fake_score, teacher, seed=config.run.seed)
+        fake_score = build_fake_score(config.fake_score, teacher, data.fake_score, seed=config.run.seed)
         fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
+        student_role.total_updates, fake_role.total_updates = updates_of_roles(config)
 
     def embed(prompts: Sequence[str], control: LatentDataset | None = None) -> PromptConditions:
         return embedded_prompts(config, teacher, prompts, None if control is None else control.latents)
@@ -148,6 +152,16 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         mcm=mcm,
         frozen_student=None if config.anyflow is None or config.matching is None else frozen_twin(denoiser),
     )
+
+
+def updates_of_roles(config: ConsistencyConfig) -> tuple[int, int]:
+    """Updates of student and fake score in the whole run, where they take turns."""
+    assert config.matching is not None
+    assert config.fake_score is not None
+    alone = min(config.matching.start, config.run.steps)
+    shared = config.run.steps - alone
+    students = -(-shared // (config.fake_score.ratio + 1))
+    return alone + students, max(1, shared - students)
 
 
 def add_time_weight(config: ConsistencyConfig, trainer: Trainer) -> Role | None:

@@ -7,6 +7,7 @@ under each field is its help text. This module imports no torch, so that `--help
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import typing
@@ -107,7 +108,7 @@ class OptimizerConfig:
     eps: float | None = None
     """Added to the root of the second moment; empty is 1e-8, and CAME's own pair."""
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Weight decay: decoupled in adamw, its 8-bit form and came, part of the gradient in adam, adam_8bit and radam."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to its value; 0 is no warmup."""
     decay: Literal["none", "cosine", "linear", "inverse_sqrt"] = "none"
@@ -121,7 +122,7 @@ class OptimizerConfig:
     """Largest norm of the gradient over all parameters; empty does not clip."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: given {self.learning_rate}, allowed is a number > 0")
         count = 3 if self.kind == "came" else 2
         if len(self.betas) != count or not all(0 <= beta < 1 for beta in self.betas):

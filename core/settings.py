@@ -38,6 +38,10 @@ class TrainedConfig:
             raise ValueError(f"lora_alpha is {self.lora_alpha}; it must be positive")
         for name in ("lora_alpha", "lora_targets", "lora_start"):
             value = getattr(self, name)
+            if "" in self.lora_targets or ("all" in self.lora_targets and len(self.lora_targets) > 1):
+                raise ValueError(
+                    f"lora_targets is {list(self.lora_targets)}; give ends of names of layers, or all alone"
+                )
             if self.lora_rank == 0 and value != getattr(TrainedConfig, name):
                 raise ValueError(f"{name} is {value} with lora_rank 0, where there are no adapters: leave it out")
 
@@ -63,8 +67,8 @@ class ModelSource:
     def __post_init__(self) -> None:
         if self.lora is None and self.lora_scale != 1.0:
             raise ValueError(f"lora_scale is {self.lora_scale}, and there is no lora: leave it out")
-        if not math.isfinite(self.lora_scale):
-            raise ValueError(f"lora_scale is {self.lora_scale}; it must be a number")
+        if not math.isfinite(self.lora_scale) or self.lora_scale == 0:
+            raise ValueError(f"lora_scale is {self.lora_scale}; it must be a number other than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

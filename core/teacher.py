@@ -131,7 +131,7 @@ class Teacher:
 
         Read once for all roles of a path. Raises ValueError when it cannot be read.
         """
-        if path is None:
+        if path is None or path == self.path:
             return self.denoiser
         if path not in self._bases:
             ours, components = self.denoiser.network, self.pipeline.components

@@ -36,9 +36,12 @@ def check_teacher(source: ModelSource) -> None:
     configs: dict[str, Mapping[str, Any]] = {"": index}
     for component in config_components(name):
         entry = index.get(component)
-        if isinstance(entry, list) and entry[0] is not None:
+        if entry is not None and _is_there(entry):
             configs[component] = _component_config(source, folder, component, str(entry[1]))
     require_teacher(name, configs)
+    for component in ("text_encoder", "tokenizer"):
+        if not _is_there(index.get(component)):
+            raise ValueError(f"{source.path} has no {component} in its {INDEX}: prompts could not be encoded")
     if folder is not None:
         check_pipeline_folder(folder, variant=source.variant)
 
@@ -107,7 +110,7 @@ def read_configs(source: ModelSource, components: Sequence[str]) -> dict[str, Ma
     found: dict[str, Mapping[str, Any]] = {"": index}
     for component in components:
         entry = index.get(component)
-        if isinstance(entry, list) and entry[0] is not None:
+        if entry is not None and _is_there(entry):
             found[component] = _component_config(source, folder, component, str(entry[1]))
     return found
 
@@ -144,6 +147,11 @@ def read_index(folder: Path) -> dict[str, Any]:
             told = " (this is the folder of one network, and a teacher is the folder above it)"
         raise ValueError(f"{folder} has no {INDEX}: give the folder that pipeline.save_pretrained wrote{told}")
     return _json_of(index)
+
+
+def _is_there(entry: Any) -> bool:
+    """Whether an entry of the index names a library and a class."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
 
 def _component_config(source: ModelSource, folder: Path | None, component: str, class_name: str) -> Mapping[str, Any]:

@@ -19,6 +19,9 @@ from fewstep.core.settings import TimeLawConfig
 class Clock(Protocol):
     """What a law in timesteps asks of a family."""
 
+    @property
+    def last_timestep(self) -> float: ...
+
     def flow_time(self, timestep: Tensor) -> Tensor: ...
 
 
@@ -36,6 +39,10 @@ def law_times(u: Tensor, law: TimeLawConfig, clock: Clock) -> Tensor:
     uniform times: DMD2's of Stable Diffusion.
     """
     if law.unit == "timestep":
+        if law.max > clock.last_timestep:
+            raise ValueError(
+                f"times up to timestep {law.max:g}, and the network knows them up to {clock.last_timestep:g}"
+            )
         steps = (law.min + torch.floor(u.double() * (law.max - law.min + 1))).clamp(max=law.max)
         return clock.flow_time(steps).to(at_least_fp32(u).dtype)
     if law.ends == "truncate":

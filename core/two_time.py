@@ -64,7 +64,8 @@ class TwoTimeLayers(nn.Module):
         self.first = layers
         if kind == "decoupled":
             return
-        self.second = copy.deepcopy(layers).requires_grad_(True)
+        # Trained weights are fp32 whatever the network is.
+        self.second = copy.deepcopy(layers).float().requires_grad_(True)
         if kind == "sum":
             last = self.second.get_submodule("linear_2")
             for parameter in last.parameters():
@@ -74,7 +75,9 @@ class TwoTimeLayers(nn.Module):
         if self.kind == "decoupled":
             return self.first(sinusoids)
         at_first, at_second = sinusoids.chunk(2)
-        first, second = self.first(at_first), self.second(at_second)
+        wide = next(self.second.parameters()).dtype
+        first = self.first(at_first)
+        second = self.second(at_second.to(wide)).to(first.dtype)
         return (1 - GATE) * first + GATE * second if self.kind == "gate" else first + second
 
     def second_input(self, t: Tensor, r: Tensor) -> Tensor:

@@ -163,8 +163,8 @@ class DmdFakeScoreConfig(FakeScoreConfig):
     """The network that follows the student's distribution."""
 
     student_share: float = 0.0
-    """Share of the way to the student that the fake score goes after each of its updates (implicit distribution
-    alignment of SenseFlow, arXiv:2506.00523, there 0.02 or 0.03); both train the same weights then."""
+    """Share of the way to the student that the fake score goes after each update of the student (implicit distribution
+    alignment of SenseFlow, arXiv:2506.00523, there 0.02 or 0.03); both train all weights of one network then."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,6 +208,8 @@ class DmdConfig:
 
     def __post_init__(self) -> None:
         require_one_method(self)
+        if self.f_distill is not None and self.gan is not None and self.gan.loss == "hinge":
+            raise ValueError("f_distill with gan.loss 'hinge', whose logits are no density ratios: use 'softplus'")
         if self.f_distill is not None and self.gan is None:
             raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
         check_shared_weights(self)
@@ -256,9 +258,14 @@ def check_shared_weights(config: DmdConfig) -> None:
     student, fake = config.student, config.fake_score
     if fake.student_share == 0:
         return
-    for name in ("path", "lora_rank", "lora_alpha", "lora_targets"):
-        if getattr(student, name) != getattr(fake, name):
-            raise ValueError(
-                f"fake_score.student_share is {fake.student_share}, and {name} is {getattr(student, name)} for the "
-                f"student and {getattr(fake, name)} for the fake score: it moves between the same weights alone"
-            )
+    if student.lora_rank > 0 or fake.lora_rank > 0:
+        raise ValueError(
+            f"fake_score.student_share is {fake.student_share} with adapters (lora_rank {student.lora_rank} and "
+            f"{fake.lora_rank}): half-way between two pairs of factors is not half-way between their products; train "
+            "all weights"
+        )
+    if student.path != fake.path:
+        raise ValueError(
+            f"fake_score.student_share is {fake.student_share}, and path is {student.path} for the student and "
+            f"{fake.path} for the fake score: it moves between the weights of one network alone"
+        )

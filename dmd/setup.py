@@ -16,9 +16,9 @@ from fewstep.core.data import (
     PromptConditions,
     read_prompts,
 )
-from fewstep.core.export.schedulers import student_times
+from fewstep.core.export.schedulers import exportable_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score, load_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -96,7 +96,7 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
             dataset.require_shape(shape, key)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = student_times(teacher.pipeline, config.student)
+    times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
     student = Student(denoiser, times, config.student.sampler)
     fake_score, heads = build_judges(config, data, teacher, shape)
     student_role = trainer.add_role(
@@ -139,9 +139,8 @@ def build_judges(
     config: DmdConfig, data: DmdData, teacher: Teacher, shape: tuple[int, ...]
 ) -> tuple[FakeScore, nn.Module | None]:
     """The fake score, with heads where the discriminator is on its features; else the heads on the teacher's apart."""
-    fake_score, gan = build_fake_score(config.fake_score, teacher, seed=config.run.seed), config.gan
-    if data.fake_score is not None:
-        load_fake_score(fake_score, data.fake_score)
+    gan = config.gan
+    fake_score = build_fake_score(config.fake_score, teacher, data.fake_score, seed=config.run.seed)
     if gan is None:
         return fake_score, None
     on_teacher = gan.features == "teacher"

@@ -182,6 +182,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, P
         found[name] = {"model": model, "data": folder / "data", "prompts": folder / "prompts.txt"}
         if is_video:
             other: Any = build_video_pipeline(text_tokens=8, blocks=2, expand_timesteps=name == "wan22_5b")
+            other.register_modules(text_encoder=teacher.pipeline.text_encoder, vae=teacher.pipeline.vae)
             found[name]["small"] = save_pipeline(other, folder / "small")
     return found
 

@@ -23,7 +23,7 @@ from fewstep.causal_video.stages.student import build_student, check_names, stee
 from fewstep.core.condition import Condition
 from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score
+from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.shared import averaged_twin, beside
 from fewstep.core.teacher import Teacher
@@ -43,6 +43,7 @@ class CausalData:
     init: StoredWeights | None
     controls: FrameControls | None
     steered_teacher: StoredWeights | None
+    fake_score: StoredWeights | None
 
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
@@ -67,7 +68,8 @@ class CausalData:
             for weights in (init, steered):
                 if weights is not None:
                     check_names(weights, controls.names)
-        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered)
+        fake_score = None if config.run.resume else find_fake_score(config.fake_score)
+        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered, fake_score)
 
 
 def read_pairs(stage: OdeConfig, settings: CausalSettings) -> OdePairs | None:
@@ -177,7 +179,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
     if data.real is not None:
         real = LatentSource(data.real, embed(data.real.prompts), config.run.seed + REAL_SEED)
     if isinstance(stage, SelfForcingConfig):
-        scores = build_scores(config, teacher, settings, trainer)
+        scores = build_scores(config, data, teacher, settings, trainer)
     else:
         networks = forcing_networks(config, student_role, student, teacher, settings, shape=shape)
         if isinstance(stage, OdeConfig):
@@ -259,13 +261,17 @@ def forcing_networks(
     return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen, average)
 
 
-def build_scores(config: CausalConfig, teacher: Teacher, settings: CausalSettings, trainer: Trainer) -> ScoreNetworks:
+def build_scores(
+    config: CausalConfig, data: CausalData, teacher: Teacher, settings: CausalSettings, trainer: Trainer
+) -> ScoreNetworks:
     """The fake score, and with ASD heads for every n with an n + 1 on the middle block of it."""
     assert config.fake_score is not None
     assert config.self_forcing is not None
     seed, optimizer = config.run.seed, config.fake_score.optimizer
-    fake = build_fake_score(config.fake_score, teacher, seed=seed)
+    fake = build_fake_score(config.fake_score, teacher, data.fake_score, seed=seed)
     fake_role = trainer.add_role("fake_score", fake, optimizer)
+    # All steps but the first of each cycle.
+    fake_role.total_updates = max(1, config.run.steps - -(-config.run.steps // (config.fake_score.ratio + 1)))
     if config.asd is None:
         return ScoreNetworks(fake, fake_role, None, None)
     channels = fake.denoiser.family.feature_channels(fake.denoiser.network, None)

@@ -32,6 +32,7 @@ from fewstep.core.grids import (
     validate_grid,
 )
 from fewstep.core.paths import VariancePreserving
+from fewstep.core.run_settings import Sampler
 
 # The scheduler computes in fp32; one ulp of a time near 1 is 6e-8 and a handful of operations follow.
 GRID_TOLERANCE = 2e-6
@@ -205,6 +206,16 @@ class Grid(Protocol):
     def times(self) -> tuple[float, ...] | None: ...
     @property
     def timesteps(self) -> tuple[float, ...] | None: ...
+
+
+def exportable_times(pipeline: DiffusionPipeline, grid: Grid, sampler: Sampler) -> tuple[float, ...]:
+    """`student_times` of a student of one grid, which is trained for nothing if no stock scheduler steps on it.
+
+    Raises ValueError as `student_times` and `plan_scheduler`.
+    """
+    times = student_times(pipeline, grid)
+    plan_scheduler(pipeline, SamplerSpec(times, sampler))
+    return times
 
 
 def student_times(pipeline: DiffusionPipeline, grid: Grid) -> tuple[float, ...]:

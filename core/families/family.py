@@ -94,6 +94,11 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def last_timestep(self) -> float:
+        """The largest timestep that the network knows."""
+        ...
+
     def flow_time(self, timestep: Tensor) -> Tensor:
         """The canonical time of a timestep in the network's own units."""
         ...

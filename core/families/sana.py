@@ -193,6 +193,11 @@ class SanaFamily:
         height, width = pixel_size((side, side), height, width, multiple=max(32, factor * config["patch_size"]))
         return config["in_channels"], height // factor, width // factor
 
+    @property
+    def last_timestep(self) -> float:
+        """`time_scale`."""
+        return self.time_scale
+
     def flow_time(self, timestep: Tensor) -> Tensor:
         """timestep / `time_scale`."""
         return timestep / self.time_scale

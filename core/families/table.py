@@ -69,7 +69,13 @@ def config_components(name: str) -> tuple[str, ...]:
 def require_teacher(name: str, configs: Configs) -> None:
     """Raises ValueError for the configs of a pipeline that is no teacher: its family cannot call it as stock diffusers
     does, or it is a few-step student (which a family may well call)."""
-    FAMILIES[name].require(configs)
+    kind = FAMILIES[name]
+    # Wan says itself which of its two networks it lacks.
+    optional = ("transformer", "transformer_2") if kind.require is require_wan else ()
+    lost = [part for part in kind.components if part not in configs and part not in optional]
+    if lost:
+        raise ValueError(f"the pipeline has no {lost[0]} (null or malformed in model_index.json): a teacher needs it")
+    kind.require(configs)
 
 
 def require_known_class(name: str) -> None:

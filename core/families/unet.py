@@ -168,6 +168,11 @@ class UnetFamily:
         factor = pipeline.vae_scale_factor
         return pipeline.unet.config.in_channels, height // factor, width // factor
 
+    @property
+    def last_timestep(self) -> float:
+        """That of the noise table."""
+        return len(self.path.alphas_cumprod) - 1
+
     def flow_time(self, timestep: Tensor) -> Tensor:
         """That of the noise table."""
         return self.path.to_flow_time(timestep)

@@ -186,6 +186,11 @@ class WanFamily:
         count = latent_frames(STOCK_FRAMES if frames is None else frames, factor=vae["scale_factor_temporal"])
         return config["in_channels"], count, height // factor, width // factor
 
+    @property
+    def last_timestep(self) -> float:
+        """`time_scale`."""
+        return self.time_scale
+
     def flow_time(self, timestep: Tensor) -> Tensor:
         """timestep / `time_scale`."""
         return timestep / self.time_scale

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +17,12 @@ def load_adapters(network: nn.Module, stored: StoredWeights, *, alpha: float) ->
     """
     tensors, stated = adapter_tensors(stored)
     known = stored.stated("lora_alpha") if stated is None else stated
-    if known is not None and float(known) != alpha:
+    if known is None:
+        raise ValueError(
+            f"nothing says the lora_alpha of {stored.key} {stored.source}: give the run directory or the export that "
+            "holds it, or a file with the metadata of diffusers"
+        )
+    if float(known) != alpha:
         raise ValueError(f"{stored.key} {stored.source} was trained with lora_alpha {known}, and here it is {alpha}")
     own = {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
     wrong = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
@@ -63,6 +65,11 @@ def adapter_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], float | N
     Raises ValueError for a file that cannot be read.
     """
     tensors = stored.tensors()
+    if any(".second." in name for name in tensors):
+        raise ValueError(
+            f"{stored.key} {stored.source} holds layers of a second time beside its adapters, and only the whole "
+            "network could go on: train all weights in such a run, or start from the teacher"
+        )
     renamed = {}
     for name, tensor in tensors.items():
         if ".lora_" not in name:
@@ -70,13 +77,12 @@ def adapter_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], float | N
             continue
         plain = name.removeprefix("unet.")
         renamed[plain.replace(".weight", f".{ADAPTER}.weight") if f".{ADAPTER}." not in plain else plain] = tensor
-    return renamed, _stated_alpha(stored.metadata())
-
-
-def _stated_alpha(metadata: Mapping[str, Any]) -> float | None:
-    """alpha in the metadata that diffusers writes into a LoRA file."""
-    found = [value for name, value in metadata.items() if name.rpartition(".")[2] == "lora_alpha"]
-    return float(found[0]) if found else None
+    metadata = {name.rpartition(".")[2]: value for name, value in stored.metadata().items()}
+    unlike = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if metadata.get(name)]
+    if unlike:
+        raise ValueError(f"{stored.key} {stored.source} holds adapters with {unlike[0]}, which are of another kind")
+    alpha = metadata.get("lora_alpha")
+    return renamed, None if alpha is None else float(alpha)
 
 
 @torch.no_grad()

@@ -70,9 +70,14 @@ def adapted_layers(network: nn.Module, family: Family, given: Sequence[str]) -> 
     return matching_layers(network) if tuple(given) == ("all",) else tuple(given)
 
 
-def build_fake_score(settings: FakeScoreConfig, teacher: Teacher, *, seed: int) -> FakeScore:
-    """The fake score without a discriminator: see `build_denoiser`."""
-    return FakeScore(build_denoiser(settings, teacher, None, seed=seed + 1))
+def build_fake_score(
+    settings: FakeScoreConfig, teacher: Teacher, weights: StoredWeights | None, *, seed: int
+) -> FakeScore:
+    """The fake score without a discriminator: see `build_denoiser`; from these weights, if any (`find_fake_score`)."""
+    fake_score = FakeScore(build_denoiser(settings, teacher, None, seed=seed + 1))
+    if weights is not None:
+        load_fake_score(fake_score, weights)
+    return fake_score
 
 
 def find_fake_score(settings: FakeScoreConfig | None) -> StoredWeights | None:

@@ -62,6 +62,13 @@ def add_lora(
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unmatched or not targets:
         raise ValueError(f"LoRA targets {unmatched or list(targets)} match no layer of {type(network).__name__}")
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    ends = tuple(f".{target}" for target in targets)
+    others = [
+        name for name, layer in network.named_modules() if f".{name}".endswith(ends) and not isinstance(layer, kinds)
+    ]
+    if others:
+        raise ValueError(f"LoRA targets {list(targets)} name {others[0]}, which is no linear layer or convolution")
     network.requires_grad_(False)
     # peft initialises from the global generator before the weights are set below.
     with torch.random.fork_rng(devices=[]):

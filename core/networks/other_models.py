@@ -5,7 +5,9 @@ Both live in one latent space: latents, text, time and noise mean the same to bo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch import nn
 
 from fewstep.core.families.table import config_components
 from fewstep.core.settings import ModelSource, TeacherConfig, TrainedConfig
-from fewstep.core.teacher_files import check_teacher, fetch_network, read_configs, variant_of
+from fewstep.core.teacher_files import check_teacher, fetch_network, local_folder, read_configs, variant_of
 
+# Bytes at both ends of a large file that stand for it.
+WINDOW = 2**24
 # What decides how a network is called and what its inputs and outputs mean, by component. The size of it is not here.
 SAME: dict[str, tuple[str, ...]] = {
     "": ("_class_name", "expand_timesteps", "force_zeros_for_empty_prompt"),
@@ -74,6 +78,36 @@ def require_same_space(teacher: ModelSource, other: ModelSource, key: str) -> No
             f"{key} {other.path} has {name} {there} in {where}, and the teacher {teacher.path} has {here}: a role can "
             "start from another size of the same model, and not from another latent space, text or noise"
         )
+    require_same_weights(teacher, other, key)
+
+
+def require_same_weights(teacher: ModelSource, other: ModelSource, key: str) -> None:
+    """Raise ValueError where two folders hold other text encoders or autoencoders: training encodes with the teacher's,
+    and an export takes those of the student's own model. Of the hub this is not looked at."""
+    folders = [local_folder(source) for source in (teacher, other)]
+    for component in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+        prints = [fingerprint(folder / component) for folder in folders if folder is not None]
+        if len(prints) == 2 and prints[0] != prints[1]:
+            raise ValueError(
+                f"{key} {other.path} has another {component} than the teacher {teacher.path}: what the student is "
+                "told, or makes, would be another thing in its export; give a model that shares it"
+            )
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the weights in a folder: of files that are large, of their sizes, beginnings and ends."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            if size <= 2 * WINDOW:
+                digest.update(opened.read())
+                continue
+            digest.update(opened.read(WINDOW))
+            opened.seek(-WINDOW, 2)
+            digest.update(opened.read())
+    return digest.hexdigest()
 
 
 def _differences(

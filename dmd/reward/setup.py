@@ -10,9 +10,9 @@ from torch import nn
 
 from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.schedulers import student_times
+from fewstep.core.export.schedulers import exportable_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score, load_fake_score
+from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
@@ -164,7 +164,7 @@ def build_setup(
     reward = build_reward(config, trainer, scorers, gradient=needs.reward_gradient, videos=videos)
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=videos)
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = student_times(teacher.pipeline, config.student)
+    times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
     # Copies are made before the trainer wraps the call of the network.
     reference = denoiser.beside() if needs.reference else None
     if reference is not None:
@@ -210,9 +210,7 @@ def add_fake_score(
     settings = config.fake_score
     if settings is None:
         return None, None
-    fake_score = build_fake_score(settings, teacher, seed=config.run.seed)
-    if data.fake_score is not None:
-        load_fake_score(fake_score, data.fake_score)
+    fake_score = build_fake_score(settings, teacher, data.fake_score, seed=config.run.seed)
     role = trainer.add_role("fake_score", fake_score, settings.optimizer)
     role.total_updates = config.run.steps * settings.ratio
     return fake_score, role

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.consistency.methods.rcm import student_samples
+from fewstep.consistency.methods.rcm import is_students_step, student_samples
 from fewstep.consistency.train import train_consistency
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
@@ -83,3 +83,30 @@ def test_it_is_no_setting_of_anyflow(inputs: TinyInputs, tmp_path: Path) -> None
     assert config.matching is not None
     with pytest.raises(ValueError, match=r"matching\.rollout 'drawn' is rCM's"):
         dataclasses.replace(config, matching=dataclasses.replace(config.matching, rollout="drawn"))
+
+
+def test_rates_fall_over_the_updates_that_a_network_makes(inputs: TinyInputs, tmp_path: Path) -> None:
+    """Student and fake score take turns from matching.start on: 2 steps of the student alone, then 1 of 3."""
+    config = drawn(inputs, tmp_path, steps=14)
+    config = dataclasses.replace(config, matching=dataclasses.replace(config.matching, start=2))
+    setup, trainer = start_consistency(config)
+    due = [is_students_step(config.matching, 3, step) for step in range(14)]
+    assert setup.student_role.total_updates == sum(due) == 6
+    assert setup.fake_role is not None
+    assert setup.fake_role.total_updates == 14 - sum(due)
+    trainer.close()
+
+
+def test_its_fake_score_starts_from_that_of_a_run(inputs: TinyInputs, tmp_path: Path) -> None:
+    assert train_consistency(drawn(inputs, tmp_path / "first", steps=4)) == 0
+    config = drawn(inputs, tmp_path / "second")
+    assert config.fake_score is not None
+    fake_score = dataclasses.replace(config.fake_score, init=str(tmp_path / "first"))
+    setup, trainer = start_consistency(dataclasses.replace(config, fake_score=fake_score))
+    stored = load_checkpoint(list_checkpoints(tmp_path / "first")[-1]).tensors["fake_score"]
+    assert setup.fake_role is not None
+    assert all(torch.equal(p.detach(), stored[name]) for name, p in setup.fake_role.parameters)
+    trainer.close()
+    nothing = dataclasses.replace(config.fake_score, init=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"fake_score\.init"):
+        start_consistency(dataclasses.replace(config, fake_score=nothing))

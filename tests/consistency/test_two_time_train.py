@@ -212,6 +212,30 @@ def test_the_second_stage_of_anyflow_can_compute_blocks_again(inputs: TinyInputs
         torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["meanflow", "anyflow"])
+def test_adapters_and_a_second_time_on_a_bf16_base(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
+    """Layers of the second time are fp32; a run of them starts no other network."""
+    config = tiny_consistency(inputs, tmp_path / "run", name)
+    config = dataclasses.replace(
+        config,
+        teacher=dataclasses.replace(config.teacher, dtype="bfloat16"),
+        student=dataclasses.replace(config.student, lora_rank=2, lora_alpha=2.0),
+    )
+    assert train_consistency(config) == 0
+    _, record = export_run(tmp_path / "run")
+    assert record.verification is not None
+    assert record.verification.sampler_difference < 3e-5
+    for rank in (0, 2):
+        alpha = 2.0 if rank else 64.0
+        student = dataclasses.replace(config.student, init=str(tmp_path / "run"), lora_rank=rank, lora_alpha=alpha)
+        again = dataclasses.replace(
+            config, student=student, run=dataclasses.replace(config.run, directory=str(tmp_path / "b"))
+        )
+        with pytest.raises(ValueError, match="layers of a second time beside its adapters"):
+            start_consistency(again)
+
+
 def count_calls(module: nn.Module) -> list[bool]:
     """Filled at every call of the module: whether its weights take part in the graph."""
     calls: list[bool] = []

@@ -225,7 +225,7 @@ def test_each_base_weight_has_one_storage(name: str, dtype: torch.dtype) -> None
     base = storages(teacher.denoiser)
     settings = GridStudentConfig(optimizer=OPTIMIZER, lora_rank=2, gradient_checkpointing=True)
     student = build_denoiser(settings, teacher, None, seed=0)
-    fake = build_fake_score(FakeScoreConfig(optimizer=OPTIMIZER, lora_rank=3), teacher, seed=0)
+    fake = build_fake_score(FakeScoreConfig(optimizer=OPTIMIZER, lora_rank=3), teacher, None, seed=0)
     fake = FakeScore(fake.denoiser, heads=build_heads(fake.denoiser, None, width=8, seed=0))
     trained = [p for module in (student, fake) for p in module.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}

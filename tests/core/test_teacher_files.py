@@ -124,6 +124,20 @@ def test_refusals_in_a_folder_come_before_its_weights(jsons: dict[str, Files], t
         check_teacher(ModelSource(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("component", ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"])
+@pytest.mark.parametrize("entry", [[None, None], [], None])
+def test_a_component_that_is_not_there_is_named(
+    jsons: dict[str, Files], tmp_path: Path, component: str, entry: Any
+) -> None:
+    for name, content in jsons["sd3"].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    index = {**jsons["sd3"]["model_index.json"], component: entry}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"has no {component}"):
+        check_teacher(ModelSource(path=str(tmp_path)))
+
+
 def test_a_loaded_pipeline_is_held_to_the_same() -> None:
     pipeline = build_sd15()
     assert configs_of(pipeline)["scheduler"]["_class_name"] == type(pipeline.scheduler).__name__

@@ -82,6 +82,13 @@ def test_whole_timesteps_of_a_table_are_all_as_likely() -> None:
     assert float(whole.max()) == family.path.flow_time_range[1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_timesteps_that_a_network_does_not_know_are_named() -> None:
+    for family, last in ((build_family(build_sd15()), 999), (FLOW, 1000)):
+        law_times(U, TimeLawConfig(unit="timestep", min=1, max=last), family)
+        with pytest.raises(ValueError, match=f"up to timestep {last + 1}, and the network knows them up to {last}"):
+            law_times(U, TimeLawConfig(unit="timestep", min=1, max=last + 1), family)
+
+
 def test_a_draw_depends_on_its_stream_alone() -> None:
     draw = Draw(3, [5, 6], torch.device("cpu"))
     law = TimeLawConfig(law="logit_normal", mean=0.5, shift=3.0)

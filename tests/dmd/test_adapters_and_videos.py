@@ -138,6 +138,16 @@ def test_dmd2s_timesteps_of_a_table_are_trained_and_exported(inputs: TinyInputs,
     assert seen == list(steps)
 
 
+def test_grids_that_no_stock_scheduler_takes_are_refused_before_training(inputs: TinyInputs, tmp_path: Path) -> None:
+    teacher = save_pipeline(build_video_pipeline(text_tokens=8), tmp_path / "wan")
+    size = {"teacher.path": str(teacher), "data.height": 32, "data.width": 32, "data.frames": 5}
+    with pytest.raises(ValueError, match="WanPipeline takes no `sigmas`"):
+        start(tiny_config(inputs, tmp_path / "run", {**size, "student.times": (1.0, 0.9, 0.5, 0.2)}))
+    folder = save_pipeline(build_sdxl(), tmp_path / "sdxl")
+    with pytest.raises(ValueError, match="ends at table index 0"):
+        start(tiny_config(inputs, tmp_path / "run", {"teacher.path": str(folder), "student.times": (1.0, 0.02)}))
+
+
 def test_times_that_cannot_be_are_named(inputs: TinyInputs, tmp_path: Path) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"times": (0.5, 1.0)}, r"times is \[0\.5, 1\.0\]; give one or more falling numbers above 0, at most 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fewstep.core.grids import shift_time
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
-from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import FAKE_SCORE, VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
 
 
@@ -109,3 +110,17 @@ def test_rollouts_may_always_go_to_the_end(inputs: VideoInputs, tmp_path: Path) 
     setup, trainer = start_causal(config)
     trainer.close()
     assert {plan_rollout(config, setup.settings, step).exit_step for step in range(9)} == {2}
+
+
+def test_the_fake_score_starts_from_that_of_a_run_and_both_rates_fall_to_their_ends(
+    inputs: VideoInputs, tmp_path: Path
+) -> None:
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "first", "self_forcing", {"run.steps": 2})) == 0
+    changes = {"fake_score": dataclasses.replace(FAKE_SCORE, init=str(tmp_path / "first"), ratio=2), "run.steps": 7}
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path / "second", "self_forcing", changes))
+    assert setup.scores is not None
+    stored = load_checkpoint(list_checkpoints(tmp_path / "first")[-1]).tensors["fake_score"]
+    assert all(torch.equal(p.detach(), stored[name]) for name, p in setup.scores.fake_role.parameters)
+    # Steps 0, 3 and 6 are the student's.
+    assert (setup.student_role.total_updates, setup.scores.fake_role.total_updates) == (3, 4)
+    trainer.close()

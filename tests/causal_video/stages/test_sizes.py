@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.stages.setup import CausalData
@@ -25,7 +27,10 @@ STAGES = ("teacher_forcing", "diffusion_forcing", "tf_dcm", "tf_scm", "ode", "od
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Wan of two blocks beside the teacher's three."""
-    return save_pipeline(build_video_pipeline(text_tokens=8, seed=3, blocks=2), tmp_path_factory.mktemp("small") / "it")
+    pipeline, large = build_video_pipeline(text_tokens=8, seed=3, blocks=2), build_video_pipeline(text_tokens=8)
+    # Sizes of one model share their text encoder and autoencoder.
+    pipeline.register_modules(text_encoder=large.text_encoder, vae=large.vae)
+    return save_pipeline(pipeline, tmp_path_factory.mktemp("small") / "it")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,19 @@ def test_models_of_another_space_are_refused_before_anything_is_loaded(inputs: V
     nowhere = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(tmp_path / "none")})
     with pytest.raises(ValueError, match="neither a folder nor the name of a model"):
         CausalData.read(nowhere)
+
+
+def test_another_text_encoder_is_refused(inputs: VideoInputs, small: Path, tmp_path: Path) -> None:
+    """The small model's text encoder, with one number changed."""
+    folder = tmp_path / "other"
+    shutil.copytree(small, folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(folder)})
+    with pytest.raises(ValueError, match=r"student\.path .*other has another text_encoder than the teacher"):
+        CausalData.read(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
