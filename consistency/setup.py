@@ -18,7 +18,7 @@ from fewstep.consistency.sana_sprint.setup import (
     check_control,
     check_sprint_teacher,
 )
-from fewstep.consistency.time_weight import build_time_weight
+from fewstep.consistency.time_weight import EmbeddingWeight, build_time_weight
 from fewstep.core.config import require_one_method
 from fewstep.core.data import (
     REAL_SEED,
@@ -114,7 +114,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         denoiser,
         settings.optimizer,
         ema=EmaSettings.of_student(settings),
-        every=1 if sprint is None or sprint.discriminator is None else CYCLE,
+        every=student_role_every(sprint),
     )
     fake_score = fake_role = None
     if config.fake_score is not None:
@@ -148,10 +148,15 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         fake_score=fake_score,
         fake_role=fake_role,
         heads_role=None if sprint is None else add_heads(sprint, teacher, trainer),
-        weight_role=add_time_weight(config, trainer),
+        weight_role=add_time_weight(config, trainer, denoiser),
         mcm=mcm,
         frozen_student=None if config.anyflow is None or config.matching is None else frozen_twin(denoiser),
     )
+
+
+def student_role_every(sprint: SprintConfig | None) -> int:
+    """In which steps the student learns: in each, or in turns with a discriminator."""
+    return 1 if sprint is None or sprint.discriminator is None else CYCLE
 
 
 def updates_of_roles(config: ConsistencyConfig) -> tuple[int, int]:
@@ -164,8 +169,13 @@ def updates_of_roles(config: ConsistencyConfig) -> tuple[int, int]:
     return alone + students, max(1, shared - students)
 
 
-def add_time_weight(config: ConsistencyConfig, trainer: Trainer) -> Role | None:
+def add_time_weight(config: ConsistencyConfig, trainer: Trainer, denoiser: Denoiser) -> Role | None:
     """The role of the learned weight of a time, where one is configured."""
+    sprint = config.sana_sprint
+    if sprint is not None and sprint.consistency is not None and sprint.consistency.learned_weight:
+        (width,) = set(denoiser.family.feature_channels(denoiser.network, None))
+        weight = EmbeddingWeight(width)
+        return trainer.add_role("time_weight", weight, config.student.optimizer, every=student_role_every(sprint))
     if config.scm is None or not config.scm.learned_weight:
         return None
     return trainer.add_role("time_weight", build_time_weight(config.run.seed), config.student.optimizer)

@@ -35,6 +35,22 @@ class TimeWeight(nn.Module):
         return self.out(nn.functional.silu(self.hidden(features)))[:, 0]
 
 
+class EmbeddingWeight(nn.Module):
+    """w of a network's time embedding [B, D], linear, to [B] (SANA-Sprint, arXiv:2503.09641, public code).
+
+    Starts at zero, where the source draws small weights.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return at_least_fp32(self.out(embedding.to(self.out.weight.dtype))[:, 0])
+
+
 def build_time_weight(seed: int) -> TimeWeight:
     """A weight of 1 at all times, whose hidden layer depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):

@@ -29,9 +29,9 @@ class DiscriminatorHead(nn.Module):
     def __init__(self, channels: int, *, width: int, generator: torch.Generator) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.first = _uniform_linear(channels, width, generator)
-        self.second = _uniform_linear(width, width, generator)
-        self.logit = _linear(width, 1)
+        self.first = uniform_linear(channels, width, generator)
+        self.second = uniform_linear(width, width, generator)
+        self.logit = unset_linear(width, 1)
         nn.init.zeros_(self.logit.weight)
         nn.init.zeros_(self.logit.bias)
         self.activation = nn.SiLU()
@@ -61,13 +61,12 @@ class ConvHead(nn.Module):
         self.size = size
         layers: list[nn.Module] = []
         height, width = size
-        # At least four numbers in a group: over a single one a norm would leave nothing.
-        groups = max(number for number in range(1, 33) if channels % number == 0 and channels >= 4 * number)
+        groups = norm_groups(channels)
         while min(height, width) >= 8:
-            layers += [_uniform_conv(channels, (4, 4), 2, 1, generator), nn.GroupNorm(groups, channels), nn.SiLU()]
+            layers += [uniform_conv(channels, (4, 4), 2, 1, generator), nn.GroupNorm(groups, channels), nn.SiLU()]
             height, width = height // 2, width // 2
         kernel = (min(4, height), min(4, width))
-        layers += [_uniform_conv(channels, kernel, kernel[0], 0, generator), nn.GroupNorm(groups, channels), nn.SiLU()]
+        layers += [uniform_conv(channels, kernel, kernel[0], 0, generator), nn.GroupNorm(groups, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
         self.logit = nn.utils.skip_init(nn.Conv2d, channels, 1, 1)
         for parameter in self.logit.parameters():
@@ -81,7 +80,7 @@ class ConvHead(nn.Module):
 
 
 class DiscriminatorHeads(nn.Module):
-    """One head for each feature map; the discriminator's logit is the mean of theirs.
+    """One head for each feature map; the discriminator's logit is the mean of theirs, or each is judged by itself.
 
     Args:
         channels: C of each feature map.
@@ -100,17 +99,21 @@ class DiscriminatorHeads(nn.Module):
             )
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleList(DiscriminatorHead(count, width=width, generator=generator) for count in channels)
+        self.apart = False
 
     @classmethod
-    def of(cls, heads: Sequence[nn.Module]) -> DiscriminatorHeads:
-        """These heads, one for each feature map."""
+    def of(cls, heads: Sequence[nn.Module], *, apart: bool = False) -> DiscriminatorHeads:
+        """These heads, one for each feature map; `apart` leaves each its logit."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.heads = nn.ModuleList(heads)
+        made.apart = apart
         return made
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Feature maps [B, C, N], one per head, to logits [B]; a large one says real.
+    def forward(self, features: Sequence[Tensor], noise: Tensor | None = None) -> Tensor:
+        """Feature maps [B, C, N], one per head, to logits [B], or [B, heads] of heads apart; a large one says real.
+
+        `noise` [B, heads, width] decides the dropout of `MultiScaleHead`; none leaves nothing out.
 
         Raises:
             ValueError: there are more or fewer feature maps than heads.
@@ -119,7 +122,13 @@ class DiscriminatorHeads(nn.Module):
             raise ValueError(
                 f"{len(self.heads)} heads got {len(features)} feature maps: build them for the same blocks"
             )
-        return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)]).mean(dim=0)
+        if noise is None:
+            logits = [head(feature) for head, feature in zip(self.heads, features, strict=True)]
+        else:
+            logits = [
+                head(feature, noise[:, n]) for n, (head, feature) in enumerate(zip(self.heads, features, strict=True))
+            ]
+        return torch.stack(logits, dim=1) if self.apart else torch.stack(logits).mean(dim=0)
 
 
 def build_heads(denoiser: Denoiser, blocks: Sequence[int] | None, *, width: int, seed: int) -> DiscriminatorHeads:
@@ -127,27 +136,34 @@ def build_heads(denoiser: Denoiser, blocks: Sequence[int] | None, *, width: int,
     return DiscriminatorHeads(denoiser.family.feature_channels(denoiser.network, blocks), width=width, seed=seed)
 
 
-def _uniform_conv(
-    channels: int, kernel: tuple[int, int], stride: int, padding: int, generator: torch.Generator
+def norm_groups(channels: int) -> int:
+    """Groups of a norm over so many channels: at most 32, and at least four numbers in each where there are four: over
+    a single one a norm would leave nothing."""
+    return max(number for number in range(1, 33) if channels % number == 0 and (number == 1 or channels >= 4 * number))
+
+
+def uniform_conv(
+    channels: int, kernel: tuple[int, ...], stride: int, padding: int, generator: torch.Generator
 ) -> nn.Module:
     """A convolution with weights and biases uniform within 1 / sqrt(fan_in), from `generator` and no other source."""
-    layer = nn.utils.skip_init(nn.Conv2d, channels, channels, kernel, stride=stride, padding=padding)
-    bound = 1 / math.sqrt(channels * kernel[0] * kernel[1])
+    kind = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
+    layer = nn.utils.skip_init(kind, channels, channels, kernel, stride=stride, padding=padding)
+    bound = 1 / math.sqrt(channels * math.prod(kernel))
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return layer
 
 
-def _uniform_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+def uniform_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """A linear layer with weights and biases uniform within 1 / sqrt(inputs), from `generator` and no other source."""
-    layer = _linear(inputs, outputs)
+    layer = unset_linear(inputs, outputs)
     bound = 1 / math.sqrt(inputs)
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
     return layer
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def unset_linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with unset weights: the usual constructor would draw from the global generator."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)

@@ -64,8 +64,10 @@ class TwoTimeLayers(nn.Module):
         self.first = layers
         if kind == "decoupled":
             return
-        # Trained weights are fp32 whatever the network is.
-        self.second = copy.deepcopy(layers).float().requires_grad_(True)
+        # Trained weights, where the network's own may be frozen in half precision.
+        self.second = copy.deepcopy(layers).requires_grad_(True)
+        if next(layers.parameters()).dtype in (torch.float16, torch.bfloat16):
+            self.second.float()
         if kind == "sum":
             last = self.second.get_submodule("linear_2")
             for parameter in last.parameters():

@@ -81,10 +81,15 @@ class GanConfig:
     the frozen teacher."""
     blocks: tuple[int, ...] = ()
     """Transformer blocks whose features are judged; empty is the family's own choice."""
-    head: Literal["mlp", "conv"] = "mlp"
-    """Two layers on each position, or DMD2's convolutions on the feature map (pictures)."""
-    head_width: int = 128
-    """Width of the layers of an mlp head."""
+    head: Literal["mlp", "conv", "multiscale"] = "mlp"
+    """Two layers on each position, DMD2's convolutions on the feature map (pictures), or FastGen's at several scales
+    (videos), each block's judged by itself."""
+    head_width: int | None = None
+    """Width of the layers of an mlp head (empty is 128), or of the last one at several scales (1024)."""
+    scales: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Scales at which a multiscale head reads its features, in latent frames and pixels."""
+    dropout: float = 0.0
+    """Share of the last layer's numbers that a multiscale head leaves out while it is trained."""
     loss: Literal["softplus", "hinge"] = "softplus"
     """Non-saturating logistic loss (DMD2), or hinge."""
     r1_weight: float = 0.0
@@ -104,11 +109,15 @@ class GanConfig:
                 f"weight {self.weight} and discriminator_weight {self.discriminator_weight} must be positive; "
                 "leave the section out for no discriminator"
             )
-        if not 0 <= self.r1_weight < math.inf or not 0 < self.r1_scale < math.inf or self.head_width < 1:
+        if not 0 <= self.r1_weight < math.inf or not 0 < self.r1_scale < math.inf or (self.head_width or 1) < 1:
             raise ValueError(
                 f"r1_weight {self.r1_weight} must be 0 or more, r1_scale {self.r1_scale} and head_width "
                 f"{self.head_width} positive"
             )
+        if not self.scales or min(self.scales) < 1 or len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales is {list(self.scales)}; give distinct whole numbers from 1 on")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
         on_teacher = self.features == "teacher"
         if on_teacher != (self.optimizer is not None):
             raise ValueError(
@@ -118,11 +127,18 @@ class GanConfig:
         unread = {
             "discriminator_weight": on_teacher,
             "head_width": self.head == "conv",
+            "scales": self.head != "multiscale",
+            "dropout": self.head != "multiscale" or not on_teacher,
             "r1_scale": self.r1_weight == 0,
         }
         for name, given in unread.items():
             if given and getattr(self, name) != getattr(GanConfig, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, which nothing reads here: leave it out")
+
+    @property
+    def width(self) -> int:
+        """The width of a head's layers."""
+        return self.head_width or (1024 if self.head == "multiscale" else 128)
 
     @property
     def chosen_blocks(self) -> tuple[int, ...] | None:

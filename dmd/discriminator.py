@@ -14,6 +14,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import ConvHead, DiscriminatorHeads, build_heads
 from fewstep.dmd.config import GanConfig
+from fewstep.dmd.multi_scale_head import MultiScaleHead
 
 
 def build_gan_heads(
@@ -22,10 +23,13 @@ def build_gan_heads(
     """The heads that settings ask for, on the features that a denoiser gives for latents of this shape.
 
     Raises:
-        ValueError: the network has no such blocks, or convolutions are asked for features that are no picture.
+        ValueError: the network has no such blocks, convolutions are asked for features that are no picture, or scales
+            for features that are no video.
     """
     if gan.head == "mlp":
-        return build_heads(denoiser, gan.chosen_blocks, width=gan.head_width, seed=seed)
+        return build_heads(denoiser, gan.chosen_blocks, width=gan.width, seed=seed)
+    if gan.head == "multiscale":
+        return multi_scale_heads(gan, denoiser, shape=shape, null=null, seed=seed)
     if len(shape) != 3:
         raise ValueError(f"gan.head 'conv' reads features as pictures, and latents are {shape}: use 'mlp' for videos")
     channels = denoiser.family.feature_channels(denoiser.network, gan.chosen_blocks)
@@ -35,22 +39,62 @@ def build_gan_heads(
     return DiscriminatorHeads.of([ConvHead(count, size, generator=generator) for count, size in pairs])
 
 
+def multi_scale_heads(
+    gan: GanConfig, denoiser: Denoiser, *, shape: tuple[int, ...], null: Condition, seed: int
+) -> DiscriminatorHeads:
+    """A `MultiScaleHead` for each of the blocks, judged each by itself.
+
+    Raises:
+        ValueError: latents are no videos, frames are patched, or a scale is larger than the features.
+    """
+    if len(shape) != 4:
+        raise ValueError(
+            f"gan.head 'multiscale' reads features as videos, and latents are {shape}: use 'conv' or 'mlp'"
+        )
+    channels = denoiser.family.feature_channels(denoiser.network, gan.chosen_blocks)
+    generator, heads = torch.Generator().manual_seed(seed), []
+    for count, (h, w) in zip(channels, feature_sizes(denoiser, shape, null, gan.chosen_blocks), strict=True):
+        patch = round(shape[2] / h)
+        smallest = min(shape[1], patch * h, patch * w)
+        if max(gan.scales) > smallest or count % patch**2:
+            raise ValueError(
+                f"gan.scales {list(gan.scales)} on features of {shape[1]} x {patch * h} x {patch * w} with {count} "
+                f"channels: scales go to {smallest}, and channels are a multiple of {patch**2}"
+            )
+        heads.append(
+            MultiScaleHead(
+                count,
+                (shape[1], h, w),
+                patch=patch,
+                scales=gan.scales,
+                width=gan.width,
+                dropout=gan.dropout,
+                generator=generator,
+            )
+        )
+    return DiscriminatorHeads.of(heads, apart=True)
+
+
 @torch.no_grad()
 def feature_sizes(
     denoiser: Denoiser, shape: tuple[int, ...], null: Condition, blocks: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    """(h, w) of each feature map for latents of this shape, found by one call.
+    """(h, w) of each feature map for latents of this shape, found by one call; of videos those of each frame.
 
     Raises:
-        ValueError: a feature map has another aspect than the latents.
+        ValueError: a feature map has another aspect than the latents, or fewer frames.
     """
+    frames, (height, width) = shape[1] if len(shape) == 4 else 1, shape[-2:]
     device = null.tokens.device
     x, t = torch.zeros((1, *shape), device=device), torch.full((1,), 0.5, device=device)
     found = []
     for feature in denoiser.velocity_and_features(x, t, null, blocks)[1]:
-        positions, factor = feature.shape[2], (shape[1] * shape[2] / feature.shape[2]) ** 0.5
-        size = round(shape[1] / factor), round(shape[2] / factor)
-        if size[0] * size[1] != positions:
-            raise ValueError(f"gan.head 'conv' needs feature maps of the latents' aspect {shape[1:]}, got {positions}")
+        positions, factor = feature.shape[2], (frames * height * width / feature.shape[2]) ** 0.5
+        size = round(height / factor), round(width / factor)
+        if frames * size[0] * size[1] != positions:
+            raise ValueError(
+                f"gan.head 'conv' or 'multiscale' needs feature maps of the latents' aspect {shape[1:]}, "
+                f"got {positions} positions"
+            )
         found.append(size)
     return found

@@ -270,7 +270,13 @@ def heads_step(
     judged = judged_samples(x0, condition, real, draw=draw, times=times, clock=clock, gan=gan)
     with torch.no_grad():
         features = judge.denoiser.velocity_and_features(judged.x_t, judged.t, judged.condition, judge.blocks)[1]
-    return judged.losses(judge.heads(features), len(x0), gan)
+    noise = None
+    if gan.dropout > 0:
+        # Of the sample, not of the device: the same for every cut of the batch, and after a resume.
+        parts, heads = len(judged.t) // len(x0), len(features)
+        drawn = draw.noise((parts, heads, gan.width), "discriminator_dropout")
+        noise = drawn.transpose(0, 1).flatten(0, 1)
+    return judged.losses(judge.heads(features, noise), len(x0), gan)
 
 
 def error_weight(t: Tensor, times: MatchingConfig) -> Tensor | None:

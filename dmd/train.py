@@ -113,7 +113,8 @@ def student_samples(
     """The student's x0 [B, C, h, w] for one slice and its condition, with a graph where gradients are on.
 
     The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
-    Its input is what the student's own steps before led to, or noised real data where these are configured.
+    Its input is what the student's own steps before led to; or, where these are configured, noised real data, each
+    sample at a step drawn for it.
     """
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     noise = draw.noise(setup.latent_shape, "noise")
@@ -124,7 +125,10 @@ def student_samples(
         chosen = shared_integer(config.run.seed, trainer.step, "noised_data", INPUT_PARTS)
         if chosen < config.noised_data.share * INPUT_PARTS:
             _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
-            t = torch.full((len(clean),), setup.student.times[grad_step], device=trainer.device)
+            # There is no rollout that all processes would have to leave at one step: each sample has its own.
+            times = torch.tensor(setup.student.times, device=trainer.device)
+            place = (draw.uniform("noised_data_time") * len(times)).long().clamp(max=len(times) - 1)
+            t = times[place.to(times.device)]
             x_t = add_noise(clean, noise, t)
             called = setup.student.denoiser if wrapped is None else wrapped
             return x0_from_velocity(x_t, called(x_t, t, condition), t), condition

@@ -206,7 +206,7 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
     }
     if "reward" in values:
         found |= {
-            "reward.group_size": 2,
+            "reward.group_size": min(2, values["reward"]["group_size"]),
             "reward.scorers": '[{"name": "stroke_weight"}]',
             "monitor.samples_per_prompt": 2,
         }
@@ -225,6 +225,10 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
             found[f"{section}.init"] = init_of(values, section, parts)
     if "ode" in values:
         found |= {"ode.count": 4, "ode.steps": 4}
+    if values.get("gan", {}).get("blocks"):
+        found["gan.blocks"] = "[0, 1]"
+    if values.get("gan", {}).get("head") == "multiscale":
+        found |= {"gan.scales": "[1, 2]", "gan.head_width": 8}
     if "sana_sprint" in values:
         found["sana_sprint.discriminator.blocks"] = "[0, 1]"
     return [text for key, value in found.items() if value is not None for text in (f"--{key}", str(value))]

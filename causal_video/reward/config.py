@@ -147,6 +147,8 @@ def check_window(config: CausalRewardConfig) -> None:
 
 def check_groups(config: CausalRewardConfig) -> None:
     """Raise ValueError for slices that cut groups, and for a penalty whose rewards are not there."""
+    if config.reward.group_size < 2:
+        raise ValueError(f"reward.group_size is {config.reward.group_size}; a comparison needs at least 2")
     run, size = config.run, config.reward.group_size
     if run.batch_size % (size * run.gradient_accumulation):
         raise ValueError(

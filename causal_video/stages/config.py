@@ -109,7 +109,10 @@ class CausalConfig:
         """Whether there is a use for data.latents."""
         if isinstance(self.stage, OdeConfig):
             return self.stage.makes_causal_pairs
-        return isinstance(self.stage, VideoStage) or self.data.image_share > 0 or self.data.controls is not None
+        on_data = isinstance(self.stage, SelfForcingConfig) and self.stage.input == "noised_data"
+        return (
+            on_data or isinstance(self.stage, VideoStage) or self.data.image_share > 0 or self.data.controls is not None
+        )
 
     @property
     def objective(self) -> DmdObjective | SidObjective:
@@ -195,6 +198,10 @@ def check_scores(config: CausalConfig) -> None:
     lacking = [name for name in NEEDED_SCORES if name not in there]
     if lacking or fake_score is None:
         raise ValueError(f"self_forcing needs the section {' and '.join(lacking)} (matching: {{}} for its defaults)")
+    if stage.input == "noised_data" and (config.data.image_share > 0 or config.asd is not None):
+        raise ValueError(
+            "self_forcing.input 'noised_data' with data.image_share or asd, which belong to rollouts: leave them out"
+        )
     if stage.rollout_schedules and student.times is not None:
         raise ValueError("self_forcing.rollout_schedules count steps on grids; leave student.times out")
     if config.asd is not None and max([student.longest_steps, *map(max, stage.rollout_schedules)]) < 2:

@@ -234,6 +234,9 @@ class OdeConfig:
 class SelfForcingConfig:
     """Distribution matching on the student's own rollouts (arXiv:2506.08009)."""
 
+    input: Literal["rollout", "noised_data"] = "rollout"
+    """What the student is asked on: its own rollout (Self-Forcing), or videos of data.latents, each of their chunks
+    noised to a time of its schedule drawn for it (CausVid)."""
     exit: Literal["cycled", "random", "last"] = "cycled"
     """Where rollouts stop: each exit in turn (Causal-rCM), a random one (Self-Forcing), or always the last."""
     rollout_schedules: tuple[tuple[int, ...], ...] = ()
@@ -253,6 +256,9 @@ class SelfForcingConfig:
     def __post_init__(self) -> None:
         if any(len(counts) == 0 or min(counts) < 1 for counts in self.rollout_schedules):
             raise ValueError(f"rollout_schedules is {self.rollout_schedules}; each is a list of counts from 1 on")
+        if self.input == "noised_data":
+            for name in ("exit", "rollout_schedules", "replay", "longest_frames"):
+                require_default(self, name, "input is 'noised_data', where nothing is rolled out")
         if self.new_frames is not None and self.longest_frames is None:
             raise ValueError("new_frames without longest_frames: rollouts of the layout learn as a whole")
 

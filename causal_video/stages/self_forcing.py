@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.denoise import ChunkNoise, ExitStep, VideoCondition
+from fewstep.causal_video.model import masks
+from fewstep.causal_video.model.calls import CallOutput, whole_call
 from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.rollout import replayed_backward, rollout
 from fewstep.causal_video.schedule import StepSchedule, cycled_exit, random_exit
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.asd import StepPair, asd_discriminator_loss, asd_student_loss
-from fewstep.causal_video.stages.batch import gives_image
+from fewstep.causal_video.stages.batch import chunk_uniform, gives_image, over_frames
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.causal_video.stages.teacher_window import TeacherWindow, image_latent, teacher_window
 from fewstep.core.condition import Condition
+from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
@@ -124,6 +127,28 @@ def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: i
     return condition, x0[:, :, :1] if given else None
 
 
+def on_noised_data(
+    config: CausalConfig, setup: CausalSetup, *, draw: Draw, network: nn.Module
+) -> tuple[Generated, Condition]:
+    """The student's predictions of real videos, each chunk noised to one of its schedule's times, under the causal mask
+    (CausVid, arXiv:2412.07772); and their captions. A chunk sees earlier ones as noisy as they are."""
+    x0, condition = setup.videos(draw.indices, draw.device)
+    layout, schedule = setup.settings.layout, setup.settings.schedule
+    uniform = chunk_uniform(draw, layout, "noised_data_time")
+    columns = []
+    for chunk in range(layout.chunks):
+        times = torch.tensor(schedule.of(chunk), device=draw.device, dtype=torch.float32)
+        columns.append(times[(uniform[:, chunk] * len(times)).long().clamp(max=len(times) - 1)])
+    t = over_frames(torch.stack(columns, dim=1), layout)
+    x_t = add_noise(x0, draw.noise(tuple(x0.shape[1:]), "noised_data"), t)
+    tokens = setup.student.tokens_per_frame(x0)
+    mask = masks.block_causal(layout, tokens, setup.settings.policy, device=draw.device)
+    call = whole_call(x_t, t, condition.tokens, mask=mask, extra=controls_of(condition, x0.shape[2]))
+    output = network(call)
+    assert isinstance(output, CallOutput)
+    return Generated(None, x0_from_velocity(x_t, output.velocity, t), (), None, x0.shape[2]), condition
+
+
 def generate(
     setup: CausalSetup,
     plan: RolloutPlan,
@@ -182,7 +207,10 @@ def student_backward(
     replay, wrapped = stage.replay, setup.student_role.wrapped
     condition, image = rollout_inputs(config, setup, draw, trainer.step)
     with torch.set_grad_enabled(not replay):
-        done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
+        if stage.input == "noised_data":
+            done, condition = on_noised_data(config, setup, draw=draw, network=wrapped)
+        else:
+            done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
     new = done.new.detach().requires_grad_() if replay else done.new
     window = done.window(new)
     with frozen(scores.fake):
@@ -231,8 +259,13 @@ def fake_score_backward(
     assert scores is not None
     assert times is not None
     condition, image = rollout_inputs(config, setup, draw, trainer.step)
+    assert config.self_forcing is not None
     with torch.no_grad():
-        video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
+        if config.self_forcing.input == "noised_data":
+            done, condition = on_noised_data(config, setup, draw=draw, network=setup.student)
+        else:
+            done = generate(setup, plan, draw=draw, condition=condition, image=image)
+    video = done.window().latents
     step = fake_score_step(
         video, condition, fake_score=scores.fake_role.wrapped, draw=draw, times=times, clock=setup.teacher.family
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fewstep.consistency.sections import ContinuousConfig
 from fewstep.core.config import OptimizerConfig
@@ -14,6 +15,10 @@ class SprintConsistencyConfig(ContinuousConfig):
 
     weight: float = 1.0
     """Weight of the consistency loss."""
+    learned_weight: bool = False
+    """Fit a weight of time and guidance beside the student, as the paper does: exp(w) error / tan - w, with w linear in
+    the network's own time embedding. It is trained with the student's optimizer settings. Without it the elements of a
+    sample are summed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,8 +44,10 @@ class SprintDiscriminatorConfig:
     """The sigma_data for which these two are stated."""
     misaligned: bool = True
     """Whether real latents with the wrong prompt are shown to the discriminator as fakes."""
+    head: Literal["mlp", "projected"] = "mlp"
+    """Two layers on each position with one logit, or the paper's: StyleGAN-T's, with a logit at each position."""
     head_width: int = 64
-    """Width of the discriminator's heads."""
+    """Width of mlp heads."""
     blocks: tuple[int, ...] | None = None
     """Blocks of the teacher that the heads read; None is the family's own choice."""
 
@@ -54,6 +61,8 @@ class SprintDiscriminatorConfig:
                 f"noise_std is {self.noise_std}, sigma_data {self.sigma_data} and head_width {self.head_width}; "
                 "noise_std and sigma_data must be positive, head_width at least 1"
             )
+        if self.head == "projected" and self.head_width != SprintDiscriminatorConfig.head_width:
+            raise ValueError(f"head_width is {self.head_width}, which head 'projected' does not read: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.networks.build import build_denoiser
+from fewstep.core.networks.projected_heads import ProjectedHeads
 from fewstep.core.settings import StudentConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.roles import Role
@@ -76,7 +77,11 @@ def add_heads(sprint: SprintConfig, teacher: Teacher, trainer: Trainer) -> Role 
     settings = sprint.discriminator
     if settings is None:
         return None
-    heads = build_heads(teacher.denoiser, settings.blocks, width=settings.head_width, seed=trainer.run.seed)
+    if settings.head == "projected":
+        channels = teacher.family.feature_channels(teacher.denoiser.network, settings.blocks)
+        heads = ProjectedHeads(channels, seed=trainer.run.seed)
+    else:
+        heads = build_heads(teacher.denoiser, settings.blocks, width=settings.head_width, seed=trainer.run.seed)
     return trainer.add_role("heads", heads, settings.optimizer, every=CYCLE)
 
 

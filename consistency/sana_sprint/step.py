@@ -5,7 +5,11 @@ Networks are called here, arithmetic is in the loss files. Legend: B batch; x0, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher
-from fewstep.core.training.roles import frozen
+from fewstep.core.training.roles import evaluating, frozen
 from fewstep.dmd.gan_loss import hinge_discriminator_loss, hinge_generator_loss
 
 
@@ -57,7 +61,8 @@ def sprint_student_step(noised: Noised, networks: Networks, *, draw: Draw, sprin
         record |= {"scm_loss": step.loss.detach(), **step.record}
     if discriminator is not None:
         x0 = adversarial_samples(noised, networks.wrapped, draw=draw, settings=discriminator)
-        with frozen(require_heads(networks)):
+        # Spectral norms follow the weights in the discriminator's own steps alone.
+        with frozen(require_heads(networks)), evaluating(require_heads(networks)):
             logits = judge(x0, noised.condition, networks, draw=draw, settings=discriminator, stream="sprint_student")
         adversarial = hinge_generator_loss(logits)
         terms.append(discriminator.weight * adversarial)
@@ -68,18 +73,42 @@ def sprint_student_step(noised: Noised, networks: Networks, *, draw: Draw, sprin
 def guided_scm_step(noised: Noised, networks: Networks, settings: SprintConsistencyConfig) -> ConsistencyStep:
     """sCM with the guidance of the condition as the teacher's.
 
-    The paper's learned weight exp(-w) settles at one over the mean square of the tangent, which undoes the mean over
-    the D elements of a sample. Here there is none and the elements are summed, which comes to the same order; with a
-    mean, the adversarial loss would weigh D times as much as lambda says.
+    The paper's learned weight settles at one over the mean square of the tangent, which undoes the mean over the D
+    elements of a sample. Without it the elements are summed, which comes to the same order; with a mean, the
+    adversarial loss would weigh D times as much as lambda says.
     """
     x_t, t, condition = noised.x_t, noised.t, noised.condition
     assert condition.guidance is not None
     with torch.no_grad():
         target = networks.teacher.velocity(x_t, t, condition, condition.guidance)
-    velocity = networks.wrapped(x_t, t, condition)
+    weight = networks.time_weight
+    with nullcontext() if weight is None else time_embeddings(networks.student) as embeddings:
+        velocity = networks.wrapped(x_t, t, condition)
     output, tangent = trig_direction(noised, networks.student, velocity, target, settings)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=settings.normalizer), reduction="sum")
-    return ConsistencyStep(found.loss, tangent_record(tangent, found))
+    direction = normalise_tangent(tangent.total, constant=settings.normalizer)
+    if weight is None or embeddings is None:
+        found = scm_loss(output, direction, reduction="sum")
+        return ConsistencyStep(found.loss, tangent_record(tangent, found))
+    learned = weight(embeddings[-1])
+    # The public code's prior weight, 1 / (sigma_data tan) with its sigma_data of 1/2; it is a constant to w.
+    prior = math.log(2) - torch.logit(t.double(), eps=1e-9).to(learned.dtype)
+    found = scm_loss(output, direction, log_weight=learned + prior)
+    # The constant in the prior is no part of the loss.
+    loss = found.loss + prior.mean()
+    return ConsistencyStep(loss, {**tangent_record(tangent, found), "log_weight": learned.detach().mean()})
+
+
+@contextmanager
+def time_embeddings(student: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the time embeddings [B, D], guidance included, of the calls of a student in the block, with graph."""
+    found: list[Tensor] = []
+    network: Any = student.get_submodule("network")
+    embedder = getattr(network, "transformer", network).time_embed
+    handle = embedder.register_forward_hook(lambda _, __, output: found.append(output[1]))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def sprint_discriminator_step(
@@ -105,7 +134,9 @@ def sprint_discriminator_step(
         eps = torch.cat([draw.noise(tuple(fake.shape[1:]), f"{name}_noise") for name in kept])
         normal = torch.cat([draw.noise((), f"{name}_time") for name in kept])
         features = teacher_features(pairs.x0, pairs.condition, networks.teacher, (eps, normal), settings)
-    logits = heads(features)
+    # Fakes and reals are normalised apart, as in the two calls of the source.
+    apart = [] if settings.head == "mlp" else [(pairs.fakes, len(pairs.x0) - pairs.fakes)]
+    logits = heads(features, *apart)
     fake_logits, real_logits = logits[: pairs.fakes], logits[pairs.fakes :]
     loss = hinge_discriminator_loss(fake_logits, real_logits)
     record = {

@@ -143,6 +143,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Keep what follows a network's calls in training mode, such as spectral norms, as it is."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
 def role_to_tensors(role: Role) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Files of a role for a checkpoint: weights, EMA, optimizer; and its JSON state. Frozen weights are not saved."""
     tensors, description = optimizer_to_tensors(role.optimizer)

@@ -67,7 +67,7 @@ class ScorersConfig:
     scorers: tuple[ScorerConfig, ...]
     """The trained reward: a list of scorers with their weights."""
     group_size: int = 8
-    """Samples per prompt that are compared with each other; divides run.batch_size."""
+    """Samples per prompt that are compared with each other; divides run.batch_size. 1 in a run of cold start alone."""
     chunk: int | None = None
     """Samples scored at a time; empty is the whole slice."""
 
@@ -76,8 +76,8 @@ class ScorersConfig:
         object.__setattr__(self, "scorers", tuple(_scorer(entry) for entry in self.scorers))
         if not self.scorers:
             raise ValueError("scorers is empty; name at least one scorer")
-        if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}; a comparison needs at least 2")
+        if self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; a prompt needs a sample, and a comparison at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ class RewardRunConfig:
                 "student.init is empty; give the run directory of a student from scripts/train_dmd.py, or start from "
                 "the teacher with matching.cold_start_steps of matching alone"
             )
-        check_groups(self.reward, self.run)
+        check_groups(self.reward, self.run, cold_start=0 if self.matching is None else self.matching.cold_start_steps)
         check_comparison(self)
         check_matching(self)
         check_random_steps(self)
@@ -292,9 +292,14 @@ class RewardRunConfig:
         )
 
 
-def check_groups(reward: ScorersConfig, run: RunConfig) -> None:
+def check_groups(reward: ScorersConfig, run: RunConfig, *, cold_start: int) -> None:
     """Raise ValueError unless every slice of a step holds whole groups."""
     slices = run.gradient_accumulation
+    if reward.group_size < 2 and cold_start < run.steps:
+        raise ValueError(
+            f"reward.group_size is {reward.group_size}; a comparison needs at least 2 (1 where "
+            "matching.cold_start_steps is the whole run)"
+        )
     if run.batch_size % (reward.group_size * slices):
         raise ValueError(
             f"reward.group_size {reward.group_size} does not divide run.batch_size {run.batch_size} cut into "

@@ -56,20 +56,20 @@ def group_samples(samples: Sequence[int], group_size: int, *, prompts: int, seed
     """Group and prompt of sample numbers: numbers K g .. K g + K - 1 are group g, and the groups go through the prompts
     as single samples do (`rows_of_samples`: every epoch visits each prompt once).
 
-    Raises ValueError when group_size is below 2: a single sample has nothing to be compared with.
+    Raises ValueError when group_size is below 1; of 1 no sample has anything to be compared with.
     """
-    if group_size < 2:
-        raise ValueError(f"group_size is {group_size}; a group needs at least 2 samples of a prompt")
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; a group needs a sample of a prompt")
     numbers = [int(sample) // group_size for sample in samples]
     return SampleGroups(torch.tensor(numbers, dtype=torch.int64), tuple(rows_of_samples(numbers, prompts, seed)))
 
 
 def require_group_size(group_size: int, batch_size: int) -> None:
-    """Raises ValueError unless the batch of a step, over all processes, is a whole number of groups of at least 2."""
-    if group_size < 2 or batch_size % group_size:
+    """Raises ValueError unless the batch of a step, over all processes, is a whole number of groups."""
+    if group_size < 1 or batch_size % group_size:
         raise ValueError(
             f"group_size is {group_size} and batch_size {batch_size}; batch_size must be a multiple of group_size, "
-            "which is at least 2"
+            "which is at least 1"
         )
 
 

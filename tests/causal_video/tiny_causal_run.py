@@ -113,6 +113,7 @@ def tiny_causal(
         reads_videos = causal_teacher and "ode.pairs" not in given
     else:
         reads_videos = stage != "self_forcing" or given.get("data.image_share", 0) > 0 or "data.controls" in given
+        reads_videos = reads_videos or given.get("self_forcing.input") == "noised_data"
     data = {"latents": str(inputs.latents)} if reads_videos else {"height": 32, "width": 32}
     base: dict[str, dict[str, Any]] = {
         "teacher": {"path": str(inputs.teacher), "guidance": 2.0},

@@ -167,7 +167,8 @@ def test_noised_data_is_the_input_of_its_share_of_the_steps(inputs: TinyInputs, 
     assert setup.inputs is not None
     if on_data:
         _, clean, expected = setup.inputs.rows(draw.indices, trainer.device)
-        t = torch.full((2,), setup.student.times[grad_step])
+        places = (draw.uniform("noised_data_time") * 4).long()
+        t = torch.tensor([setup.student.times[place] for place in places.tolist()])
         x_t = add_noise(clean, noise, t)
         right = x0_from_velocity(x_t, setup.student.denoiser(x_t, t, expected), t)
     else:

@@ -83,4 +83,4 @@ class LatentRewardConfig:
                 f"teacher.guidance is {self.teacher.guidance}: the teacher decodes and encodes prompts here, and does "
                 "not sample; leave it out"
             )
-        check_groups(self.reward, self.run)
+        check_groups(self.reward, self.run, cold_start=0)

@@ -70,7 +70,7 @@ def test_a_field_of_another_stage_is_refused(repository: Path, name: str) -> Non
             with pytest.raises(ConfigError, match=rf"{stage}\.{field.name} on the command line belongs to the section"):
                 load(*file, f"--{stage}.{field.name}", "1")
     if name != "self_forcing":
-        for key, value in (("matching.t_min", "0.1"), ("sid.alpha", "1.0"), ("asd.weight", "1.0")):
+        for key, value in (("matching.score_times.min", "0.1"), ("sid.alpha", "1.0"), ("asd.weight", "1.0")):
             with pytest.raises(ConfigError, match=f"the section {key.partition('.')[0]} belongs to self_forcing"):
                 load(*file, f"--{key}", value)
 
@@ -78,14 +78,14 @@ def test_a_field_of_another_stage_is_refused(repository: Path, name: str) -> Non
 def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
     names = {stage: [field.name for field in dataclasses.fields(section)] for stage, section in STAGES.items()}
     flow = ["frames", "shift", "weight", "condition_drop"]
-    assert names["teacher_forcing"] == [*flow, "context_noise"]
+    assert names["teacher_forcing"] == [*flow, "times", "context_noise"]
     assert names["diffusion_forcing"] == flow
-    assert names["tf_dcm"] == ["frames", "context_noise", "grid_steps", "grid_shift"]
+    assert names["tf_dcm"] == ["frames", "context_noise", "grid_steps", "grid_shift", "target"]
     assert names["ode"] == ["source", "pairs", "count", "steps", "frames"]
     readers = {
         "teacher_forcing": ("forcing", "train"),
         "diffusion_forcing": ("forcing", "train"),
-        "tf_dcm": ("consistency", "train"),
+        "tf_dcm": ("consistency", "setup", "train"),
         "tf_scm": ("consistency", "train"),
         "ode": ("ode", "setup"),
         "self_forcing": ("self_forcing", "setup"),
@@ -95,7 +95,7 @@ def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
         text = "".join((folder / f"{file}.py").read_text(encoding="utf-8") for file in files)
         # The section says itself how many frames learn.
         read = {"new_frames": "learning_frames"}
-        unread = [name for name in names[stage] if not re.search(rf"\bstage\.{read.get(name, name)}\b", text)]
+        unread = [name for name in names[stage] if not re.search(rf"\b(stage|{stage})\.{read.get(name, name)}\b", text)]
         assert unread == [], stage
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.causal_video.model.calls import per_frame
 from fewstep.causal_video.stages.batch import PackedNetwork, chunk_uniform, over_frames
 from fewstep.causal_video.stages.consistency import tf_dcm_step
 from fewstep.causal_video.stages.forcing import forcing_loss, teacher_forcing_step
-from fewstep.causal_video.stages.self_forcing import plan_rollout
+from fewstep.causal_video.stages.self_forcing import on_noised_data, plan_rollout
 from fewstep.causal_video.stages.train import train_causal_video, train_step, video_batch
 from fewstep.core.grids import shift_time
 from fewstep.core.paths import add_noise
@@ -20,6 +21,8 @@ from fewstep.core.randomness import Draw
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from tests.causal_video.tiny_causal_run import FAKE_SCORE, VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
+
+NOISED: dict[str, object] = {"self_forcing.input": "noised_data"}
 
 
 def test_chunks_have_times_of_their_own(inputs: VideoInputs, tmp_path: Path) -> None:
@@ -93,6 +96,7 @@ def test_the_average_is_the_target_and_follows_the_student(inputs: VideoInputs, 
         ("tf_dcm", {"tf_dcm.target": "ema"}),
         ("teacher_forcing", {"teacher_forcing.times": "chunk"}),
         ("self_forcing", {"self_forcing.exit": "last"}),
+        ("self_forcing", NOISED),
     ],
 )
 def test_they_resume_exactly(inputs: VideoInputs, tmp_path: Path, stage: str, changes: dict[str, object]) -> None:
@@ -124,3 +128,35 @@ def test_the_fake_score_starts_from_that_of_a_run_and_both_rates_fall_to_their_e
     # Steps 0, 3 and 6 are the student's.
     assert (setup.student_role.total_updates, setup.scores.fake_role.total_updates) == (3, 4)
     trainer.close()
+
+
+def test_the_student_may_be_asked_on_noised_videos(inputs: VideoInputs, tmp_path: Path) -> None:
+    """CausVid's input: every chunk at a time of its schedule, one causal call, and the captions of the videos."""
+    config = tiny_causal(inputs, tmp_path, "self_forcing", NOISED)
+    setup, trainer = start_causal(config)
+    draw = Draw(5, [0, 1, 2, 3], trainer.device)
+    done, condition = on_noised_data(config, setup, draw=draw, network=setup.student)
+    x0, expected = setup.videos(draw.indices, trainer.device)
+    assert done.new.shape == x0.shape
+    assert torch.equal(condition.tokens, expected.tokens)
+    calls: list[Tensor] = []
+    handle = setup.student.register_forward_pre_hook(lambda _, given: calls.append(given[0].t))
+    on_noised_data(config, setup, draw=draw, network=setup.student)
+    handle.remove()
+    (t,) = calls
+    for chunk, frames in ((0, (0,)), (1, (1, 2))):
+        allowed = torch.tensor(setup.settings.schedule.of(chunk))
+        for frame in frames:
+            assert bool((t[:, frame, None] == allowed).any(dim=1).all())
+    assert torch.equal(t[:, 1], t[:, 2])
+    before = torch.cat([p.detach().flatten() for _, p in setup.student_role.parameters])
+    for _ in range(4):
+        metrics = train_step(config, setup, trainer)
+        trainer.advance()
+        assert all(bool(torch.isfinite(torch.as_tensor(value))) for value in metrics.values())
+    assert not torch.equal(torch.cat([p.detach().flatten() for _, p in setup.student_role.parameters]), before)
+    trainer.close()
+    with pytest.raises(ValueError, match=r"replay.*input is 'noised_data', where nothing is rolled out"):
+        tiny_causal(inputs, tmp_path, "self_forcing", {**NOISED, "self_forcing.replay": True})
+    with pytest.raises(ValueError, match=r"data\.latents is empty"):
+        tiny_causal(inputs, tmp_path, "self_forcing", {**NOISED, "data.latents": None})

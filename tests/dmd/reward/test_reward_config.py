@@ -194,8 +194,8 @@ def test_scorers_are_checked() -> None:
         ScorerConfig(name="slant", std=0)
     with pytest.raises(ValueError, match=r"scorers is empty"):
         RewardSettings(scorers=())
-    with pytest.raises(ValueError, match="group_size is 1; a comparison needs at least 2"):
-        RewardSettings(scorers=(ScorerConfig(name="slant"),), group_size=1)
+    with pytest.raises(ValueError, match="group_size is 0; a prompt needs a sample"):
+        RewardSettings(scorers=(ScorerConfig(name="slant"),), group_size=0)
     scored = ScorerConfig(name="slant")
     with pytest.raises(ValueError, match=r"held_out slant has weight 2\.0, mean 0\.0, std 1\.0: .* leave these out"):
         RewardSettings(scorers=(scored,), held_out=(ScorerConfig(name="slant", weight=2.0),))
