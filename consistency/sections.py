@@ -290,6 +290,9 @@ class AnyflowConfig(FlowMapConfig):
     to it ('sum')."""
     rollout_steps: tuple[int, ...] = (2, 4, 8, 16, 50)
     """Numbers of steps of the rollouts that are imitated for `matching`, by three jumps each."""
+    rollout_learns: Literal["segment", "all"] = "segment"
+    """Which of the three jumps the student learns from: the one in the middle, or all of them, as in the public code:
+    up to three graphs at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
+from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.shared import frozen_twin
@@ -228,7 +229,8 @@ def prepare_tangent(config: ConsistencyConfig, denoiser: Denoiser) -> None:
 def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeights | None) -> Denoiser:
     """A trainable fp32 copy of the teacher's network, with a second time and adapters where they are configured.
 
-    `init` may be a network of one time or of two. Layers of the second time are trained beside adapters.
+    `init` may be a network of one time or of two, or the adapters of a run with either. Layers of the second time are
+    trained beside adapters, or have adapters of their own where those of the first have (`student.lora_targets`).
 
     Raises:
         ValueError: `init` does not fit the network, or cannot start adapters.
@@ -239,10 +241,10 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
     if not isinstance(method, FlowMapSettings):
         return build_denoiser(settings, teacher, init, seed=seed)
     two_times = init if init is not None and holds_second_time(init) else None
-    if two_times is not None and settings.lora_rank > 0:
+    if two_times is not None and settings.lora_rank > 0 and not two_times.holds_adapters:
         raise ValueError(
-            f"student.init {two_times.source} holds a network of two times, which cannot start adapters; train all "
-            "weights"
+            f"student.init {two_times.source} holds a whole network of two times, which cannot start adapters; train "
+            "all weights, or give the run of adapters"
         )
     if two_times is not None and two_times.stated("second_time") not in (None, "none", method.second_time):
         # Both kinds have layers of the same names and sizes, so that their weights would fit and mean another network.
@@ -253,14 +255,20 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
         )
     denoiser = build_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
     add_second_time(denoiser.network, method.second_time)
-    if two_times is not None:
+    if two_times is None:
+        return denoiser
+    if not two_times.holds_adapters:
         load_weights(denoiser.network, two_times)
+    elif settings.lora_rank > 0:
+        load_adapters(denoiser.network, two_times, alpha=settings.lora_alpha)
+    else:
+        merge_stored_adapters(denoiser.network, two_times)
     return denoiser
 
 
 def holds_second_time(weights: StoredWeights) -> bool:
     """Whether these are weights of a network of two times. Raises ValueError when they cannot be read."""
-    layers = tuple(f"{site.layers}.first." for site in SITES.values())
+    layers = tuple(f"{site.layers}.{half}." for site in SITES.values() for half in ("first", "second"))
     return any(name.startswith(layers) for name in weights.names())
 
 

@@ -64,14 +64,19 @@ class TwoTimeLayers(nn.Module):
         self.first = layers
         if kind == "decoupled":
             return
-        # Trained weights, where the network's own may be frozen in half precision.
-        self.second = copy.deepcopy(layers).requires_grad_(True)
-        if next(layers.parameters()).dtype in (torch.float16, torch.bfloat16):
-            self.second.float()
+        self.second = copy.deepcopy(layers)
+        # Layers with adapters stay as they are: their copies have adapters of their own on a frozen copy.
+        if not any(".lora_" in name for name, _ in layers.named_parameters()):
+            self.second.requires_grad_(True)
+            # Trained weights, where the network's own may be frozen in half precision.
+            if next(layers.parameters()).dtype in (torch.float16, torch.bfloat16):
+                self.second.float()
         if kind == "sum":
             last = self.second.get_submodule("linear_2")
-            for parameter in last.parameters():
-                nn.init.zeros_(parameter)
+            for name, parameter in last.named_parameters():
+                # Zeros in both factors of an adapter would stay zeros.
+                if "lora_A." not in name:
+                    nn.init.zeros_(parameter)
 
     def forward(self, sinusoids: Tensor) -> Tensor:
         if self.kind == "decoupled":
@@ -89,6 +94,8 @@ class TwoTimeLayers(nn.Module):
 
 def add_second_time(network: nn.Module, kind: SecondTime) -> None:
     """Let a network take a second time, in place; the new layers, if any, are trainable.
+
+    Where the layers of its time have adapters, so have the new ones, which are frozen beside them.
 
     Args:
         network: a diffusers network, with or without adapters (adapters first: adding them freezes what is there).

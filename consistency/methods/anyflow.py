@@ -12,7 +12,7 @@ Legend: B batch; states, velocities, u, derivative [B, ...]; t, r [B], 0 <= r <=
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -153,7 +153,7 @@ def simulate(
         noise: [B, ...].
         jumps: of `backward_simulation`.
         frozen_function: the student with weights that take no gradient, for every jump but the trained one; None is
-            `function`, whose weights then also learn from the jumps after the trained one, as in the public code.
+            `function`, whose weights then also learn from the jumps after the trained one.
 
     Raises:
         ValueError: there are no jumps, or they do not join.
@@ -243,8 +243,8 @@ def rollout_samples(
 
     `frozen_student` is the student with the same weights and without gradients. A random segment of the rollout is
     trained; the jumps after it carry the gradient and do not learn from it, which is one forward with a graph for the
-    weights whatever the length (the public code trains all three). Number of steps and segment are drawn from
-    (seed, step) alone, so all processes build the same graph.
+    weights whatever the length. With `rollout_learns: all` it learns from all three, as in the public code. Number of
+    steps and segment are drawn from (seed, step) alone, so all processes build the same graph.
     """
     choices, seed = settings.rollout_steps, draw.seed
     steps = choices[shared_integer(seed, step, "rollout_steps", len(choices))]
@@ -260,4 +260,7 @@ def rollout_samples(
         return frozen_student(x_t, t, condition, r)
 
     jumps = backward_simulation(steps, segment, shift=shift)
-    return simulate(jump, draw.noise(shape, "noise"), jumps, frozen_function=frozen_jump)
+    noise = draw.noise(shape, "noise")
+    if settings.rollout_learns == "all":
+        return simulate(jump, noise, [replace(each, trained=True) for each in jumps])
+    return simulate(jump, noise, jumps, frozen_function=frozen_jump)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from fewstep.core.networks.lora import ADAPTER, add_lora, merge_lora
 from fewstep.core.weights import StoredWeights
 
+# In the names of the weights of a second time.
+SECOND = ".second."
+
 
 def load_adapters(network: nn.Module, stored: StoredWeights, *, alpha: float) -> None:
     """Load into the adapters that a network has, in place.
@@ -24,7 +27,13 @@ def load_adapters(network: nn.Module, stored: StoredWeights, *, alpha: float) ->
         )
     if float(known) != alpha:
         raise ValueError(f"{stored.key} {stored.source} was trained with lora_alpha {known}, and here it is {alpha}")
-    own = {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
+    # Beside the adapters, layers of a second time that are trained as they are.
+    own = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    if any(SECOND in name for name in tensors) and not any(SECOND in name for name, _ in network.named_parameters()):
+        raise ValueError(
+            f"{stored.key} {stored.source} was trained with a second time, which this method's network has not: start "
+            "from another run, or from the teacher"
+        )
     wrong = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown or wrong:
@@ -52,26 +61,28 @@ def merge_stored_adapters(network: nn.Module, stored: StoredWeights) -> None:
             f"{stored.key} {stored.source} holds adapters of ranks {sorted(ranks)} and scale {alpha}, and one of "
             "each is needed: give the run directory that trained them, or merge them and give the network"
         )
-    layers = sorted({name.partition(".lora_")[0] for name in tensors})
+    layers = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     add_lora(network, rank=ranks.pop(), alpha=float(alpha), targets=layers, seed=0)
+    for name, weight in network.named_parameters():
+        # Layers of a second time that were trained as they are.
+        weight.requires_grad_(weight.requires_grad or name in tensors)
     load_adapters(network, stored, alpha=float(alpha))
     merge_lora(network)
     network.requires_grad_(True)
 
 
 def adapter_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors by their names in a network, `<layer>.lora_A.default.weight`, and alpha where the file says it.
+    """The tensors by their names in a network, `<layer>.lora_A.default.weight`, and alpha where the file says it; with
+    them layers of a second time that were trained beside them.
 
     Raises ValueError for a file that cannot be read.
     """
     tensors = stored.tensors()
-    if any(".second." in name for name in tensors):
-        raise ValueError(
-            f"{stored.key} {stored.source} holds layers of a second time beside its adapters, and only the whole "
-            "network could go on: train all weights in such a run, or start from the teacher"
-        )
     renamed = {}
     for name, tensor in tensors.items():
+        if ".lora_" not in name and SECOND in name:
+            renamed[name] = tensor
+            continue
         if ".lora_" not in name:
             # Frozen tables that older runs saved beside their adapters.
             continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fewstep.consistency.sections import AnyflowConfig, MeanflowConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.export.run import export_run, load_run_student
+from fewstep.core.grids import step_grid
 from fewstep.core.randomness import Draw, sample_noise, shared_integer
 from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
@@ -22,6 +24,8 @@ from fewstep.core.two_time import second_time_of
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
 from tests.tiny_pipelines import LATENT_SHAPE
+
+TIME_TARGETS = ("attn.to_q", "timestep_embedder.linear_1", "timestep_embedder.linear_2")
 
 
 def weights_of(role: Role | None) -> dict[str, torch.Tensor]:
@@ -191,6 +195,35 @@ def test_backward_simulation_trains_one_segment(inputs: TinyInputs, tmp_path: Pa
     assert len(seen) >= 4
 
 
+def test_all_jumps_may_be_learnt_from(inputs: TinyInputs, tmp_path: Path) -> None:
+    """The public code's rollout: x0 is the same, and the gradient that of the composition of all jumps."""
+    config = tiny_consistency(inputs, tmp_path, "anyflow_dmd")
+    assert config.anyflow is not None
+    config = dataclasses.replace(config, anyflow=dataclasses.replace(config.anyflow, rollout_learns="all"))
+    setup, trainer = start_consistency(config)
+    draw, module = Draw(5, [0, 1], trainer.device), setup.student_role.module
+    condition = setup.prompts.of_samples([0, 1], 5)
+    seen = set()
+    for step in range(8):
+        trainer.step = step
+        steps = (1, 2, 4)[shared_integer(5, step, "rollout_steps", 3)]
+        segment = shared_integer(5, step, "rollout_segment", steps)
+        grid = (*step_grid(steps, shift=config.student.shift), 0.0)
+        student_samples(config, setup, trainer, draw=draw).square().mean().backward()
+        found = torch.cat([p.grad.flatten() for _, p in setup.student_role.parameters if p.grad is not None])
+        module.zero_grad()
+        x = draw.noise(setup.latent_shape, "noise")
+        for t, r in pairwise(dict.fromkeys([grid[0], grid[segment], grid[segment + 1], 0.0])):
+            x = x - (t - r) * module(x, torch.full((2,), t), condition, torch.full((2,), r))
+        x.square().mean().backward()
+        expected = torch.cat([p.grad.flatten() for _, p in setup.student_role.parameters if p.grad is not None])
+        module.zero_grad()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+        seen.add((steps, segment))
+    trainer.close()
+    assert len(seen) >= 4
+
+
 def test_the_second_stage_of_anyflow_can_compute_blocks_again(inputs: TinyInputs, tmp_path: Path) -> None:
     """The jumps after the trained one take no gradient while blocks are recomputed in the backward pass, either."""
     found: list[list[Tensor]] = []
@@ -213,27 +246,53 @@ def test_the_second_stage_of_anyflow_can_compute_blocks_again(inputs: TinyInputs
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("targets", [(), TIME_TARGETS], ids=["beside", "in"])
 @pytest.mark.parametrize("name", ["meanflow", "anyflow"])
-def test_adapters_and_a_second_time_on_a_bf16_base(inputs: TinyInputs, tmp_path: Path, name: str) -> None:
-    """Layers of the second time are fp32; a run of them starts no other network."""
+def test_adapters_and_a_second_time_on_a_bf16_base(
+    inputs: TinyInputs, tmp_path: Path, name: str, targets: tuple[str, ...]
+) -> None:
+    """Layers of the second time are fp32, or have fp32 adapters; a run goes on from them, or from their sum."""
     config = tiny_consistency(inputs, tmp_path / "run", name)
     config = dataclasses.replace(
         config,
         teacher=dataclasses.replace(config.teacher, dtype="bfloat16"),
-        student=dataclasses.replace(config.student, lora_rank=2, lora_alpha=2.0),
+        student=dataclasses.replace(config.student, lora_rank=2, lora_alpha=2.0, lora_targets=targets),
     )
     assert train_consistency(config) == 0
+    stored = load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).tensors["student_ema"]
+    places = {name.partition("timestep_embedder.")[2] for name in stored if "timestep_embedder" in name}
+    if targets:
+        halves = [f"{half}.linear_{i}" for half in ("first", "second") for i in (1, 2)]
+        assert places == {f"{layer}.lora_{factor}.default.weight" for layer in halves for factor in "AB"}
+    else:
+        assert places == {f"second.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
     _, record = export_run(tmp_path / "run")
     assert record.verification is not None
     assert record.verification.sampler_difference < 3e-5
+    trained = load_run_student(tmp_path / "run", read_settings(tmp_path / "run"))
+    x, condition = sample_noise(1, [0, 1], LATENT_SHAPE), trained.teacher.encode(["ab", "c"])
+    t, r = torch.tensor([0.9, 0.5]), torch.tensor([0.3, 0.0])
+    with torch.no_grad():
+        expected = trained.student.denoiser(x, t, condition, r)
     for rank in (0, 2):
         alpha = 2.0 if rank else 64.0
-        student = dataclasses.replace(config.student, init=str(tmp_path / "run"), lora_rank=rank, lora_alpha=alpha)
+        given = {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets if rank else ()}
+        student = dataclasses.replace(config.student, init=str(tmp_path / "run"), **given)
         again = dataclasses.replace(
-            config, student=student, run=dataclasses.replace(config.run, directory=str(tmp_path / "b"))
+            config, student=student, run=dataclasses.replace(config.run, directory=str(tmp_path / f"b{rank}"))
         )
-        with pytest.raises(ValueError, match="layers of a second time beside its adapters"):
-            start_consistency(again)
+        setup, trainer = start_consistency(again)
+        metrics = train_step(again, setup, trainer)
+        trainer.close()
+        assert bool(torch.isfinite(torch.as_tensor(metrics["consistency_loss"])))
+        setup, trainer = start_consistency(again)
+        with torch.no_grad():
+            # The same weights, computed in fp32 as in the run that is loaded for an export.
+            setup.student.denoiser.network.float()
+            found = setup.student.denoiser(x, t, condition, r)
+        trainer.close()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+        assert {parameter.dtype for _, parameter in setup.student_role.parameters} == {torch.float32}
 
 
 def count_calls(module: nn.Module) -> list[bool]:
