@@ -49,6 +49,7 @@ class ConsistencyMatchingConfig(MatchingConfig):
     student and fake score each counting their own, at times of each sample that fall at random."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.weight > 0:
             raise ValueError(f"weight: given {self.weight}, allowed is a number > 0; leave the section out for none")
         if self.start < 0:

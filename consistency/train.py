@@ -45,6 +45,7 @@ from fewstep.core.training.roles import Role
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
+from fewstep.dmd.config import matching_at
 
 
 def train_consistency(config: ConsistencyConfig) -> int:
@@ -84,6 +85,7 @@ def train_step(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trai
     """
     if isinstance(config.settings, McmConfig):
         return train_mcm_step(config, setup, trainer)
+    config = matching_at(config, setup.student_role.updates)
     role = role_due(config, setup, trainer.step)
     # The learned weight of a time belongs to the student's loss, so it learns in the student's steps.
     learning = [role] if role is not setup.student_role else [role, *filter(None, [setup.weight_role])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -208,12 +209,18 @@ class FakeScoreConfig(TrainedConfig):
 class TimeLawConfig:
     """How random times are drawn at which networks are compared or trained."""
 
-    law: Literal["uniform", "logit_normal"] = "uniform"
-    """Uniform, or the sigmoid of a normal number (before the shift)."""
+    law: Literal["uniform", "logit_normal", "beta"] = "uniform"
+    """Uniform, the sigmoid of a normal number, or a beta distribution (before the shift)."""
     mean: float = 0.0
     """Mean of that normal number."""
     std: float = 1.0
     """Standard deviation of that normal number."""
+    alpha: float = 4.0
+    """First parameter of the beta distribution; above the second, times lie towards noise."""
+    beta: float = 1.5
+    """Second parameter of it."""
+    anneal_steps: int = 0
+    """Updates of the student over which a beta distribution becomes the uniform one, by half a cosine; 0 leaves it."""
     shift: float = 1.0
     """Time shift of the times."""
     unit: Literal["time", "timestep"] = "time"
@@ -231,15 +238,29 @@ class TimeLawConfig:
             raise ValueError(f"min {self.min} and max {self.max} must satisfy 0 <= min < max <= {highest:g}")
         if not 0 < self.shift < math.inf or not 0 < self.std < math.inf or not math.isfinite(self.mean):
             raise ValueError(f"shift {self.shift} and std {self.std} must be positive, mean {self.mean} a number")
+        if not 0 < self.alpha < math.inf or not 0 < self.beta < math.inf or self.anneal_steps < 0:
+            raise ValueError(
+                f"alpha {self.alpha} and beta {self.beta} must be positive, anneal_steps {self.anneal_steps} 0 or more"
+            )
         defaults = TimeLawConfig.__dataclass_fields__
         unread: dict[str, str] = dict.fromkeys(("law", "shift", "ends"), "timestep") if self.unit == "timestep" else {}
-        unread |= dict.fromkeys(("mean", "std"), "uniform") if self.law == "uniform" else {}
+        unread |= dict.fromkeys(("mean", "std"), self.law) if self.law != "logit_normal" else {}
+        unread |= dict.fromkeys(("alpha", "beta", "anneal_steps"), self.law) if self.law != "beta" else {}
         for name in unread:
             if getattr(self, name) != defaults[name].default:
-                told = "unit timestep draws whole timesteps evenly" if unread[name] != "uniform" else "law is uniform"
+                is_unit = unread[name] == "timestep"
+                told = "unit timestep draws whole timesteps evenly" if is_unit else f"law is {self.law}"
                 raise ValueError(f"{name} is {getattr(self, name)}, and {told}: leave it out")
         if self.unit == "timestep" and (self.min % 1 or self.max % 1):
             raise ValueError(f"min {self.min} and max {self.max} must be whole timesteps")
+
+    def at(self, updates: int) -> TimeLawConfig:
+        """The law after so many updates of the student."""
+        if self.anneal_steps == 0:
+            return self
+        left = 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / self.anneal_steps)))
+        alpha, beta = 1.0 + (self.alpha - 1.0) * left, 1.0 + (self.beta - 1.0) * left
+        return dataclasses.replace(self, alpha=alpha, beta=beta, anneal_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)

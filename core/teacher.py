@@ -6,6 +6,7 @@ videos have a time axis after the channels: latents [B, C, F, h, w], pixels [B, 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -121,10 +122,16 @@ class Teacher:
         """Guided velocity u + guidance (c - u), fp32 at least; guidance is one number or [B] of them."""
         return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance)
 
-    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float) -> Tensor:
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided x0 = x_t - t velocity, fp32 at least."""
         velocity = self.velocity(x_t, t, condition, guidance)
         return x0_from_velocity(x_t.to(velocity.dtype), velocity, t.to(velocity.dtype))
+
+    def with_denoiser(self, denoiser: Denoiser) -> Teacher:
+        """The same teacher with another network in its place; all other parts are shared."""
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
 
     def base(self, path: str | None) -> Denoiser:
         """The frozen denoiser that a role starts from: the teacher's, or the one of another model, in the same dtype.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from scipy.special import betainc, betaincinv
 from torch import Tensor
 
 from fewstep.core.grids import shift_time, unshift_time
@@ -34,9 +35,9 @@ def law_times(u: Tensor, law: TimeLawConfig, clock: Clock) -> Tensor:
     """The times that uniform numbers stand for: increasing in u.
 
     uniform: shift(u); logit_normal: shift(sigmoid(mean + std z)) with u the normal distribution of z (SD3,
-    arXiv:2403.03206, Eq. 19). Values outside of [min, max] are moved to its ends, or never drawn (`ends: truncate`). In
-    timesteps each whole one from min to max is as likely as any other, which on a noise table is another law than
-    uniform times: DMD2's of Stable Diffusion.
+    arXiv:2403.03206, Eq. 19); beta: shift(b) with u the beta distribution of b. Values outside of [min, max] are moved
+    to its ends, or never drawn (`ends: truncate`). In timesteps each whole one from min to max is as likely as any
+    other, which on a noise table is another law than uniform times: DMD2's of Stable Diffusion.
     """
     if law.unit == "timestep":
         if law.max > clock.last_timestep:
@@ -58,6 +59,9 @@ def unclamped_times(u: Tensor, law: TimeLawConfig) -> Tensor:
     """The shifted law before its ends, in [0, 1]; of times alone."""
     if law.law == "logit_normal":
         u = torch.sigmoid(law.mean + law.std * torch.special.ndtri(u))
+    if law.law == "beta":
+        drawn = betaincinv(law.alpha, law.beta, u.double().cpu().numpy())
+        u = torch.as_tensor(drawn, dtype=u.dtype).to(u.device)
     return shift_time(u, law.shift)
 
 
@@ -73,4 +77,6 @@ def _distribution(t: Tensor, law: TimeLawConfig) -> Tensor:
     """P(unshifted time <= t)."""
     if law.law == "uniform":
         return t
+    if law.law == "beta":
+        return torch.as_tensor(betainc(law.alpha, law.beta, t.double().cpu().numpy())).to(t)
     return torch.special.ndtr((torch.logit(t) - law.mean) / law.std)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 from fewstep.core.config import OptimizerConfig, RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
@@ -60,12 +62,46 @@ class MatchingConfig:
     """Times at which the fake score is trained, and a discriminator on it."""
     guidance: float | None = None
     """Guidance of the real score, where it is another than teacher.guidance."""
+    guidance_spread: float = 0.0
+    """Guidance is drawn for each sample, evenly from so much below to so much above (DMDR: 0.5)."""
     fake_error: Literal["velocity", "x0", "eps"] = "velocity"
     """What the fake score's squared error is of: DMD2 regresses x0 or eps, which weighs times by t^2 or (1 - t)^2."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_spread < math.inf:
+            raise ValueError(f"guidance_spread is {self.guidance_spread}; it must be 0 or more")
+
     def guidance_of(self, teacher: TeacherConfig) -> float:
-        """The guidance of the real score."""
+        """The guidance of the real score, and the middle of what is drawn."""
         return teacher.guidance if self.guidance is None else self.guidance
+
+    @property
+    def anneals(self) -> bool:
+        """Whether a law of times changes during the run."""
+        return self.score_times.anneal_steps > 0 or self.fake_times.anneal_steps > 0
+
+
+class HasMatching(Protocol):
+    """Settings of a run that may compare scores."""
+
+    @property
+    def matching(self) -> MatchingConfig | None: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=HasMatching)
+
+
+def matching_at(config: ConfigT, updates: int) -> ConfigT:
+    """The settings with the laws of times as they are after so many updates of the student."""
+    matching = config.matching
+    if matching is None or not matching.anneals:
+        return config
+    laws = {"score_times": matching.score_times.at(updates), "fake_times": matching.fake_times.at(updates)}
+    changed: Any = dataclasses.replace(matching, **laws)
+    # The settings have been checked as a whole; a copy with other laws needs it no second time.
+    now = copy.copy(config)
+    object.__setattr__(now, "matching", changed)
+    return now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +184,32 @@ class GanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedDataConfig:
-    """The student's input is real data, noised to one of its times, in place of its own rollout (FastGen, FastWan)."""
+    """The student's input is whole samples, noised to one of its times, in place of its own rollout: real data
+    (FastGen, FastWan), or what its own sampler makes, on which the fake score learns, too (DMDR)."""
 
-    latents: str
-    """Folder of real latents with captions (scripts/encode_latents.py, encode_videos.py)."""
+    latents: str | None = None
+    """Folder of real latents with captions (scripts/encode_latents.py, encode_videos.py); empty is the student's own
+    samples."""
     share: float = 1.0
     """Share of the steps with such an input; the others roll out (SenseFlow mixes)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must lie in (0, 1], leave the section out for rollouts alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedRealConfig:
+    """A share of the fake score's adapters in the real score, falling to none by half a cosine (DMDR)."""
+
+    share: float
+    """Of the scale that the adapters have in the fake score."""
+    steps: int
+    """Updates of the student until none is left."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.steps < 1:
+            raise ValueError(f"share is {self.share} and steps {self.steps}; they must lie in (0, 1], and from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +269,8 @@ class DmdConfig:
     """Times of the scores."""
     gan: GanConfig | None = None
     """An adversarial loss beside it; leave it out for none."""
+    blended_real: BlendedRealConfig | None = None
+    """The fake score's adapters in the real score for a while; leave it out for none."""
     regression: RegressionConfig | None = None
     """A regression beside it; leave it out for none."""
     noised_data: NoisedDataConfig | None = None
@@ -229,6 +283,11 @@ class DmdConfig:
         if self.f_distill is not None and self.gan is None:
             raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
         check_shared_weights(self)
+        if self.blended_real is not None and (self.fake_score.lora_rank == 0 or self.fake_score.path is not None):
+            raise ValueError(
+                "blended_real puts the fake score's adapters into the teacher: set fake_score.lora_rank, and leave "
+                "fake_score.path out"
+            )
         if self.noised_data is not None and self.regression is not None:
             raise ValueError("noised_data with regression, which is on the student's own noise: leave one of them out")
         if self.regression is not None and self.student.steps != 1:

@@ -16,6 +16,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.fake_score import FakeScore, FakeScoreOutput
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
+from fewstep.core.settings import TeacherConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.time_law import Clock, draw_times, law_interval
 from fewstep.dmd.config import (
@@ -53,6 +54,12 @@ from fewstep.dmd.sid_loss import sid_loss
 REVERSE_KL = DmdObjective()
 
 
+def drawn_guidance(matching: MatchingConfig, teacher: TeacherConfig, draw: Draw) -> float | Tensor:
+    """The guidance of the real score, or one for each sample [B] where it is spread."""
+    middle, spread = matching.guidance_of(teacher), matching.guidance_spread
+    return middle if spread == 0 else middle + spread * (2 * draw.uniform("score_guidance") - 1)
+
+
 @dataclass(frozen=True)
 class TeacherJudge:
     """Heads on the features of the frozen teacher; `heads` may be a distributed wrapper."""
@@ -76,7 +83,7 @@ class Scores:
 
     teacher: Teacher
     fake: FakeScore
-    guidance: float
+    guidance: float | Tensor
     judge: TeacherJudge | None = None
 
     def logits(self, x_t: Tensor, t: Tensor, condition: Condition, output: FakeScoreOutput | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
+from fewstep.dmd.blended_real import BlendedReal
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.discriminator import build_gan_heads
 from fewstep.dmd.matching import TeacherJudge
@@ -47,6 +48,7 @@ class DmdSetup:
     inputs: LatentSource | None = None
     heads_role: Role | None = None
     blocks: tuple[int, ...] | None = None
+    blended: BlendedReal | None = None
 
     @property
     def judge(self) -> TeacherJudge | None:
@@ -78,7 +80,8 @@ class DmdData:
         pairs = None if config.regression is None else LatentDataset.load(config.regression.pairs)
         if pairs is not None:
             pairs.require_noise("regression.pairs")
-        inputs = None if config.noised_data is None else LatentDataset.load(config.noised_data.latents)
+        folder = None if config.noised_data is None else config.noised_data.latents
+        inputs = None if folder is None else LatentDataset.load(folder)
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
         return cls(read_prompts(config.data.prompts), init, real, pairs, inputs, fake_score)
 
@@ -126,6 +129,7 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         fake_role=fake_role,
         fake_score=fake_score,
         blocks=None if config.gan is None else config.gan.chosen_blocks,
+        blended=None if config.blended_real is None else BlendedReal(teacher, fake_score, config.blended_real),
         prompts=embed(data.prompts),
         latent_shape=shape,
         real=source(data.real, REAL_SEED),

@@ -18,9 +18,9 @@ from fewstep.core.training.roles import Role, frozen, inject_student
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
-from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
-from fewstep.dmd.matching import Scores, fake_score_step, heads_step, student_step
+from fewstep.dmd.matching import Scores, drawn_guidance, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 
 # Of the integers that decide whether a step's input is noised data.
@@ -29,7 +29,8 @@ INPUT_PARTS = 10**6
 
 @dataclass(frozen=True)
 class Batch:
-    """One slice of a step: the student's samples x0 [B, C, h, w] without graph, their condition and random numbers."""
+    """One slice of a step: the student's samples x0 [B, C, h, w] without graph, on which fake score and discriminator
+    learn, their condition and random numbers."""
 
     x0: Tensor
     condition: Condition
@@ -67,6 +68,7 @@ def describe_run(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> str:
 
 def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str, float | Tensor]:
     """One step: the student's when it is due, then the fake score's, on the same samples. Returns its metrics."""
+    config = matching_at(config, setup.student_role.updates)
     student_due = trainer.step % config.fake_score.ratio == 0
     slices = trainer.micro_batches(trainer.local_indices(trainer.step, config.run.batch_size))
     batches: list[Batch] = []
@@ -76,10 +78,10 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
         condition = setup.prompts.of_samples(indices, config.run.seed)
         # Steps of the fake score alone roll out without a graph: their samples are only data.
         with trainer.sync(setup.student_role, number == len(slices) - 1), torch.set_grad_enabled(student_due):
-            x0, condition = student_samples(config, setup, trainer, condition=condition, draw=draw)
+            x0, condition, shown = student_samples(config, setup, trainer, condition=condition, draw=draw)
             if student_due:
                 records.append(student_backward(config, setup, trainer, x0=x0, condition=condition, draw=draw))
-        batches.append(Batch(x0.detach(), condition, draw))
+        batches.append(Batch(shown.detach(), condition, draw))
     metrics: dict[str, float | Tensor] = {**mean_records(records)}
     if student_due:
         metrics["student_grad_norm"] = trainer.update(setup.student_role)
@@ -109,30 +111,46 @@ def follow_student(setup: DmdSetup, *, share: float) -> None:
 
 def student_samples(
     config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, condition: Condition, draw: Draw
-) -> tuple[Tensor, Condition]:
-    """The student's x0 [B, C, h, w] for one slice and its condition, with a graph where gradients are on.
+) -> tuple[Tensor, Condition, Tensor]:
+    """The student's x0 [B, C, h, w] for one slice and its condition, with a graph where gradients are on; and the
+    samples that the fake score learns on, which are the same but for inputs of its own samples.
 
     The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
-    Its input is what the student's own steps before led to; or, where these are configured, noised real data, each
-    sample at a step drawn for it.
+    Its input is what the student's own steps before led to; or, where these are configured, noised real data or noised
+    samples of its own, each at a step drawn for it.
     """
     grad_step = shared_integer(config.run.seed, trainer.step, "grad_step", len(setup.student.times))
     noise = draw.noise(setup.latent_shape, "noise")
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
     # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
     wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
-    if setup.inputs is not None and config.noised_data is not None:
+    if config.noised_data is not None:
         chosen = shared_integer(config.run.seed, trainer.step, "noised_data", INPUT_PARTS)
         if chosen < config.noised_data.share * INPUT_PARTS:
-            _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
+            if setup.inputs is not None:
+                _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
+            else:
+                clean = whole_samples(setup, condition, draw)
+                if not torch.is_grad_enabled():
+                    return clean, condition, clean
+                noise = draw.noise(setup.latent_shape, "input_noise")
             # There is no rollout that all processes would have to leave at one step: each sample has its own.
             times = torch.tensor(setup.student.times, device=trainer.device)
             place = (draw.uniform("noised_data_time") * len(times)).long().clamp(max=len(times) - 1)
             t = times[place.to(times.device)]
             x_t = add_noise(clean, noise, t)
             called = setup.student.denoiser if wrapped is None else wrapped
-            return x0_from_velocity(x_t, called(x_t, t, condition), t), condition
-    return setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0, condition
+            x0 = x0_from_velocity(x_t, called(x_t, t, condition), t)
+            return x0, condition, x0 if setup.inputs is not None else clean
+    x0 = setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0
+    return x0, condition, x0
+
+
+@torch.no_grad()
+def whole_samples(setup: DmdSetup, condition: Condition, draw: Draw) -> Tensor:
+    """What the student's sampler makes of noise, all steps of it."""
+    renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(len(setup.student.times) - 1)]
+    return setup.student.sample(draw.noise(setup.latent_shape, "noise"), condition, renoise)
 
 
 def student_backward(
@@ -142,11 +160,12 @@ def student_backward(
     # Gradients may pass through the fake score to x0 (SiD, GAN), but must not be left on its weights.
     judge = setup.judge
     with frozen(setup.fake_score), nullcontext() if judge is None else frozen(judge.heads):
-        guidance = config.matching.guidance_of(config.teacher)
+        guidance = drawn_guidance(config.matching, config.teacher, draw)
+        real = setup.teacher if setup.blended is None else setup.blended.teacher(setup.student_role.updates)
         step = student_step(
             x0,
             condition,
-            scores=Scores(setup.teacher, setup.fake_score, guidance, judge),
+            scores=Scores(real, setup.fake_score, guidance, judge),
             draw=draw,
             times=config.matching,
             objective=config.objective,

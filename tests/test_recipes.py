@@ -204,6 +204,9 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         "run.checkpoint_every": 2,
         "run.log_every": 1,
     }
+    if values["run"]["mixed_precision"] == "fp16":
+        # Scaled gradients need a GPU.
+        found |= {"run.mixed_precision": "bf16", "teacher.dtype": "bfloat16"}
     if "reward" in values:
         found |= {
             "reward.group_size": min(2, values["reward"]["group_size"]),

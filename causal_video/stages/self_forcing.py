@@ -29,7 +29,7 @@ from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.matching import Scores, fake_score_step, student_step
+from fewstep.dmd.matching import Scores, drawn_guidance, fake_score_step, student_step
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def student_backward(
         step = student_step(
             window.latents,
             condition,
-            scores=Scores(setup.teacher, scores.fake, times.guidance_of(config.teacher)),
+            scores=Scores(setup.teacher, scores.fake, drawn_guidance(times, config.teacher, draw)),
             draw=draw,
             times=times,
             objective=config.objective,

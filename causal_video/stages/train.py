@@ -30,6 +30,7 @@ from fewstep.core.randomness import Draw
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.config import matching_at
 
 Metrics = dict[str, float | Tensor]
 
@@ -60,6 +61,7 @@ def train_causal_video(config: CausalConfig) -> int:
 
 def train_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> Metrics:
     """One step of the configured stage. Returns its metrics."""
+    config = matching_at(config, setup.student_role.updates)
     step = rollout_step if isinstance(config.stage, SelfForcingConfig) else video_step
     return step(config, setup, trainer)
 

@@ -21,7 +21,7 @@ from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.time_law import draw_times
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.matching import Scores, fake_score_step, student_step
+from fewstep.dmd.matching import Scores, drawn_guidance, fake_score_step, student_step
 
 
 def is_students_step(matching: ConsistencyMatchingConfig, cycle: int, step: int) -> bool:
@@ -94,7 +94,7 @@ def matching_backward(
         step = student_step(
             x0,
             setup.prompts.of_samples(draw.indices, config.run.seed),
-            scores=Scores(setup.teacher, setup.fake_score, config.matching.guidance_of(config.teacher)),
+            scores=Scores(setup.teacher, setup.fake_score, drawn_guidance(config.matching, config.teacher, draw)),
             draw=draw,
             times=config.matching,
         )

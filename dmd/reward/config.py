@@ -162,7 +162,10 @@ class RewardMatchingConfig(MatchingConfig):
     """Compare scores above the level at which a step ended; leave it out to compare them at the prediction x0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         laws = (self.score_times, self.fake_times)
+        if self.anneals:
+            raise ValueError("anneal_steps in a reward run, whose laws of times stay as they are: leave it out")
         if self.ambient is not None and any(law.unit == "timestep" or law.ends == "truncate" for law in laws):
             raise ValueError(
                 "score_times or fake_times with unit timestep or ends truncate, and the section ambient draws between "

@@ -17,7 +17,7 @@ from fewstep.core.randomness import Draw
 from fewstep.core.settings import TimeLawConfig
 from fewstep.core.time_law import draw_times, unclamped_times
 from fewstep.dmd.loss import distribution_matching_loss, matching_statistics
-from fewstep.dmd.matching import fake_score_step
+from fewstep.dmd.matching import drawn_guidance, fake_score_step
 from fewstep.dmd.reward.chain import Loss, Prepared, Rollout, Velocities, transition
 from fewstep.dmd.reward.config import AmbientConfig, RewardMatchingConfig, RewardRunConfig
 from fewstep.dmd.reward.methods.ac_dmd import (
@@ -91,7 +91,7 @@ def compare_scores(
         t = draw_times(draw, "score_time", matching.score_times, setup.teacher.family)
         x_t = add_noise(x0.detach(), draw.noise(setup.latent_shape, "score_noise"), t)
         fake_x0 = x0_from_velocity(x_t, setup.fake_score(x_t, t, rollout.condition).velocity, t)
-        real_x0 = setup.teacher.x0(x_t, t, rollout.condition, matching.guidance_of(config.teacher))
+        real_x0 = setup.teacher.x0(x_t, t, rollout.condition, drawn_guidance(matching, config.teacher, draw))
     return ComparedScores(x0, fake_x0, real_x0, t)
 
 
@@ -119,7 +119,7 @@ def ambient_matching(
         t = ambient_times(matching.score_times, draw.uniform("score_time"), s)
         x_t = add_subinterval_noise(x_s.detach(), draw.noise(setup.latent_shape, "score_noise"), s, t)
         fake = setup.fake_score(x_t, t, rollout.condition).velocity
-        real = setup.teacher.velocity(x_t, t, rollout.condition, matching.guidance_of(config.teacher))
+        real = setup.teacher.velocity(x_t, t, rollout.condition, drawn_guidance(matching, config.teacher, draw))
     noise = draw.noise(setup.latent_shape, "score_step_noise")
     loss = subinterval_matching_loss(x_s, x_t, fake, real, (s, t), eta=ambient.eta, noise=noise)
     record = {

@@ -181,7 +181,6 @@ class Gndm:
     def matched_advantages(self, rollout: Rollout, total: Tensor, draw: Draw) -> Loss:
         """The advantages [n]: the matching reward, estimated from draws that a group shares, and the reward."""
         setup, settings = self.setup, self.settings
-        guidance = require_matching(self.config).guidance_of(self.config.teacher)
         assert setup.fake_score is not None
         shared, estimates = rollout.shared(draw), []
         for k in range(settings.matching_reward_draws):
@@ -190,6 +189,8 @@ class Gndm:
             eps = shared.noise(setup.latent_shape, f"matching_reward_noise_{k}")
             x_t = add_noise(rollout.x0, eps, t)
             fake = setup.fake_score(x_t, t, rollout.condition).velocity
+            # The middle of what is drawn where guidance is spread: an advantage is no gradient.
+            guidance = require_matching(self.config).guidance_of(self.config.teacher)
             real = setup.teacher.velocity(x_t, t, rollout.condition, guidance)
             reduction = settings.matching_reward_reduction
             estimates.append(matching_reward(fake, real, eps - rollout.x0, t, reduction=reduction))
