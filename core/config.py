@@ -120,6 +120,10 @@ class OptimizerConfig:
     """Updates before the rate falls with inverse_sqrt."""
     clip: float | None = 1.0
     """Largest norm of the gradient over all parameters; empty does not clip."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the trained weights and their moments are kept in. In bfloat16 they take half the memory, and an update
+    smaller than 1/256 of its weight is lost: some published runs are so, and fp32 weights under run.mixed_precision are
+    better."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:

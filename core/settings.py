@@ -85,6 +85,9 @@ class TeacherConfig(ModelSource):
     quantise: Literal["none", "int8", "float8"] = "none"
     """Keep the linear layers of the network's blocks in 8 bits (torchao: pip install 'fewstep[quantise]'); what is
     trained on it are adapters, or networks of another path."""
+    lora_apart: bool = False
+    """Keep `lora` as adapters of the teacher alone: student and fake score start from the weights under them, and may
+    start from those adapters (init). Without it they start from the sum."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of its autoencoder, whose rounding is seen in sample grids and in what rewards judge."""
 
@@ -95,8 +98,9 @@ class TeacherConfig(ModelSource):
             "teacher_variant": self.variant,
             "teacher_revision": self.revision,
             "teacher_subfolder": self.subfolder,
-            "teacher_lora": self.lora,
-            "teacher_lora_scale": self.lora_scale,
+            # What lies under the student, which adapters of the teacher alone do not.
+            "teacher_lora": None if self.lora_apart else self.lora,
+            "teacher_lora_scale": 1.0 if self.lora_apart else self.lora_scale,
             "teacher_dtype": self.dtype,
             "teacher_quantise": self.quantise,
             "guidance": self.guidance,
@@ -107,6 +111,8 @@ class TeacherConfig(ModelSource):
         super().__post_init__()
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; it must be a number")
+        if self.lora_apart and self.lora is None:
+            raise ValueError("lora_apart is set, and there is no lora: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

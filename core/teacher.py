@@ -7,6 +7,7 @@ videos have a time axis after the channels: latents [B, C, F, h, w], pixels [B, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,9 +20,10 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
-from fewstep.core.networks.lora import merge_lora_file
+from fewstep.core.networks.lora import add_lora_file, merge_lora_file
 from fewstep.core.networks.other_models import load_network
 from fewstep.core.networks.quantised import Quantisation, quantise
+from fewstep.core.networks.shared import beside
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
@@ -55,6 +57,8 @@ class Teacher:
         self.path = path
         self.family = build_family(pipeline)
         self.denoiser = Denoiser(self.family.network(pipeline), self.family)
+        # Where the teacher has adapters of its own (`lora_apart`), what lies under them.
+        self._plain = self.denoiser
         if negative_prompt is None:
             self.null_condition = self.family.encode_null(pipeline)
         else:
@@ -68,9 +72,16 @@ class Teacher:
         dtype, vae_dtype = (getattr(torch, name) for name in (settings.dtype, settings.vae_dtype))
         negative = settings.negative_prompt
         kept = settings.quantise
-        return cls.load(
-            settings, device=device, dtype=dtype, vae_dtype=vae_dtype, quantised=kept, negative_prompt=negative
+        apart = {"lora": None, "lora_scale": 1.0, "lora_apart": False} if settings.lora_apart else {}
+        source = dataclasses.replace(settings, **apart)
+        teacher = cls.load(
+            source, device=device, dtype=dtype, vae_dtype=vae_dtype, quantised=kept, negative_prompt=negative
         )
+        if settings.lora_apart and settings.lora is not None:
+            network = beside(teacher.denoiser.network)
+            add_lora_file(teacher.pipeline, network, settings.lora, scale=settings.lora_scale)
+            teacher.denoiser = Denoiser(network.requires_grad_(False).to(device), teacher.family)
+        return teacher
 
     @classmethod
     def load(
@@ -88,8 +99,7 @@ class Teacher:
 
         Autoencoder and denoising network have `vae_dtype` and `network_dtype`, by default that of the rest; an
         autoencoder that its config says is unstable in fp16 stays in fp32. `quantised` is of the network, see
-        `quantise`. `negative_prompt` None is what the stock
-        pipeline guides with by itself.
+        `quantise`. `negative_prompt` None is what the stock pipeline guides with by itself.
 
         Raises:
             ValueError: the directory, its index or a component is missing, or no family can call it.
@@ -139,9 +149,9 @@ class Teacher:
         Read once for all roles of a path. Raises ValueError when it cannot be read.
         """
         if path is None or path == self.path:
-            return self.denoiser
+            return self._plain
         if path not in self._bases:
-            ours, components = self.denoiser.network, self.pipeline.components
+            ours, components = self._plain.network, self.pipeline.components
             name = next(name for name, component in components.items() if component is ours)
             dtype, device = network_dtype(ours), self.null_condition.tokens.device
             self._bases[path] = Denoiser(load_network(ours, name, path, dtype=dtype, device=device), self.family)

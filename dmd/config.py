@@ -283,10 +283,11 @@ class DmdConfig:
         if self.f_distill is not None and self.gan is None:
             raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
         check_shared_weights(self)
-        if self.blended_real is not None and (self.fake_score.lora_rank == 0 or self.fake_score.path is not None):
+        apart = self.fake_score.path is not None or self.teacher.lora_apart
+        if self.blended_real is not None and (self.fake_score.lora_rank == 0 or apart):
             raise ValueError(
                 "blended_real puts the fake score's adapters into the teacher: set fake_score.lora_rank, and leave "
-                "fake_score.path out"
+                "fake_score.path and teacher.lora_apart out"
             )
         if self.noised_data is not None and self.regression is not None:
             raise ValueError("noised_data with regression, which is on the student's own noise: leave one of them out")

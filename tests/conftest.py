@@ -46,6 +46,16 @@ def list_repository_files(root: Path) -> list[Path]:
     return sorted(path for path in set(files) if path.is_file() and not path.is_symlink())
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """For tests under another precision: accelerate keeps that of the first run of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root folder of the repository."""

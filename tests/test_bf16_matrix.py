@@ -7,7 +7,6 @@ beside them, distribution matching on all, adapters on the bf16 base, and the ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipelin
 from tests.tiny_sana import build_sana
 from tests.tiny_videos import build_video_pipeline
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 FAMILIES: dict[str, Any] = {
     "sd3": build_sd3,
     "sd15": build_sd15,
@@ -59,14 +60,6 @@ class FamilyInputs:
 
     inputs: TinyInputs
     size: dict[str, int]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the mixed precision of the first run of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

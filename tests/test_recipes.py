@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.train import train_causal_video
@@ -33,6 +32,8 @@ from tests.test_settings import ROOT, class_of, load
 from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipeline
 from tests.tiny_sana import build_sana
 from tests.tiny_videos import build_video_pipeline
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 OWN = ("accelerate", "digits", "digits_video")
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in OWN)
@@ -158,14 +159,6 @@ def test_headers_that_are_wrong_are_found() -> None:
     assert problems_of(path, header) == ["no field source"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the mixed precision of the first run of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """For each folder a tiny model, a smaller one where there are two, and data at its own size."""
@@ -221,6 +214,9 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         found["data.frames"] = 9
     if "layout" in values["student"]:
         found["student.layout"] = "[1, 2]"
+    if values["teacher"].get("lora") is not None:
+        # No tiny adapters are at hand: tests/dmd/test_adapters_and_videos.py has such a run.
+        found |= {"teacher.lora": "null", "teacher.lora_apart": "false"}
     for section in ("student", "fake_score"):
         if values.get(section, {}).get("path") is not None:
             found[f"{section}.path"] = parts["small"]

@@ -76,7 +76,7 @@ def build_fake_score(
     """The fake score without a discriminator: see `build_denoiser`; from these weights, if any (`find_fake_score`)."""
     fake_score = FakeScore(build_denoiser(settings, teacher, None, seed=seed + 1))
     if weights is not None:
-        load_fake_score(fake_score, weights)
+        load_fake_score(fake_score, weights, alpha=settings.lora_alpha)
     return fake_score
 
 
@@ -93,8 +93,9 @@ def find_fake_score(settings: FakeScoreConfig | None) -> StoredWeights | None:
     return StoredWeights(found.key, found.source, (file,), run=found.run)
 
 
-def load_fake_score(fake_score: FakeScore, weights: StoredWeights) -> None:
-    """Load stored weights into a fake score in place: of a fake score, whose heads are left out, or of a network.
+def load_fake_score(fake_score: FakeScore, weights: StoredWeights, *, alpha: float) -> None:
+    """Load stored weights into a fake score in place: of a fake score, whose heads are left out, of a network, or
+    adapters such as a teacher's LoRA, which were trained at this alpha.
 
     Raises:
         ValueError: they are not exactly this network's weights, or adapters where all weights are trained, or the other
@@ -105,7 +106,10 @@ def load_fake_score(fake_score: FakeScore, weights: StoredWeights) -> None:
         name: p for name, p in fake_score.named_parameters() if p.requires_grad and not name.startswith("heads.")
     }
     if not any(name.startswith(prefix) for name in weights.names()):
-        load_weights(fake_score.denoiser.network, weights)
+        if weights.holds_adapters and any(".lora_" in name for name in trained):
+            load_adapters(fake_score.denoiser.network, weights, alpha=alpha)
+        else:
+            load_weights(fake_score.denoiser.network, weights)
         return
     tables = {name for name, _ in fake_score.named_buffers()}
     found = {name: t for name, t in weights.tensors().items() if not name.startswith("heads.") and name not in tables}

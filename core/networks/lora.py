@@ -96,7 +96,18 @@ def merge_lora(network: nn.Module) -> None:
 
 
 def merge_lora_file(pipeline: Any, source: str, *, scale: float) -> None:
-    """Add a stored LoRA to the weights of a pipeline's denoising network, in place; safetensors alone.
+    """Add a stored LoRA to the weights of a pipeline's denoising network, in place. Raises ValueError as
+    `add_lora_file`."""
+    name = next(name for name in ("transformer", "unet") if getattr(pipeline, name, None) is not None)
+    network = getattr(pipeline, name)
+    add_lora_file(pipeline, network, source, scale=1.0)
+    network.fuse_lora(lora_scale=scale, safe_fusing=True)
+    network.unload_lora()
+
+
+def add_lora_file(pipeline: Any, network: Any, source: str, *, scale: float) -> None:
+    """Give a pipeline's denoising network, or another on the same weights, a stored LoRA as adapters, in place;
+    safetensors alone.
 
     Raises:
         ValueError: it cannot be read, is of another network, or changes text encoders, which stay the teacher's own.
@@ -114,7 +125,6 @@ def merge_lora_file(pipeline: Any, source: str, *, scale: float) -> None:
             "teacher's own: give a LoRA of the denoising network alone"
         )
     name = next(name for name in ("transformer", "unet") if getattr(pipeline, name, None) is not None)
-    network = getattr(pipeline, name)
     with torch.random.fork_rng(devices=[]):
         try:
             network.load_lora_adapter(
@@ -124,8 +134,8 @@ def merge_lora_file(pipeline: Any, source: str, *, scale: float) -> None:
             raise ValueError(f"teacher.lora {source} does not fit the {name} of the teacher: {error}") from error
     if not lora_layers(network):
         raise ValueError(f"teacher.lora {source} has no weights for the {name} of the teacher: is it of another model?")
-    network.fuse_lora(lora_scale=scale, safe_fusing=True)
-    network.unload_lora()
+    if scale != 1.0:
+        network.set_adapters("teacher", scale)
 
 
 def lora_state_dict(network: nn.Module) -> dict[str, Tensor]:

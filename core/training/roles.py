@@ -55,17 +55,18 @@ class RoleMemory:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.ema_bytes
 
 
-def trainable_parameters(name: str, module: nn.Module) -> tuple[tuple[str, nn.Parameter], ...]:
+def trainable_parameters(name: str, module: nn.Module, *, half: bool = False) -> tuple[tuple[str, nn.Parameter], ...]:
     """Named parameters with requires_grad.
 
     Raises:
-        ValueError: there are none, or one is held in half precision (optimizer steps would be rounded away).
+        ValueError: there are none, or one is held in half precision, where `half` does not say that it may be
+            (optimizer steps are rounded away).
     """
     found = tuple((key, parameter) for key, parameter in module.named_parameters() if parameter.requires_grad)
     if not found:
         raise ValueError(f"role {name}: no parameter requires a gradient; unfreeze the network or its LoRA")
     for key, parameter in found:
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not half:
             raise ValueError(
                 f"role {name}: parameter {key} is {parameter.dtype}; keep trained weights in fp32 "
                 "and set run.mixed_precision instead"

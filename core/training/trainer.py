@@ -118,7 +118,11 @@ class Trainer:
         if name in self.roles:
             raise ValueError(f"role {name} exists already; give each network its own name")
         module.to(self.device)
-        parameters = trainable_parameters(name, module)
+        if optimizer.weights == "bfloat16":
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        parameters = trainable_parameters(name, module, half=optimizer.weights == "bfloat16")
         # DDP would copy parameters alone, as it is told not to broadcast buffers.
         self._processes.copy_from_first(module)
         wrapped = self.accelerator.prepare_model(module)

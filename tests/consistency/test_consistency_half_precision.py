@@ -1,7 +1,6 @@
 """One step of every method with the teacher in bf16 and the run in bf16, against the same step in fp32."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,11 @@ from tests.consistency.tiny_consistency_run import OBJECTIVES, start_consistency
 from tests.consistency.tiny_video_run import VIDEO_CASES, VideoInputs, tiny_video, write_inputs
 from tests.dmd.tiny_run import TinyInputs
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 # Other cases of the same step.
 LEFT_OUT = ("scm_central", "scm_weight", "rcm", "meanflow_data", "anyflow_data", "anyflow_dmd")
 SHOWN = ("consistency_loss", "tangent", "student_grad_norm")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the mixed precision of the first run of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

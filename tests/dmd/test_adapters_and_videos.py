@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.core.export.run import ExportFiles, export_run
 from fewstep.core.networks.adapters import adapter_tensors
+from fewstep.core.randomness import Draw
 from fewstep.core.settings import GridStudentConfig
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.weights import find_weights
@@ -247,6 +248,39 @@ def test_a_lora_of_the_user_is_merged_into_the_teacher(
     assert torch.equal(weights[untouched], plain[untouched].bfloat16().float())
     with pytest.raises(ValueError, match=r"lora_only with teacher\.lora"):
         export_run(tmp_path / "adapters", output=tmp_path / "alone", files=ExportFiles(lora_only=True))
+
+
+def test_a_lora_may_stay_the_teachers_alone(inputs: TinyInputs, user_lora: dict[str, Path], tmp_path: Path) -> None:
+    """The teacher is the sum, the student starts under it, and a fake score on the same adapters as the teacher."""
+    source = {"teacher.lora": str(user_lora["folder"])}
+    summed, trainer = start(tiny_config(inputs, tmp_path / "summed", source))
+    trainer.close()
+    plain, trainer = start(tiny_config(inputs, tmp_path / "plain", {}))
+    trainer.close()
+    lora = {"fake_score.lora_alpha": 3.0, "fake_score.init": str(user_lora["folder"])}
+    changes: dict[str, Any] = {**source, "teacher.lora_apart": True, **ADAPTERS, **lora}
+    config = tiny_config(inputs, tmp_path / "run", changes)
+    setup, trainer = start(config)
+    x, t = Draw(5, [0, 1], trainer.device).noise(setup.latent_shape, "x"), torch.tensor([0.3, 0.9])
+    condition = setup.prompts.rows([0, 1])
+    teacher = setup.teacher.denoiser(x, t, condition)
+    assert torch.allclose(teacher, summed.teacher.denoiser(x, t, condition), atol=1e-6)
+    under = plain.teacher.denoiser(x, t, condition)
+    assert not torch.allclose(teacher, under, atol=1e-4)
+    torch.testing.assert_close(setup.student.denoiser(x, t, condition), under)
+    torch.testing.assert_close(setup.fake_score.denoiser(x, t, condition), teacher)
+    # One base for all three, and the teacher's adapters take no gradient.
+    weights = [dict(module.named_parameters()) for module in (setup.teacher.denoiser, setup.student.denoiser)]
+    bases = [{w.data_ptr() for name, w in named.items() if ".lora_" not in name} for named in weights]
+    assert bases[0] == bases[1]
+    assert not any(weight.requires_grad for weight in weights[0].values())
+    trainer.close()
+    assert train_dmd(tiny_config(inputs, tmp_path / "trained", changes)) == 0
+    _, record = export_run(tmp_path / "trained")
+    assert record.verification is not None
+    assert record.verification.sampler_difference < 1e-5
+    with pytest.raises(ValueError, match=r"lora_apart is set, and there is no lora"):
+        tiny_config(inputs, tmp_path / "run", {"teacher.lora_apart": True})
 
 
 def test_a_lora_that_does_not_fit_is_named(inputs: TinyInputs, user_lora: dict[str, Path], tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """Every family in bf16: a teacher that is kept in it, and tangents of fp32 weights under autocast, against fp32."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from fewstep.core.condition import Condition
@@ -24,6 +23,8 @@ from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipelin
 from tests.tiny_sana import build_sana
 from tests.tiny_videos import build_video_pipeline
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd3": build_sd3,
     "sd15": build_sd15,
@@ -34,14 +35,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 SIZES = {"wan": (32, 32, 5), "wan_time_per_token": (32, 32, 5)}
 PROMPTS = ["a red cat", "two dogs"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the mixed precision of the first run of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
