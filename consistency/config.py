@@ -15,6 +15,7 @@ from fewstep.consistency.sections import (
     EctConfig,
     ImfConfig,
     MeanflowConfig,
+    PairsConfig,
     ScmConfig,
     TangentConfig,
     require_unset,
@@ -25,7 +26,7 @@ from fewstep.core.settings import FakeScoreConfig, GridStudentConfig, SampleData
 from fewstep.dmd.config import MatchingConfig
 
 FlowMapSettings: TypeAlias = MeanflowConfig | ImfConfig | AlphaflowConfig | DmfConfig | AnyflowConfig
-MethodSettings: TypeAlias = ScmConfig | DcmConfig | EctConfig | FlowMapSettings | SprintConfig | McmConfig
+MethodSettings: TypeAlias = ScmConfig | DcmConfig | EctConfig | PairsConfig | FlowMapSettings | SprintConfig | McmConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,12 @@ class ConsistencyMatchingConfig(MatchingConfig):
 class ConsistencyConfig:
     """Consistency distillation of a teacher into a few-step student, alone or with distribution matching.
 
-    One of the sections scm, dcm, ect, meanflow, imf, alphaflow, dmf, anyflow, sana_sprint and mcm is there, and is the
-    method. `matching` beside scm or dcm is rCM.
+    One of the sections scm, dcm, ect, meanflow, imf, alphaflow, dmf, anyflow, sana_sprint, mcm and pairs is there, and
+    is the method. `matching` beside scm or dcm is rCM.
     """
 
     METHODS: ClassVar[tuple[str, ...]] = (
-        "scm", "dcm", "ect", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm",
+        "scm", "dcm", "ect", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint", "mcm", "pairs",
     )  # fmt: skip
 
     teacher: TeacherConfig
@@ -96,6 +97,8 @@ class ConsistencyConfig:
     """scm and a discriminator, for SANA."""
     mcm: McmConfig | None = None
     """dcm of motion and a discriminator of frames, for teachers of videos."""
+    pairs: PairsConfig | None = None
+    """Regression on the teacher's samples of given noise."""
     matching: ConsistencyMatchingConfig | None = None
     """Distribution matching beside scm, dcm or anyflow; needs the section fake_score."""
     fake_score: FakeScoreConfig | None = None
@@ -151,7 +154,7 @@ class ConsistencyConfig:
             width=self.data.width,
             frames=self.data.frames,
             second_time=settings.second_time if is_flow_map else "none",
-            any_steps=True,
+            any_steps=self.pairs is None,
             guidance_embedded=isinstance(settings, SprintConfig),
         )
 
@@ -208,6 +211,11 @@ def check_sprint(config: ConsistencyConfig) -> None:
 def check_guidance(config: ConsistencyConfig) -> None:
     """Raise ValueError for settings of a guided velocity of the data where there is no guidance."""
     settings = config.settings
+    if config.pairs is not None and (config.student.steps != 1 or config.teacher.guidance != 1):
+        raise ValueError(
+            f"student.steps is {config.student.steps} and teacher.guidance {config.teacher.guidance}: pairs trains one "
+            "step, on samples whose guidance was chosen when they were made; set both to 1"
+        )
     if config.ect is not None and config.teacher.guidance != 1:
         raise ValueError(f"teacher.guidance is {config.teacher.guidance}, and ect has no teacher to guide: set it to 1")
     if isinstance(settings, FlowMapSettings) and config.teacher.guidance == 1:

@@ -126,6 +126,28 @@ class DcmConfig(GridConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Regression on pairs of noise and the teacher's sample (scripts/make_teacher_pairs.py), for a one-step student."""
+
+    metric: Literal["latent", "lpips"] = "latent"
+    """Squared distance of latents, or LPIPS of decoded pictures (DMD2)."""
+    lpips: str | None = None
+    """VGG-16's weights for LPIPS: a .safetensors file with torchvision's names, or a folder with model.safetensors."""
+    mean_pooling: bool = False
+    """Means where VGG-16 takes maxima (DMD2)."""
+    autoencoder: str | None = None
+    """Tiny autoencoder (AutoencoderTiny) that decodes, a folder or a hub id; empty is the teacher's own."""
+
+    def __post_init__(self) -> None:
+        if (self.metric == "lpips") != (self.lpips is not None):
+            raise ValueError(
+                f"metric is {self.metric!r} and lpips {self.lpips}; 'lpips' needs its weights, 'latent' none"
+            )
+        if self.metric == "latent":
+            require_unset(self, ["mean_pooling", "autoencoder"], "metric 'lpips'")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EctConfig(TimesConfig):
     """Consistency training without a teacher (ECT, arXiv:2406.14548): the same data and noise at a smaller time."""
 

@@ -18,6 +18,7 @@ from fewstep.consistency.sana_sprint.setup import (
     check_control,
     check_sprint_teacher,
 )
+from fewstep.consistency.sections import PairsConfig
 from fewstep.consistency.time_weight import EmbeddingWeight, build_time_weight
 from fewstep.core.config import require_one_method
 from fewstep.core.data import (
@@ -33,9 +34,11 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
+from fewstep.core.families.tiny_vae import tiny_decoder
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.perceptual import Distance, PixelDistance, load_lpips, squared_distance
 from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -71,6 +74,8 @@ class ConsistencyData:
         control = None if followed is None else LatentDataset.load(followed)
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
         real = LatentDataset.load(config.data.latents)
+        if config.pairs is not None:
+            real.require_noise("data.latents")
         return cls(read_prompts(config.data.prompts), init, real, pictures, control, fake_score)
 
 
@@ -80,7 +85,7 @@ class ConsistencySetup:
 
     Fake score and its role match distributions; `heads_role` is the discriminator of sana_sprint, `weight_role` the
     learned weight of a time, which is trained in the steps of the student. `frozen_student` is the student with the
-    very same weights and without gradients, in anyflow's second stage.
+    very same weights and without gradients, in anyflow's second stage, `distance` that of pairs.
     """
 
     teacher: Teacher
@@ -95,6 +100,7 @@ class ConsistencySetup:
     weight_role: Role | None = None
     mcm: McmParts | None = None
     frozen_student: Denoiser | None = None
+    distance: Distance | None = None
 
 
 def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Trainer) -> ConsistencySetup:
@@ -151,6 +157,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         heads_role=None if sprint is None else add_heads(sprint, teacher, trainer),
         weight_role=add_time_weight(config, trainer, denoiser),
         mcm=mcm,
+        distance=None if config.pairs is None else build_distance(config.pairs, teacher),
         frozen_student=None if config.anyflow is None or config.matching is None else frozen_twin(denoiser),
     )
 
@@ -158,6 +165,16 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 def student_role_every(sprint: SprintConfig | None) -> int:
     """In which steps the student learns: in each, or in turns with a discriminator."""
     return 1 if sprint is None or sprint.discriminator is None else CYCLE
+
+
+def build_distance(settings: PairsConfig, teacher: Teacher) -> Distance:
+    """The distance of pairs. Raises ValueError when a file is missing or is of another network."""
+    if settings.metric == "latent":
+        return squared_distance
+    assert settings.lpips is not None
+    device = teacher.null_condition.tokens.device
+    decode = teacher.decode if settings.autoencoder is None else tiny_decoder(settings.autoencoder, device)
+    return PixelDistance(load_lpips(settings.lpips, mean_pooling=settings.mean_pooling).to(device), decode)
 
 
 def updates_of_roles(config: ConsistencyConfig) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from fewstep.consistency.methods.ect import ect_step
 from fewstep.consistency.methods.flow_map import draw_pair
 from fewstep.consistency.methods.imf import imf_step
 from fewstep.consistency.methods.meanflow import meanflow_step
+from fewstep.consistency.methods.pairs import pairs_step
 from fewstep.consistency.methods.rcm import fake_score_backward, is_students_step, matching_backward
 from fewstep.consistency.methods.scm import scm_step
 from fewstep.consistency.sana_sprint.config import SprintConfig
@@ -36,6 +37,7 @@ from fewstep.consistency.sections import (
     EctConfig,
     ImfConfig,
     MeanflowConfig,
+    PairsConfig,
     ScmConfig,
 )
 from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
@@ -120,8 +122,11 @@ def role_due(config: ConsistencyConfig, setup: ConsistencySetup, step: int) -> R
 
 def data_slice(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer, *, draw: Draw) -> DataBatch:
     """One slice of data with its noise."""
-    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
-    eps = draw.noise(tuple(x0.shape[1:]), "consistency_noise")
+    rows, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    if config.pairs is None:
+        eps = draw.noise(tuple(x0.shape[1:]), "consistency_noise")
+    else:
+        eps = setup.real.noise(rows, trainer.device)
     progress = trainer.step / config.run.steps
     return DataBatch(x0, eps, condition, draw, trainer.step, progress, first_time=setup.student.times[0])
 
@@ -140,7 +145,12 @@ def student_backward(
         time_weight=None if setup.weight_role is None else setup.weight_role.wrapped,
         heads=None if setup.heads_role is None else setup.heads_role.module,
     )
-    step = consistency_step(data, networks, settings, mean_over_processes=trainer.mean_over_ranks)
+    if isinstance(settings, PairsConfig):
+        assert setup.distance is not None
+        x0 = setup.student.rollout(data.eps, data.condition, (), 0, role.wrapped).x0
+        step = pairs_step(x0, data.x0, setup.distance)
+    else:
+        step = consistency_step(data, networks, settings, mean_over_processes=trainer.mean_over_ranks)
     trainer.check_finite("consistency loss", step.loss)
     trainer.backward(step.loss)
     record = {"consistency_loss": step.loss.detach(), **step.record}

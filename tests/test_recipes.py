@@ -170,9 +170,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, P
         size = {"height": 32, "width": 32, "frames": 9} if is_video else {}
         shape = teacher.latent_shape(**size)
         latents = 0.2 + 0.8 * sample_noise(9, range(5), shape, stream="data")
-        LatentDataset(latents, tuple(f"caption {number}" for number in range(5))).save(folder / "data")
+        captions = tuple(f"caption {number}" for number in range(5))
+        LatentDataset(latents, captions).save(folder / "data")
+        LatentDataset(latents, captions, latents.flip(0)).save(folder / "pairs")
         (folder / "prompts.txt").write_text("a red cat\ntwo dogs\nblue 7\n", encoding="utf-8")
-        found[name] = {"model": model, "data": folder / "data", "prompts": folder / "prompts.txt"}
+        places = {key: folder / key for key in ("data", "pairs")}
+        found[name] = {"model": model, **places, "prompts": folder / "prompts.txt"}
         if is_video:
             other: Any = build_video_pipeline(text_tokens=8, blocks=2, expand_timesteps=name == "wan22_5b")
             other.register_modules(text_encoder=teacher.pipeline.text_encoder, vae=teacher.pipeline.vae)
@@ -210,6 +213,10 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
     for section, key in (("data", "latents"), ("gan", "latents"), ("noised_data", "latents")):
         if key in values.get(section, {}):
             found[f"{section}.{key}"] = parts["data"]
+    if "pairs" in values:
+        # tests/consistency/methods/test_pairs.py has LPIPS and tiny autoencoders.
+        found |= {"data.latents": parts["pairs"], "pairs.metric": "latent", "pairs.mean_pooling": "false"}
+        found |= {"pairs.lpips": "null", "pairs.autoencoder": "null"}
     if "frames" in values["data"]:
         found["data.frames"] = 9
     if "layout" in values["student"]:

@@ -20,13 +20,14 @@ from fewstep.consistency.sections import (
     EctConfig,
     ImfConfig,
     MeanflowConfig,
+    PairsConfig,
     ScmConfig,
 )
 from fewstep.core.config import ConfigError, load_config, save_resolved
 from tests.consistency.tiny_consistency_run import FAKE_SCORE, MATCHED, OBJECTIVES, tiny_consistency
 from tests.dmd.tiny_run import TinyInputs, changed
 
-METHODS = ["alphaflow", "anyflow", "dcm", "dmf", "ect", "imf", "meanflow", "rcm", "sana_sprint", "scm"]
+METHODS = ["alphaflow", "anyflow", "dcm", "dmf", "ect", "imf", "meanflow", "pairs", "rcm", "sana_sprint", "scm"]
 FILES = [f"digits/{name}" for name in (*METHODS, "sana_sprint_control")] + ["digits_video/anyflow", "digits_video/mcm"]
 # A field of each section.
 FIELDS = {
@@ -40,6 +41,7 @@ FIELDS = {
     "anyflow": ("rollout_steps", "[4]"),
     "sana_sprint": ("time_mean", "0.1"),
     "mcm": ("constant", "0.1"),
+    "pairs": ("autoencoder", "x"),
 }
 
 
@@ -57,6 +59,7 @@ READERS = {
     SprintConfig: ("sana_sprint/step.py", "sana_sprint/setup.py", "setup.py"),
     SprintConsistencyConfig: ("sana_sprint/step.py", "methods/scm.py", "tangents.py", "setup.py"),
     SprintDiscriminatorConfig: ("sana_sprint/step.py", "sana_sprint/setup.py"),
+    PairsConfig: ("setup.py",),
     McmConfig: ("mcm/step.py", "mcm/setup.py", "methods/dcm.py"),
     McmDiscriminatorConfig: ("mcm/step.py", "mcm/setup.py", "setup.py"),
 }
