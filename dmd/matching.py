@@ -5,7 +5,7 @@ Networks are called here, arithmetic is in the loss files. Legend: B batch; x0, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -130,9 +130,12 @@ def student_step(
     times: MatchingConfig,
     objective: MatchingObjective = REVERSE_KL,
     gan: GanConfig | None = None,
+    chunks: Sequence[int] | None = None,
     mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> StudentStep:
     """The student's loss on its samples x0 (with graph).
+
+    `chunks` are frames of a video whose direction is normalised each by itself, for the reverse KL.
 
     Both scores are read at the same freshly noised x_t, the fake one without guidance. f-distill divides its weights by
     their mean, for which `mean_over_processes` averages a 0-dim tensor over the processes of the run.
@@ -164,6 +167,10 @@ def student_step(
         weight = divergence_weight(ratio, objective.divergence)
         weight = unit_mean(weight, mean=mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
+    elif chunks is not None:
+        parts = zip(*(video.split(list(chunks), dim=2) for video in (x0, fake_x0, real_x0)), strict=True)
+        losses = [distribution_matching_loss(*part) for part in parts]
+        total = torch.stack([loss * n for loss, n in zip(losses, chunks, strict=True)]).sum() / sum(chunks)
     else:
         total = distribution_matching_loss(x0, fake_x0, real_x0)
 

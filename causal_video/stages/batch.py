@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.layout import ChunkLayout
+from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call, whole_call
 from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.model.network import CausalWan
+from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.sections import CausalStudentConfig, FrameReduction
 from fewstep.consistency.sample_loss import ConsistencyLoss
 from fewstep.core.condition import Condition
-from fewstep.core.denoiser import guided_velocity
+from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw, sample_uniform, shared_integer
 from fewstep.kernels.mask import AttentionMask
@@ -122,6 +124,43 @@ class CausalTeacher:
         """Guided velocity [B, C, F, h, w] of the noisy half at t [B]."""
         packed = PackedNetwork(self.network, batch, mask)
         return guided_velocity(packed, x, t, batch.condition, self.null_condition, self.guidance)
+
+
+class CausalDenoiser(Denoiser):
+    """A Wan's denoiser that sees a video as its student does (LongLive 2); its weights have the names of a plain one.
+
+    Args:
+        denoiser: whose network it calls; adapters of it count.
+        layout: chunks of the videos.
+        policy: window and sinks of the student's cache.
+
+    Raises:
+        ValueError: the network is no Wan that a causal student could be.
+    """
+
+    def __init__(self, denoiser: Denoiser, layout: ChunkLayout, policy: CachePolicy) -> None:
+        nn.Module.__init__(self)
+        self.network, self.family = denoiser.network, denoiser.family
+        # In a tuple, so that the network is registered once.
+        self.causal = (CausalWan(self.network),)  # pyright: ignore[reportArgumentType]
+        self.layout, self.policy = layout, policy
+        self.masks: dict[tuple[int, str], AttentionMask] = {}
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None) -> Tensor:
+        """velocity = eps - x0, [B, C, F, h, w], of all frames at one time.
+
+        Raises:
+            ValueError: the video has other frames than the layout, or a second time is given.
+        """
+        if x_t.shape[2] != self.layout.frames or r is not None:
+            raise ValueError(f"causal scores judge {self.layout.frames} frames at one time, got {x_t.shape[2]}, r {r}")
+        (causal,) = self.causal
+        key = causal.tokens_per_frame(x_t), str(x_t.device)
+        if key not in self.masks:
+            self.masks[key] = masks.block_causal(self.layout, key[0], self.policy, device=x_t.device)
+        output = causal(whole_call(x_t, t, condition.tokens, mask=self.masks[key]))
+        assert isinstance(output, CallOutput)
+        return output.velocity
 
 
 @dataclass(frozen=True, eq=False)

@@ -170,6 +170,11 @@ def check_controls(config: CausalConfig) -> None:
                 "knows no controls, and its scores would pull the student to videos that ignore them. Train one with "
                 "them (diffusion_forcing, a layout of one chunk), and give its run"
             )
+        if config.teacher.lora_apart:
+            raise ValueError(
+                "teacher.lora_apart with self_forcing.steered_teacher, which takes the teacher's place: leave "
+                "teacher.lora and lora_apart out"
+            )
         if stage.longest_frames is not None:
             raise ValueError("self_forcing.longest_frames with data.controls: controls end where their videos do")
     if config.fake_score is not None and config.fake_score.path is not None:
@@ -198,6 +203,11 @@ def check_scores(config: CausalConfig) -> None:
     lacking = [name for name in NEEDED_SCORES if name not in there]
     if lacking or fake_score is None:
         raise ValueError(f"self_forcing needs the section {' and '.join(lacking)} (matching: {{}} for its defaults)")
+    if stage.scores == "causal" and (config.asd is not None or config.sid is not None or config.data.image_share > 0):
+        raise ValueError(
+            "self_forcing.scores 'causal' with asd, sid or data.image_share, which know bidirectional scores alone: "
+            "leave them out"
+        )
     if stage.input == "noised_data" and (config.data.image_share > 0 or config.asd is not None):
         raise ValueError(
             "self_forcing.input 'noised_data' with data.image_share or asd, which belong to rollouts: leave them out"

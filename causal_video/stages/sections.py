@@ -249,6 +249,9 @@ class SelfForcingConfig:
     """Latent frames of the longest rollout; the teacher judges the last ones. Empty is the length of the layout."""
     new_frames: int | None = None
     """Latent frames at the end of a longer rollout that learn; empty is all but the first chunk of the window."""
+    scores: Literal["bidirectional", "causal"] = "bidirectional"
+    """How real and fake score see a video: all of it, or as the student does, chunk by chunk, with a direction that is
+    normalised for each chunk (LongLive 2); teacher.path is then the export of a causal stage."""
     steered_teacher: str | None = None
     """Weights of a bidirectional network that knows data.controls, which a run with controls needs: the run of a
     diffusion_forcing stage whose layout is one chunk, one of its checkpoints, an export, or a .safetensors file."""
@@ -259,6 +262,9 @@ class SelfForcingConfig:
         if self.input == "noised_data":
             for name in ("exit", "rollout_schedules", "replay", "longest_frames"):
                 require_default(self, name, "input is 'noised_data', where nothing is rolled out")
+        if self.scores == "causal":
+            for name in ("input", "longest_frames", "steered_teacher"):
+                require_default(self, name, "scores is 'causal', which judges rollouts of the layout alone")
         if self.new_frames is not None and self.longest_frames is None:
             raise ValueError("new_frames without longest_frames: rollouts of the layout learn as a whole")
 

@@ -217,10 +217,11 @@ def student_backward(
         step = student_step(
             window.latents,
             condition,
-            scores=Scores(setup.teacher, scores.fake, drawn_guidance(times, config.teacher, draw)),
+            scores=Scores(scores.real or setup.teacher, scores.fake, drawn_guidance(times, config.teacher, draw)),
             draw=draw,
             times=times,
             objective=config.objective,
+            chunks=setup.settings.layout.lengths if stage.scores == "causal" else None,
         )
         # The frames that learn are to weigh what they would in a mean over them alone.
         total = step.loss / window.counts.float().mean()

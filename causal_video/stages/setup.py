@@ -15,7 +15,7 @@ from fewstep.causal_video.model.controls import FrameControls, with_controls
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages.asd import StepDiscriminator
-from fewstep.causal_video.stages.batch import CausalTeacher, ForcingNetworks, causal_settings
+from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, ForcingNetworks, causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
 from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig
@@ -94,12 +94,14 @@ def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
 
 @dataclass(frozen=True)
 class ScoreNetworks:
-    """What self-forcing trains beside the student: the fake score, and the discriminator of ASD where there is one."""
+    """What self-forcing trains beside the student: the fake score, and the discriminator of ASD where there is one; and
+    the teacher as the real score where it sees videos otherwise than by itself."""
 
     fake: FakeScore
     fake_role: Role
     discriminator: StepDiscriminator | None
     discriminator_role: Role | None
+    real: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -269,12 +271,18 @@ def build_scores(
     assert config.self_forcing is not None
     seed, optimizer = config.run.seed, config.fake_score.optimizer
     fake = build_fake_score(config.fake_score, teacher, data.fake_score, seed=seed)
+    real = None
+    if config.self_forcing.scores == "causal":
+        fake = FakeScore(CausalDenoiser(fake.denoiser, settings.layout, settings.policy))
+        real = teacher.with_denoiser(CausalDenoiser(teacher.denoiser, settings.layout, settings.policy))
     fake_role = trainer.add_role("fake_score", fake, optimizer)
     # All steps but the first of each cycle.
     fake_role.total_updates = max(1, config.run.steps - -(-config.run.steps // (config.fake_score.ratio + 1)))
     if config.asd is None:
-        return ScoreNetworks(fake, fake_role, None, None)
+        return ScoreNetworks(fake, fake_role, None, None, real)
     channels = fake.denoiser.family.feature_channels(fake.denoiser.network, None)
     longest = max([settings.schedule.longest, *map(max, config.self_forcing.rollout_schedules)])
     discriminator = StepDiscriminator(channels, width=HEAD_WIDTH, pairs=longest - 1, seed=seed)
-    return ScoreNetworks(fake, fake_role, discriminator, trainer.add_role("discriminator", discriminator, optimizer))
+    return ScoreNetworks(
+        fake, fake_role, discriminator, trainer.add_role("discriminator", discriminator, optimizer), real
+    )
