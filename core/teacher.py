@@ -57,8 +57,8 @@ class Teacher:
         self.path = path
         self.family = build_family(pipeline)
         self.denoiser = Denoiser(self.family.network(pipeline), self.family)
-        # Where the teacher has adapters of its own (`lora_apart`), what lies under them.
-        self._plain = self.denoiser
+        # What lies under adapters of the teacher's own (`lora_apart`), where it has them.
+        self._plain: Denoiser | None = None
         if negative_prompt is None:
             self.null_condition = self.family.encode_null(pipeline)
         else:
@@ -78,6 +78,7 @@ class Teacher:
             source, device=device, dtype=dtype, vae_dtype=vae_dtype, quantised=kept, negative_prompt=negative
         )
         if settings.lora_apart and settings.lora is not None:
+            teacher._plain = teacher.denoiser
             network = beside(teacher.denoiser.network)
             add_lora_file(teacher.pipeline, network, settings.lora, scale=settings.lora_scale)
             teacher.denoiser = Denoiser(network.requires_grad_(False).to(device), teacher.family)
@@ -149,9 +150,9 @@ class Teacher:
         Read once for all roles of a path. Raises ValueError when it cannot be read.
         """
         if path is None or path == self.path:
-            return self._plain
+            return self._plain or self.denoiser
         if path not in self._bases:
-            ours, components = self._plain.network, self.pipeline.components
+            ours, components = (self._plain or self.denoiser).network, self.pipeline.components
             name = next(name for name, component in components.items() if component is ours)
             dtype, device = network_dtype(ours), self.null_condition.tokens.device
             self._bases[path] = Denoiser(load_network(ours, name, path, dtype=dtype, device=device), self.family)

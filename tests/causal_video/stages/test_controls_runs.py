@@ -206,7 +206,9 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     controlled = {"data.controls": str(controls)}
     steered = {"self_forcing.steered_teacher": str(judge)}
+    apart = {"teacher.lora": "style.safetensors", "teacher.lora_apart": True}
     for name, changes, message in (
+        ("self_forcing", {**controlled, **steered, **apart}, r"lora_apart with self_forcing\.steered_teacher"),
         ("self_forcing", steered, r"steered_teacher without data\.controls: leave it out"),
         ("self_forcing", controlled, "the bidirectional teacher knows no controls"),
         ("self_forcing", {**controlled, **steered, "data.latents": None}, r"controls without data\.latents"),
