@@ -101,6 +101,10 @@ class PromptConditions:
         """The condition of these sample numbers: every epoch visits every prompt once."""
         return self.rows(rows_of_samples(samples, len(self), seed))
 
+    def texts_of_samples(self, samples: Sequence[int], seed: int) -> list[str]:
+        """The prompts of these sample numbers."""
+        return [self.prompts[row] for row in rows_of_samples(samples, len(self), seed)]
+
 
 @dataclass(frozen=True)
 class LatentDataset:
@@ -215,6 +219,10 @@ class LatentSource:
         """Row numbers, latents [B, C, H, W] and conditions for these sample numbers."""
         rows = rows_of_samples(samples, len(self.dataset.prompts), self.seed)
         return rows, self.dataset.latents[rows].to(device), self.conditions.rows(rows)
+
+    def captions(self, samples: Sequence[int]) -> list[str]:
+        """The captions of these sample numbers."""
+        return self.conditions.texts_of_samples(samples, self.seed)
 
     def noise(self, rows: list[int], device: torch.device) -> Tensor:
         """The noise [B, C, H, W] that these rows were made from. Raises ValueError for latents that are no pairs."""

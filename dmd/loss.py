@@ -7,6 +7,7 @@ without a graph. fake_x0 and real_x0 are the x0 predictions at x_t of the fake s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,8 +76,26 @@ def matching_direction(
     return direction if weight is None else direction * expand_weight(weight, x0)
 
 
+def chunk_directions(
+    x0: Tensor, fake_x0: Tensor, real_x0: Tensor, chunks: Sequence[int], *, weight: Tensor | None = None
+) -> Tensor:
+    """`matching_direction` of videos [B, C, F, h, w] whose normaliser is that of each chunk of frames by itself.
+
+    Raises:
+        ValueError: the shapes differ, or the chunks do not add up to F.
+    """
+    parts = zip(*(video.split(list(chunks), dim=2) for video in (x0, fake_x0, real_x0)), strict=True)
+    return torch.cat([matching_direction(*part, weight=weight) for part in parts], dim=2)
+
+
 def distribution_matching_loss(
-    x0: Tensor, fake_x0: Tensor, real_x0: Tensor, *, weight: Tensor | None = None, floor: float = NORMALISER_FLOOR
+    x0: Tensor,
+    fake_x0: Tensor,
+    real_x0: Tensor,
+    *,
+    weight: Tensor | None = None,
+    chunks: Sequence[int] | None = None,
+    floor: float = NORMALISER_FLOOR,
 ) -> Tensor:
     """Surrogate whose gradient with respect to x0 is exactly matching_direction / numel (DMD, arXiv:2311.18828, Eq. 7).
 
@@ -88,12 +107,17 @@ def distribution_matching_loss(
         fake_x0: [B, ...] prediction of the fake score at x_t, without guidance.
         real_x0: [B, ...] prediction of the teacher at the same x_t, with guidance u + w (c - u).
         weight: [B] factor of each sample's gradient, for instance of an f-divergence; None is one.
-        floor: smallest normaliser. Where x0 equals real_x0 the gradient is finite, and zero if fake_x0 agrees too.
+        chunks: lengths in frames of the parts of a video that have a normaliser each; None is one for the sample.
+        floor: smallest normaliser, of whole samples. Where x0 equals real_x0 the gradient is finite, and zero where
+            fake_x0 agrees too.
 
     Raises:
         ValueError: the shapes differ, or weight is not [B].
     """
-    direction = matching_direction(x0, fake_x0, real_x0, weight=weight, floor=floor)
+    if chunks is None:
+        direction = matching_direction(x0, fake_x0, real_x0, weight=weight, floor=floor)
+    else:
+        direction = chunk_directions(x0, fake_x0, real_x0, chunks, weight=weight)
     x0 = at_least_fp32(x0)
     # x0 - x0.detach() is an exact zero that carries the graph; x0 - (x0 - direction) would round the direction away.
     return 0.5 * (x0 - x0.detach() + direction).square().mean()

@@ -93,6 +93,24 @@ class Scores:
         return require_logits(self.fake(x_t, t, condition) if output is None else output)
 
 
+@dataclass(frozen=True, eq=False)
+class SampleWeights:
+    """How the gradients of samples are put together.
+
+    Attributes:
+        weight: [B] factors, for the reverse KL; None is one.
+        chunks: lengths in frames of the parts of a video whose direction has a normaliser each, for the reverse KL.
+        mean_over_processes: averages a 0-dim tensor over the processes of the run; f-distill's weights have mean one.
+    """
+
+    weight: Tensor | None = None
+    chunks: Sequence[int] | None = None
+    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach
+
+
+EQUAL = SampleWeights()
+
+
 @dataclass(frozen=True)
 class StudentStep:
     """The student's loss with its parts; `matching` compares the scores at this batch's x_t."""
@@ -130,15 +148,11 @@ def student_step(
     times: MatchingConfig,
     objective: MatchingObjective = REVERSE_KL,
     gan: GanConfig | None = None,
-    chunks: Sequence[int] | None = None,
-    mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
+    samples: SampleWeights = EQUAL,
 ) -> StudentStep:
     """The student's loss on its samples x0 (with graph).
 
-    `chunks` are frames of a video whose direction is normalised each by itself, for the reverse KL.
-
-    Both scores are read at the same freshly noised x_t, the fake one without guidance. f-distill divides its weights by
-    their mean, for which `mean_over_processes` averages a 0-dim tensor over the processes of the run.
+    Both scores are read at the same freshly noised x_t, the fake one without guidance.
 
     Raises:
         ValueError: a discriminator is read, and the fake score has none.
@@ -162,17 +176,13 @@ def student_step(
             logits = scores.logits(x_t, t, condition, output)
         ratio, saturated = density_ratio(logits), saturated_share(logits)
         if objective.time_bins > 0:
-            bins = {"bins": objective.time_bins, "mean_over_processes": mean_over_processes}
+            bins = {"bins": objective.time_bins, "mean_over_processes": samples.mean_over_processes}
             ratio = normalise_by_time(ratio, t, interval=law_interval(times.score_times, clock), **bins)
         weight = divergence_weight(ratio, objective.divergence)
-        weight = unit_mean(weight, mean=mean_over_processes(weight.mean()))
+        weight = unit_mean(weight, mean=samples.mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
-    elif chunks is not None:
-        parts = zip(*(video.split(list(chunks), dim=2) for video in (x0, fake_x0, real_x0)), strict=True)
-        losses = [distribution_matching_loss(*part) for part in parts]
-        total = torch.stack([loss * n for loss, n in zip(losses, chunks, strict=True)]).sum() / sum(chunks)
     else:
-        total = distribution_matching_loss(x0, fake_x0, real_x0)
+        total = distribution_matching_loss(x0, fake_x0, real_x0, weight=samples.weight, chunks=samples.chunks)
 
     adversarial = None
     if gan is not None:

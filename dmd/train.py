@@ -20,7 +20,7 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
-from fewstep.dmd.matching import Scores, drawn_guidance, fake_score_step, heads_step, student_step
+from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 
 # Of the integers that decide whether a step's input is noised data.
@@ -170,7 +170,7 @@ def student_backward(
             times=config.matching,
             objective=config.objective,
             gan=config.gan,
-            mean_over_processes=trainer.mean_over_ranks,
+            samples=SampleWeights(mean_over_processes=trainer.mean_over_ranks),
         )
         trainer.check_finite("student loss", step.loss)
         trainer.backward(step.loss)

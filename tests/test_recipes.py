@@ -210,6 +210,11 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
             "monitor.samples_per_prompt": 2,
         }
         found["rtdmd.direct"] = "null" if "direct" in values["rtdmd"] else None
+    if "redmd" in values:
+        found |= {"redmd.scorers": '[{"name": "clip_light"}]'}
+    if "policy" in values["student"] and "layout" in values["student"]:
+        # A running mean needs equal chunks.
+        found |= {"student.layout": "[1, 1, 1]", "student.policy.window_frames": 1, "student.policy.sink_frames": 1}
     for section, key in (("data", "latents"), ("gan", "latents"), ("noised_data", "latents")):
         if key in values.get(section, {}):
             found[f"{section}.{key}"] = parts["data"]
@@ -219,7 +224,7 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         found |= {"pairs.lpips": "null", "pairs.autoencoder": "null"}
     if "frames" in values["data"]:
         found["data.frames"] = 9
-    if "layout" in values["student"]:
+    if "layout" in values["student"] and "policy" not in values["student"]:
         found["student.layout"] = "[1, 2]"
     if values["teacher"].get("lora") is not None:
         # No tiny adapters are at hand: tests/dmd/test_adapters_and_videos.py has such a run.

@@ -13,6 +13,7 @@ from fewstep.causal_video.stages.sections import (
     DiffusionForcingConfig,
     FlowConfig,
     OdeConfig,
+    RedmdConfig,
     SelfForcingConfig,
     Stage,
     TeacherForcingConfig,
@@ -26,7 +27,7 @@ from fewstep.core.settings import FakeScoreConfig, TeacherConfig
 from fewstep.dmd.config import DmdObjective, MatchingConfig, SidObjective
 
 # Sections that are there beside self_forcing alone, those that it needs first.
-NEEDED_SCORES, SCORE_SECTIONS = ("fake_score", "matching"), ("fake_score", "matching", "sid", "asd")
+NEEDED_SCORES, SCORE_SECTIONS = ("fake_score", "matching"), ("fake_score", "matching", "sid", "asd", "redmd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class CausalConfig:
     """SiD's score identity in place of the reverse KL, beside self_forcing."""
     asd: AsdConfig | None = None
     """Adversarial self-distillation, beside self_forcing; leave it out for none."""
+    redmd: RedmdConfig | None = None
+    """Rollouts weigh by a reward, beside self_forcing; leave it out for none."""
 
     def __post_init__(self) -> None:
         require_one_method(self)
@@ -208,6 +211,8 @@ def check_scores(config: CausalConfig) -> None:
             "self_forcing.scores 'causal' with asd, sid or data.image_share, which know bidirectional scores alone: "
             "leave them out"
         )
+    if config.redmd is not None and config.sid is not None:
+        raise ValueError("redmd weighs the reverse KL, and sid takes its place: leave one of them out")
     if stage.input == "noised_data" and (config.data.image_share > 0 or config.asd is not None):
         raise ValueError(
             "self_forcing.input 'noised_data' with data.image_share or asd, which belong to rollouts: leave them out"

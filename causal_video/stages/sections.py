@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.core.settings import DataConfig, StudentConfig
+from fewstep.dmd.reward.config import ScorerListConfig
 
 FrameReduction: TypeAlias = Literal["mean", "sum"]
 DEFAULT_STEPS = (4, 2)
@@ -307,6 +308,25 @@ class AsdConfig:
                 f"weight is {self.weight} and penalty {self.penalty}; weight must be positive and penalty 0 or more; "
                 "leave the section out for no discriminator"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedmdConfig(ScorerListConfig):
+    """Re-DMD (arXiv:2512.04678): matching weighted by exp(tilt_scale reward) of each rollout."""
+
+    tilt_scale: float = 2.0
+    """Factor of the reward."""
+    max_weight: float | None = None
+    """Largest weight of a rollout; empty is none, as published: a reward of 2 then weighs 55 times one of 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tilt_scale > 0:
+            raise ValueError(
+                f"tilt_scale is {self.tilt_scale}; it must be above 0, and without the section every rollout weighs 1"
+            )
+        if self.max_weight is not None and not self.max_weight > 0:
+            raise ValueError(f"max_weight is {self.max_weight}; it must be above 0, or empty for no limit")
 
 
 # Stages whose batches are noised videos, and all stages.

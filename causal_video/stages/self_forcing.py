@@ -29,7 +29,7 @@ from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.matching import Scores, drawn_guidance, fake_score_step, student_step
+from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, student_step
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,16 @@ def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: i
     return condition, x0[:, :, :1] if given else None
 
 
+def texts_of_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> list[str]:
+    """The prompts of a slice, as `rollout_inputs` and `on_noised_data` choose them."""
+    assert config.self_forcing is not None
+    on_videos = setup.controls is not None or config.self_forcing.input == "noised_data"
+    if on_videos or gives_image(config.data.image_share, config.run.seed, step):
+        assert setup.real is not None
+        return setup.real.captions(draw.indices)
+    return setup.prompts.texts_of_samples(draw.indices, config.run.seed)
+
+
 def on_noised_data(
     config: CausalConfig, setup: CausalSetup, *, draw: Draw, network: nn.Module
 ) -> tuple[Generated, Condition]:
@@ -213,6 +223,10 @@ def student_backward(
             done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
     new = done.new.detach().requires_grad_() if replay else done.new
     window = done.window(new)
+    weight, judged = None, {}
+    if setup.weigh is not None:
+        prompts = texts_of_inputs(config, setup, draw, trainer.step)
+        weight, judged = setup.weigh(setup.teacher, window.latents.detach(), prompts)
     with frozen(scores.fake):
         step = student_step(
             window.latents,
@@ -221,11 +235,11 @@ def student_backward(
             draw=draw,
             times=times,
             objective=config.objective,
-            chunks=setup.settings.layout.lengths if stage.scores == "causal" else None,
+            samples=SampleWeights(weight, setup.settings.layout.lengths if stage.scores == "causal" else None),
         )
         # The frames that learn are to weigh what they would in a mean over them alone.
         total = step.loss / window.counts.float().mean()
-        record = {"student_loss": total.detach(), **step.log()}
+        record = {"student_loss": total.detach(), **step.log(), **judged}
         if config.asd is not None and scores.discriminator is not None and plan.has_more_steps:
             more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
             pair = StepPair(window.latents, more, condition, plan.exit_step + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,9 @@ def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
         )
 
 
+Weigh = Callable[[Teacher, Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
+
+
 @dataclass(frozen=True)
 class ScoreNetworks:
     """What self-forcing trains beside the student: the fake score, and the discriminator of ASD where there is one; and
@@ -120,6 +123,7 @@ class CausalSetup:
         networks: calls and masks of the stages on given videos.
         pairs: trajectories, in ode.
         scores: in self_forcing.
+        weigh: weights [B] of the rollouts of self_forcing and what to log, of (teacher, latents, prompts).
     """
 
     teacher: Teacher
@@ -133,6 +137,7 @@ class CausalSetup:
     networks: ForcingNetworks | None = None
     pairs: OdeSource | None = None
     scores: ScoreNetworks | None = None
+    weigh: Weigh | None = None
 
     def save_settings(self, directory: Path) -> None:
         """Write what must be known beside the weights, with the names of the controls if there are any."""
@@ -153,10 +158,10 @@ class CausalSetup:
         return with_controls(condition, self.controls.rows(rows, size, condition.tokens.device))
 
 
-def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> CausalSetup:
+def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, weigh: Weigh | None = None) -> CausalSetup:
     """Load the teacher, copy it into the student (and the fake score), and hand these to the trainer.
 
-    Raises ValueError when a component, a size or a file of weights does not fit.
+    `weigh` is that of `CausalSetup`. Raises ValueError when a component, a size or a file of weights does not fit.
     """
     stage, settings = config.stage, causal_settings(config.student)
     teacher = Teacher.of(config.teacher, device=trainer.device)
@@ -201,6 +206,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer) -> Cau
         networks=networks,
         pairs=pairs,
         scores=scores,
+        weigh=weigh,
     )
 
 

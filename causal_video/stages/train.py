@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -13,6 +13,7 @@ from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
 from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
 from fewstep.causal_video.stages.ode import ode_step
+from fewstep.causal_video.stages.redmd import RolloutReward
 from fewstep.causal_video.stages.sections import (
     DiffusionForcingConfig,
     FlowConfig,
@@ -31,23 +32,29 @@ from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import matching_at
+from fewstep.dmd.reward.train import keeping_failures
+from fewstep.evaluation.scorers.scorer import Scorer
 
 Metrics = dict[str, float | Tensor]
 
 
-def train_causal_video(config: CausalConfig) -> int:
+def train_causal_video(config: CausalConfig, *, scorers: Sequence[Scorer] | None = None) -> int:
     """Train a causal student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint).
 
     The stages of Causal-rCM (arXiv:2606.25473) are runs of their own, each starting from the one before
     (`student.init`): flow matching under teacher or diffusion forcing, consistency on clean context, self-forcing.
+    `scorers` take the place of those that `redmd.scorers` names.
 
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
+        RewardError: a scorer failed; the step's start is saved first.
     """
     data = CausalData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
-        setup = build_setup(config, data, trainer)
+        # A scorer that is not there fails before the teacher is loaded.
+        weigh = None if config.redmd is None else RolloutReward(config.redmd, trainer, scorers).weigh
+        setup = build_setup(config, data, trainer, weigh=weigh)
         setup.teacher.free_after_setup(config.data)
         notes: list[Callable[[], str | None]] = [partial(describe_run, config, setup, trainer)]
         if config.tf_scm is not None:
@@ -55,7 +62,8 @@ def train_causal_video(config: CausalConfig) -> int:
         samples, guidance = config.data.sample_count, config.teacher.guidance
         watch = VideoWatch(setup, trainer, sample_count=samples, guidance=guidance, is_flow=config.is_flow)
         for _ in run.steps(watch, *notes, beside=setup.save_settings):
-            run.finish_step(train_step(config, setup, trainer))
+            with keeping_failures(run):
+                run.finish_step(train_step(config, setup, trainer))
     return run.exit_code
 
 

@@ -61,13 +61,11 @@ class ScorerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorersConfig:
-    """What is rewarded, and how samples of one prompt stand together."""
+class ScorerListConfig:
+    """What is rewarded."""
 
     scorers: tuple[ScorerConfig, ...]
     """The trained reward: a list of scorers with their weights."""
-    group_size: int = 8
-    """Samples per prompt that are compared with each other; divides run.batch_size. 1 in a run of cold start alone."""
     chunk: int | None = None
     """Samples scored at a time; empty is the whole slice."""
 
@@ -76,6 +74,19 @@ class ScorersConfig:
         object.__setattr__(self, "scorers", tuple(_scorer(entry) for entry in self.scorers))
         if not self.scorers:
             raise ValueError("scorers is empty; name at least one scorer")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or empty for the whole slice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorersConfig(ScorerListConfig):
+    """What is rewarded, and how samples of one prompt stand together."""
+
+    group_size: int = 8
+    """Samples per prompt that are compared with each other; divides run.batch_size. 1 in a run of cold start alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; a prompt needs a sample, and a comparison at least 2")
 
@@ -107,7 +118,10 @@ class RewardSettings(ScorersConfig):
 def _scorer(entry: Any) -> ScorerConfig:
     if isinstance(entry, ScorerConfig):
         return entry
-    return ScorerConfig(**(entry if isinstance(entry, Mapping) else vars(entry)))
+    values = dict(entry if isinstance(entry, Mapping) else vars(entry))
+    # In a section that may be left out, the reader names the class beside the values.
+    values = values.get("init_args", values)
+    return ScorerConfig(**(values if isinstance(values, Mapping) else vars(values)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,17 @@ import yaml
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.stages.config import SCORE_SECTIONS, CausalConfig
-from fewstep.causal_video.stages.sections import AsdConfig, OdeConfig, SelfForcingConfig, TfDcmConfig, TfScmConfig
+from fewstep.causal_video.stages.sections import (
+    AsdConfig,
+    OdeConfig,
+    RedmdConfig,
+    SelfForcingConfig,
+    TfDcmConfig,
+    TfScmConfig,
+)
 from fewstep.core.config import ConfigError, load_config, save_resolved
 from fewstep.dmd.config import DmdObjective, MatchingConfig, SidObjective
+from fewstep.dmd.reward.config import ScorerConfig
 from tests.causal_video.tiny_causal_run import CASES, FAKE_SCORE, STAGES, VideoInputs, tiny_causal
 
 NOWHERE = Path("nowhere")
@@ -173,6 +181,7 @@ def test_scores_belong_to_self_forcing(inputs: VideoInputs) -> None:
         "matching": MatchingConfig(),
         "sid": SidObjective(),
         "asd": AsdConfig(weight=1.0),
+        "redmd": RedmdConfig(scorers=(ScorerConfig(name="clip_light"),)),
     }
     assert tuple(parts) == SCORE_SECTIONS
     for name, part in parts.items():

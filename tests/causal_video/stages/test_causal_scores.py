@@ -23,7 +23,7 @@ from fewstep.core.randomness import Draw
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.dmd.config import MatchingConfig
 from fewstep.dmd.loss import distribution_matching_loss
-from fewstep.dmd.matching import Scores, student_step
+from fewstep.dmd.matching import SampleWeights, Scores, student_step
 from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
 
@@ -80,7 +80,9 @@ def test_the_direction_is_normalised_for_each_chunk(inputs: VideoInputs, tmp_pat
     # The first chunk ten times as large: one normaliser for all would nearly silence the second.
     x0[:, :, :1] *= 10
     x0.requires_grad_()
-    step = student_step(x0, condition, scores=Scores(real, fake, 2.0), draw=draw, times=times, chunks=(1, 2))
+    step = student_step(
+        x0, condition, scores=Scores(real, fake, 2.0), draw=draw, times=times, samples=SampleWeights(chunks=(1, 2))
+    )
     (found,) = torch.autograd.grad(step.loss, x0)
     with torch.no_grad():
         t = draw.uniform("score_time").clamp(0.02, 0.98)

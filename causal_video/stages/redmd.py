@@ -1,0 +1,77 @@
+"""Re-DMD in self-forcing: a rollout's matching weighs exp(tilt_scale reward) (Reward Forcing, arXiv:2512.04678).
+
+The weight multiplies a direction that vanishes where the fake score equals the teacher: it says which rollouts are
+learnt from first, and what a student of small capacity gives up, and does not tilt what a student of full capacity
+comes to rest at. With Adam a constant reward changes nothing.
+
+Deviations from its released code, which follow the paper: every video of a slice is scored, not the first alone; a
+scorer sees pixels in [0, 1], where the code gives it those in [-1, 1]; an optimizer steps once for a gradient.
+
+Legend: B rollouts, T latent frames; latents [B, C, T, h, w].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.causal_video.stages.sections import RedmdConfig
+from fewstep.core.teacher import Teacher
+from fewstep.core.training.processes import Processes
+from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.reward.config import RewardSettings
+from fewstep.dmd.reward.inputs import finite_values
+from fewstep.dmd.reward.scorers import load_scorers
+from fewstep.dmd.reward.scores import RewardModel, collect
+from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.total import RewardParts
+
+
+def reward_weight(rewards: Tensor, *, tilt_scale: float, max_weight: float | None = None) -> Tensor:
+    """exp(tilt_scale r), at most max_weight: [B] without graph (the paper's exp(r / beta) with beta 1 / tilt_scale).
+
+    The mean is not divided out, as in the paper: weights change the size of a run's gradients, which Adam takes out
+    again and a clip does not.
+
+    Raises:
+        ValueError: a reward is not finite.
+    """
+    weight = (tilt_scale * finite_values(rewards.detach(), "rewards")).exp()
+    return weight if max_weight is None else weight.clamp(max=max_weight)
+
+
+class RolloutReward:
+    """The scorers of a run, on the pixels of what the teacher judges.
+
+    Args:
+        settings: which scorers, and how they weigh.
+        trainer: of the run.
+        scorers: take the place of those that the settings name.
+
+    Raises:
+        ValueError: a scorer is unknown, or its weights are missing.
+    """
+
+    def __init__(self, settings: RedmdConfig, trainer: Trainer, scorers: Sequence[Scorer] | None = None) -> None:
+        loaded = load_scorers(settings.scorers, device=trainer.device, videos=True) if scorers is None else scorers
+        rewards = RewardSettings(scorers=settings.scorers, group_size=1, chunk=settings.chunk, overlap=False)
+        self.model = RewardModel(loaded, rewards, gradient=False, videos=True)
+        self.settings, self.trainer = settings, trainer
+        self.processes = Processes(trainer.rank, trainer.world_size)
+
+    @torch.no_grad()
+    def weigh(self, teacher: Teacher, latents: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weights [B] of rollouts, and what to log: the reward, the weights' mean and largest.
+
+        Raises RewardError, on every process, when a scorer fails on any.
+        """
+
+        def judged() -> RewardParts:
+            return self.model.submit(teacher.decode(latents), prompts)()
+
+        (parts,) = collect([judged], self.processes, step=self.trainer.step)
+        total = self.model.total(self.model.normalised(parts)).to(latents.device)
+        weight = reward_weight(total, tilt_scale=self.settings.tilt_scale, max_weight=self.settings.max_weight)
+        return weight, {"reward": total.mean(), "reward_weight": weight.mean(), "reward_weight_largest": weight.max()}
