@@ -106,6 +106,13 @@ def _videoalign(choice: ScorerChoice, device: str) -> Scorer:
             return load_videoalign(choice.folder, "overall", device=device)
 
 
+def _geneval(choice: ScorerChoice, device: str) -> Scorer:
+    # Mask2Former takes seconds to import.
+    from fewstep.evaluation.scorers.geneval import load_geneval
+
+    return load_geneval(choice.folder, kind="score" if choice.name == "geneval" else "correct", device=device)
+
+
 def _aesthetic(choice: ScorerChoice, device: str) -> Scorer:
     return load_aesthetic(choice.folder, clip=choice.clip or "", device=device, **choice.architecture("clip_model"))
 
@@ -127,6 +134,8 @@ SCORERS: dict[str, ScorerRow] = {
     "videoalign_mq": ScorerRow(_videoalign),
     "videoalign_ta": ScorerRow(_videoalign),
     "videoalign_overall": ScorerRow(_videoalign),
+    "geneval": ScorerRow(_geneval),
+    "geneval_correct": ScorerRow(_geneval),
     "remote": ScorerRow(lambda choice, device: RemoteScorer(choice.folder)),
     "clip_digit": ScorerRow(lambda c, device: load_clip_digit(c.folder, device=device), judges_clips=True),
     "clip_direction": ScorerRow(
