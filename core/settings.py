@@ -128,6 +128,8 @@ class StudentConfig(TrainedConfig):
     """Relative length of the power average: its standard deviation as a share of the run so far."""
     ema_start: int = 0
     """Student updates before averaging begins."""
+    ema_every: int = 1
+    """Student updates from one that the average takes in to the next."""
     init: str | None = None
     """Weights to start from: a run directory or checkpoint (its average), an export, the folder of a network, or a
     .safetensors file; empty is the teacher."""
@@ -136,6 +138,8 @@ class StudentConfig(TrainedConfig):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1 or self.ema_start < 0:
             raise ValueError(f"ema_decay {self.ema_decay} must lie in [0, 1), ema_start {self.ema_start} must be >= 0")
+        if self.ema_every < 1:
+            raise ValueError(f"ema_every is {self.ema_every}; it must be at least 1, which takes in every update")
         if not 0 < self.ema_length < 0.28:
             raise ValueError(f"ema_length is {self.ema_length}; it must lie between 0 and 0.28")
         unread = "ema_length" if self.ema_kind == "constant" else "ema_decay"

@@ -231,7 +231,7 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         found |= {"teacher.lora": "null", "teacher.lora_apart": "false"}
     for section in ("student", "fake_score"):
         if values.get(section, {}).get("path") is not None:
-            found[f"{section}.path"] = parts["small"]
+            found[f"{section}.path"] = parts.get("small", parts["model"])
         if values.get(section, {}).get("init") is not None:
             found[f"{section}.init"] = init_of(values, section, parts)
     if "ode" in values:
@@ -262,9 +262,6 @@ def test_a_recipe_trains_a_tiny_model_of_its_kind(
     """Two steps in bf16 with everything that the recipe sets but its size; all weights stay finite and some move."""
     config_class = class_of(path)
     arguments = overrides(path, stand_ins[path.parent.name], tmp_path / "run")
-    if path.stem == "rtdmd":
-        # Its start is a run of adapters, here none: a cold start for its first step.
-        arguments += ["--matching.cold_start_steps", "1"]
     config = load(config_class, "--config", str(path), *arguments)
     train = {DmdConfig: train_dmd, ConsistencyConfig: train_consistency, CausalConfig: train_causal_video}
     assert train.get(config_class, train_reward)(config) == 0

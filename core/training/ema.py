@@ -21,17 +21,18 @@ class EmaSettings:
     decay: float = 0.0
     start: int = 0
     length: float | None = None
+    every: int = 1
 
     @staticmethod
     def of_student(settings: StudentConfig) -> EmaSettings:
         """The average that a student's settings ask for."""
         length = settings.ema_length if settings.ema_kind == "power" else None
-        return EmaSettings(settings.ema_decay, settings.ema_start, length)
+        return EmaSettings(settings.ema_decay, settings.ema_start, length, settings.ema_every)
 
     def of(self, module: nn.Module) -> Ema:
         """The average of a module."""
         power = None if self.length is None else power_of_length(self.length)
-        return Ema(module, self.decay, start_step=self.start, power=power)
+        return Ema(module, self.decay, start_step=self.start, power=power, every=self.every)
 
 
 def power_of_length(length: float) -> float:
@@ -53,21 +54,27 @@ class Ema:
 
     shadow <- decay shadow + (1 - decay) live, from `start_step` on; before that the shadow is the live weights. With
     `power` gamma the decay of update n is (1 - 1 / n)^(gamma + 1) (EDM2, arXiv:2312.02696, Sec. 3.1), n counted from
-    `start_step`, and `decay` is not read. What is trainable is decided once, at construction; freezing a parameter for
+    `start_step`, and `decay` is not read. With `every` k only each k-th update from `start_step` on is taken in, and n
+    counts those. What is trainable is decided once, at construction; freezing a parameter for
     a while later changes nothing. Give the bare module, not a distributed wrapper.
 
     Raises:
-        ValueError: decay is outside [0, 1), or start_step is negative.
+        ValueError: decay is outside [0, 1), start_step is negative, or every is below 1.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, start_step: int = 0, power: float | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, decay: float, *, start_step: int = 0, power: float | None = None, every: int = 1
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}; 0 keeps the live weights")
         if start_step < 0:
             raise ValueError(f"start_step must not be negative, got {start_step}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         self.decay = decay
         self.power = power
         self.start_step = start_step
+        self.every = every
         self._module = module
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         floating = {name for name, buffer in stored_buffers(module).items() if buffer.dtype.is_floating_point}
@@ -77,8 +84,11 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the live weights after optimizer step `step` (counted from 0)."""
+        count = step - self.start_step
+        if count >= 0 and (count + 1) % self.every:
+            return
         live = _tensors(self._module)
-        decay = self.decay_of(step - self.start_step)
+        decay = self.decay_of(count // self.every)
         for name, shadow in self._shadow.items():
             if shadow.device != live[name].device:
                 shadow = self._shadow[name] = shadow.to(live[name].device)

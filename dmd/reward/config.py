@@ -262,15 +262,18 @@ class RewardRunConfig:
 
     def __post_init__(self) -> None:
         require_one_method(self)
-        if self.student.init is None and (self.matching is None or self.matching.cold_start_steps == 0):
+        cold = self.matching is not None and self.matching.cold_start_steps > 0
+        if self.student.init is None and self.student.path is None and not cold:
             raise ValueError(
-                "student.init is empty; give the run directory of a student from scripts/train_dmd.py, or start from "
-                "the teacher with matching.cold_start_steps of matching alone"
+                "student.init is empty; give the run directory of a student from scripts/train_dmd.py, the folder of "
+                "one as student.path (scripts/export_network.py), or start from the teacher with "
+                "matching.cold_start_steps of matching alone"
             )
         check_groups(self.reward, self.run, cold_start=0 if self.matching is None else self.matching.cold_start_steps)
         check_comparison(self)
         check_matching(self)
         check_random_steps(self)
+        check_direct(self)
 
     @property
     def method(self) -> str:
@@ -356,6 +359,14 @@ def check_matching(config: RewardRunConfig) -> None:
             "matching.steps 'early' leaves late steps to the pixel GAN; give the section flash.pixel_gan, or set it to "
             "'any' or 'last'"
         )
+
+
+def check_direct(config: RewardRunConfig) -> None:
+    """Raise ValueError for a direct term that follows a scorer which is not there."""
+    direct, names = getattr(config.section, "direct", None), [entry.name for entry in config.reward.scorers]
+    unknown = [] if direct is None else [name for name in direct.scorers if name not in names]
+    if unknown:
+        raise ValueError(f"{config.method}.direct.scorers names {unknown[0]!r}; reward.scorers has {', '.join(names)}")
 
 
 def check_random_steps(config: RewardRunConfig) -> None:

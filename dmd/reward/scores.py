@@ -41,22 +41,31 @@ class RewardError(RuntimeError):
 class RewardModel:
     """The trained reward: sum over scorers of weight (score - mean) / std, higher is better.
 
-    Raises ValueError when a gradient is needed of a scorer that has none, or one scores pictures where the samples are
-    `videos`, or the other way round.
+    With `gradient` the scorers named in `followed`, or all, are differentiated. Raises ValueError when one of them
+    cannot be, or when a scorer of pictures meets `videos` or the other way round.
     """
 
     def __init__(
-        self, scorers: Sequence[Scorer], settings: RewardSettings, *, gradient: bool, videos: bool = False
+        self,
+        scorers: Sequence[Scorer],
+        settings: RewardSettings,
+        *,
+        gradient: bool,
+        followed: Sequence[str] = (),
+        videos: bool = False,
     ) -> None:
+        entries = [entry.name for entry in settings.scorers]
+        self.followed = tuple(place for place, name in enumerate(entries) if not followed or name in followed)
         cards = [scorer.card for scorer in scorers]
         if any(card.needs_video != videos for card in cards):
             kinds = ("pictures", "videos") if videos else ("videos", "pictures")
             raise ValueError(f"reward.scorers: a scorer of {kinds[0]} cannot judge {kinds[1]}; choose another")
-        without = [card.name for card in cards if gradient and not card.differentiable]
+        without = [cards[place].name for place in self.followed if gradient and not cards[place].differentiable]
         if without:
             raise ValueError(
                 f"this method follows the reward's own gradient, and {', '.join(without)} has none: choose another "
-                "scorer, or leave out the direct term (rtdmd, gndm), the saliency (redmd) or the steering (euphonium)"
+                "scorer, name others in direct.scorers (rtdmd, gndm), or leave out the direct term, the saliency "
+                "(redmd) or the steering (euphonium)"
             )
         self.scorers, self.settings = tuple(scorers), settings
         self.weights = tuple(entry.weight for entry in settings.scorers)
@@ -80,11 +89,24 @@ class RewardModel:
 
     def with_gradient(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         """Normalised rewards [R, n] with the graph to the pixels. Raises RewardError when a scorer fails."""
+        return self.normalised(self._with_graph(self.scorers, pixels, prompts))
+
+    def _with_graph(self, scorers: Sequence[Scorer], pixels: Tensor, prompts: list[str]) -> RewardParts:
         try:
-            parts = score_all(self.scorers, pixels, prompts, gradient=True, chunk=self.settings.chunk)
+            return score_all(scorers, pixels, prompts, gradient=True, chunk=self.settings.chunk)
         except Exception as error:  # Scorers are the user's code: anything can come.
             raise RewardError(f"the reward failed ({type(error).__name__}: {error})", clean=False) from error
-        return self.normalised(parts)
+
+    def followed_total(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """The weighted sum [n] over the followed scorers alone, with the graph to the pixels.
+
+        Raises RewardError when one fails.
+        """
+        entries = [self.settings.scorers[place] for place in self.followed]
+        scorers = [self.scorers[place] for place in self.followed]
+        values = self._with_graph(scorers, pixels, prompts).values
+        mean, std = (values.new_tensor([getattr(entry, key) for entry in entries])[:, None] for key in ("mean", "std"))
+        return weighted_sum((values - mean) / std, [entry.weight for entry in entries])
 
     def close(self) -> None:
         """Stop the background thread."""

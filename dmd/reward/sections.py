@@ -60,10 +60,12 @@ class ChainConfig(TransitionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DirectConfig:
-    """The reward's own gradient on the student's last step; every scorer must be differentiable."""
+    """The reward's own gradient on the student's last step."""
 
     weight: float
     """Of this term."""
+    scorers: tuple[str, ...] = ()
+    """Names of those of reward.scorers that it follows, which must be differentiable; empty is all."""
     margin: float = 3.0
     """Of the hinge relu(margin - reward)."""
 

@@ -46,6 +46,7 @@ class Needs:
         snapshots: older policies by name, each with how much of it stays at an update. Rollouts are drawn from the
             last one, or from the student where there is none.
         reward_gradient: whether the reward is differentiated, which not every scorer can be.
+        followed: names of the scorers that are, where not all are.
         teacher_variance: the variance of the teacher's samples.
         latent_reward: folder of a latent reward model.
         pixel_gan: settings of a discriminator on decoded pixels.
@@ -54,6 +55,7 @@ class Needs:
     reference: bool = False
     snapshots: Mapping[str, DecayConfig] = field(default_factory=dict)
     reward_gradient: bool = False
+    followed: tuple[str, ...] = ()
     teacher_variance: bool = False
     latent_reward: str | None = None
     pixel_gan: PixelGanConfig | None = None
@@ -161,7 +163,7 @@ def build_setup(
             f"{config.method} reads single pictures or their latents here (pixel_gan, latent_reward), and the teacher "
             "makes videos: leave them out, or choose another method"
         )
-    reward = build_reward(config, trainer, scorers, gradient=needs.reward_gradient, videos=videos)
+    reward = build_reward(config, trainer, scorers, needs=needs, videos=videos)
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=videos)
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
@@ -269,11 +271,11 @@ def teacher_variance(
 
 
 def build_reward(
-    config: RewardRunConfig, trainer: Trainer, scorers: Sequence[Scorer] | None, *, gradient: bool, videos: bool
+    config: RewardRunConfig, trainer: Trainer, scorers: Sequence[Scorer] | None, *, needs: Needs, videos: bool
 ) -> RewardModel:
     """The trained reward. Raises ValueError where the method needs a gradient that a scorer does not have."""
     entries = config.reward.scorers
     loaded = load_scorers(entries, device=trainer.device, videos=videos) if scorers is None else tuple(scorers)
     if len(loaded) != len(config.reward.scorers):
         raise ValueError(f"{len(loaded)} scorers for {len(config.reward.scorers)} entries of reward.scorers")
-    return RewardModel(loaded, config.reward, gradient=gradient, videos=videos)
+    return RewardModel(loaded, config.reward, gradient=needs.reward_gradient, followed=needs.followed, videos=videos)

@@ -32,7 +32,7 @@ from fewstep.dmd.reward.chain import (
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import Reduction, finite_values, group_mean, group_std, over_elements
 from fewstep.dmd.reward.matching import compare_scores, require_matching
-from fewstep.dmd.reward.methods.rtdmd import direct_term, tilt_record
+from fewstep.dmd.reward.methods.rtdmd import direct_needs, direct_term, tilt_record
 from fewstep.dmd.reward.scores import SliceRewards
 from fewstep.dmd.reward.setup import Needs, RewardSetup
 
@@ -140,8 +140,7 @@ class Gndm:
     @staticmethod
     def needs(config: RewardRunConfig) -> Needs:
         assert config.gndm is not None
-        direct = config.gndm.direct is not None
-        return Needs(reference=config.gndm.kl_weight > 0, reward_gradient=direct, teacher_variance=direct)
+        return direct_needs(config.gndm.direct, config.gndm.kl_weight)
 
     def plan(self, step: int) -> Plan:
         return chain_plan(self.config, self.settings, step, len(self.setup.student.times))

@@ -146,8 +146,7 @@ class Rtdmd:
     @staticmethod
     def needs(config: RewardRunConfig) -> Needs:
         assert config.rtdmd is not None
-        direct = config.rtdmd.direct is not None
-        return Needs(reference=config.rtdmd.kl_weight > 0, reward_gradient=direct, teacher_variance=direct)
+        return direct_needs(config.rtdmd.direct, config.rtdmd.kl_weight)
 
     def plan(self, step: int) -> Plan:
         return chain_plan(self.config, self.settings, step, len(self.setup.student.times))
@@ -184,13 +183,20 @@ class Rtdmd:
         return hybrid_loss(settings.policy_weight * policy, matched.loss, direct, **weights), record
 
 
+def direct_needs(direct: DirectConfig | None, kl_weight: float) -> Needs:
+    """What a policy gradient with a direct term needs."""
+    there = direct is not None
+    followed = () if direct is None else direct.scorers
+    return Needs(reference=kl_weight > 0, reward_gradient=there, followed=followed, teacher_variance=there)
+
+
 def direct_term(setup: RewardSetup, direct: DirectConfig, rollout: Rollout, velocities: Velocities) -> Loss:
     """`direct_reward_loss` of the last call's prediction, through decoder and scorers."""
     state, last = rollout.states[rollout.plan.last], rollout.plan.last
     t = torch.full((len(state),), setup.student.times[last], device=state.device)
     x0 = x0_from_velocity(state, velocities[last], t)
-    values = setup.reward.with_gradient(setup.teacher.decode(x0), rollout.prompts)
-    term = direct_reward_loss(setup.reward.total(values), margin=direct.margin)
+    rewards = setup.reward.followed_total(setup.teacher.decode(x0), rollout.prompts)
+    term = direct_reward_loss(rewards, margin=direct.margin)
     return term, {"direct_loss": term.detach()}
 
 

@@ -137,6 +137,27 @@ def test_the_power_average_has_the_length_it_is_asked_for(length: float) -> None
     assert float(((weights * (times - mean) ** 2).sum()).sqrt()) == pytest.approx(length, rel=2e-3)
 
 
+def test_an_average_that_takes_in_every_third_update() -> None:
+    """RTDMD's released average: 0.9 at each eighth update, here 0.5 at each third from the second on."""
+    module = nn.Linear(1, 1, bias=False)
+    found = []
+    ema = EmaSettings(0.5, start=1, every=3).of(module)
+    for update in range(8):
+        with torch.no_grad():
+            module.weight.fill_(2.0**update)
+        ema.update(update)
+        found.append(float(ema.state_dict()["weight"]))
+    # Live at update 0; taken in are updates 3 and 6.
+    assert found == [1.0, 1.0, 1.0, 4.5, 4.5, 4.5, 34.25, 34.25]
+    power = Ema(module, 0.0, power=1.0, every=3)
+    assert [power.decay_of(n) for n in (0, 1)] == [0.0, 0.25]
+    assert EmaSettings.of_student(StudentConfig(optimizer=OptimizerConfig(learning_rate=1.0), ema_every=8)).every == 8
+    with pytest.raises(ValueError, match="ema_every is 0"):
+        StudentConfig(optimizer=OptimizerConfig(learning_rate=1.0), ema_every=0)
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        Ema(module, 0.5, every=0)
+
+
 def test_power_averages_of_a_module_and_their_settings() -> None:
     module = nn.Linear(1, 1, bias=False)
     ema = Ema(module, 0.0, power=1.0, start_step=1)

@@ -163,6 +163,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"flash.noise_scale": 0.3},
         "noise_scale is 0.3 and transition 'sampler': only 'flow_sde'",
     ),
+    "followed": (
+        "rtdmd",
+        {"rtdmd.direct": sections.DirectConfig(weight=0.1, scorers=("slant", "geneval"))},
+        r"rtdmd\.direct\.scorers names 'slant'; reward\.scorers has stroke_weight",
+    ),
     "steps": ("rtdmd", {"rtdmd.trained_steps": 2}, "2 steps have 1 random ones"),
     "no GAN": ("flash", {"matching.steps": "early"}, "leaves late steps to the pixel GAN"),
     "other GAN": ("redmd", {"matching.steps": "early"}, "leaves late steps to the pixel GAN"),

@@ -44,6 +44,14 @@ def test_rewards_are_normalised_and_weighed() -> None:
     leaf = pixels.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward.with_gradient(leaf, ["a"] * 6)[0].sum(), leaf)
     torch.testing.assert_close(gradient, torch.full_like(leaf, 4.0 / (3 * 64)))
+    whole = reward.followed_total(leaf, ["a"] * 6)
+    torch.testing.assert_close(whole, reward.total(values))
+    followed = RewardModel((StrokeWeight(), Slant()), SETTINGS, gradient=True, followed=("slant",))
+    alone = followed.followed_total(leaf, ["a"] * 6)
+    torch.testing.assert_close(alone, -values[1])
+    (slope,) = torch.autograd.grad(alone.sum(), leaf)
+    torch.testing.assert_close(slope, torch.autograd.grad(-reward.with_gradient(leaf, ["a"] * 6)[1].sum(), leaf)[0])
+    followed.close()
     reward.close()
     with pytest.raises(RuntimeError, match="cannot schedule new futures"):
         reward.submit(pixels, ["a"] * 6)
@@ -113,5 +121,9 @@ def test_scorers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="follows the reward's own gradient, and judge has none"):
         RewardModel(stubborn, SETTINGS, gradient=True)
     assert RewardModel(stubborn, SETTINGS, gradient=False).weights == (2.0, -1.0)
+    # The first entry of the settings is the one that has no gradient.
+    assert RewardModel(stubborn, SETTINGS, gradient=True, followed=("slant",)).followed == (1,)
+    with pytest.raises(ValueError, match=r"judge has none: choose another scorer, name others in direct\.scorers"):
+        RewardModel(stubborn, SETTINGS, gradient=True, followed=("stroke_weight",))
     with pytest.raises(ValueError, match="a scorer of videos cannot judge pictures"):
         RewardModel((Fixed(ScorerCard("film", needs_video=True)), Slant()), SETTINGS, gradient=False)
