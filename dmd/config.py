@@ -17,6 +17,7 @@ from fewstep.core.settings import (
     TeacherConfig,
     TimeLawConfig,
 )
+from fewstep.evaluation.scorers.settings import ScorerListConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,14 @@ class BlendedRealConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReflConfig(ScorerListConfig):
+    """The gradient of a reward on the student's samples (ReFL, as DMDR has it after its cold start)."""
+
+    margin: float | None = None
+    """Of the hinge relu(margin - reward) of each scorer; empty is none, minus the reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegressionConfig:
     """Regression on teacher pairs (DMD1), for a one-step student."""
 
@@ -273,6 +282,8 @@ class DmdConfig:
     """The fake score's adapters in the real score for a while; leave it out for none."""
     regression: RegressionConfig | None = None
     """A regression beside it; leave it out for none."""
+    refl: ReflConfig | None = None
+    """The gradient of a reward beside it; leave it out for none."""
     noised_data: NoisedDataConfig | None = None
     """Noised real data as the student's input; leave it out for backward simulation (DMD2)."""
 

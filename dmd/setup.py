@@ -30,6 +30,8 @@ from fewstep.dmd.blended_real import BlendedReal
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.discriminator import build_gan_heads
 from fewstep.dmd.matching import TeacherJudge
+from fewstep.dmd.refl import SampleReward
+from fewstep.evaluation.scorers.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class DmdSetup:
     heads_role: Role | None = None
     blocks: tuple[int, ...] | None = None
     blended: BlendedReal | None = None
+    reward: SampleReward | None = None
 
     @property
     def judge(self) -> TeacherJudge | None:
@@ -86,10 +89,13 @@ class DmdData:
         return cls(read_prompts(config.data.prompts), init, real, pairs, inputs, fake_score)
 
 
-def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
+def build_setup(
+    config: DmdConfig, data: DmdData, trainer: Trainer, *, scorers: Sequence[Scorer] | None = None
+) -> DmdSetup:
     """Load the teacher, copy it into student and fake score, and hand both to the trainer.
 
-    Raises ValueError when a component, a size or a file of weights does not fit.
+    `scorers` take the place of those that `refl.scorers` names. Raises ValueError when a component, a size or a file of
+    weights does not fit.
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
@@ -97,6 +103,9 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
     for key, dataset in read.items():
         if dataset is not None:
             dataset.require_shape(shape, key)
+    reward = None
+    if config.refl is not None:
+        reward = SampleReward(config.refl, device=trainer.device, videos=len(shape) == 4, scorers=scorers)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
@@ -136,6 +145,7 @@ def build_setup(config: DmdConfig, data: DmdData, trainer: Trainer) -> DmdSetup:
         pairs=source(data.pairs, PAIR_SEED),
         inputs=source(data.inputs, INPUT_SEED),
         heads_role=heads_role,
+        reward=reward,
     )
 
 

@@ -22,6 +22,8 @@ from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
 from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
+from fewstep.evaluation.scorers.failure import keeping_failures
+from fewstep.evaluation.scorers.scorer import Scorer
 
 # Of the integers that decide whether a step's input is noised data.
 INPUT_PARTS = 10**6
@@ -37,24 +39,27 @@ class Batch:
     draw: Draw
 
 
-def train_dmd(config: DmdConfig) -> int:
+def train_dmd(config: DmdConfig, *, scorers: Sequence[Scorer] | None = None) -> int:
     """Train a student; returns the exit code (0, or 128 + signal after SIGTERM or Ctrl-C, with a checkpoint written).
 
     Each step rolls the student out on noise. Every `ratio`-th step the student is updated, and in
     every step the fake score is, on the same samples. For several student steps the input of the gradient step is what
     the student itself produces (backward simulation), up to a step drawn at random and shared by all processes.
+    `scorers` take the place of those that `refl.scorers` names.
 
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
+        RewardError: a scorer failed; the step's start is saved first.
     """
     data = DmdData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
-        setup = build_setup(config, data, trainer)
+        setup = build_setup(config, data, trainer, scorers=scorers)
         setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         for _ in run.steps(watch, partial(describe_run, config, setup, trainer), beside=config.student_settings.save):
-            run.finish_step(train_step(config, setup, trainer))
+            with keeping_failures(run):
+                run.finish_step(train_step(config, setup, trainer))
     return run.exit_code
 
 
@@ -124,26 +129,39 @@ def student_samples(
     renoise = [draw.noise(setup.latent_shape, f"renoise_{step}") for step in range(grad_step)]
     # The distributed wrapper is for calls whose gradients are averaged; the others go to the bare network.
     wrapped = setup.student_role.wrapped if torch.is_grad_enabled() else None
-    if config.noised_data is not None:
-        chosen = shared_integer(config.run.seed, trainer.step, "noised_data", INPUT_PARTS)
-        if chosen < config.noised_data.share * INPUT_PARTS:
-            if setup.inputs is not None:
-                _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
-            else:
-                clean = whole_samples(setup, condition, draw)
-                if not torch.is_grad_enabled():
-                    return clean, condition, clean
-                noise = draw.noise(setup.latent_shape, "input_noise")
-            # There is no rollout that all processes would have to leave at one step: each sample has its own.
-            times = torch.tensor(setup.student.times, device=trainer.device)
-            place = (draw.uniform("noised_data_time") * len(times)).long().clamp(max=len(times) - 1)
-            t = times[place.to(times.device)]
-            x_t = add_noise(clean, noise, t)
-            called = setup.student.denoiser if wrapped is None else wrapped
-            x0 = x0_from_velocity(x_t, called(x_t, t, condition), t)
-            return x0, condition, x0 if setup.inputs is not None else clean
+    if takes_noised_data(config, trainer.step):
+        if setup.inputs is not None:
+            _, clean, condition = setup.inputs.rows(draw.indices, trainer.device)
+        else:
+            clean = whole_samples(setup, condition, draw)
+            if not torch.is_grad_enabled():
+                return clean, condition, clean
+            noise = draw.noise(setup.latent_shape, "input_noise")
+        # There is no rollout that all processes would have to leave at one step: each sample has its own.
+        times = torch.tensor(setup.student.times, device=trainer.device)
+        place = (draw.uniform("noised_data_time") * len(times)).long().clamp(max=len(times) - 1)
+        t = times[place.to(times.device)]
+        x_t = add_noise(clean, noise, t)
+        called = setup.student.denoiser if wrapped is None else wrapped
+        x0 = x0_from_velocity(x_t, called(x_t, t, condition), t)
+        return x0, condition, x0 if setup.inputs is not None else clean
     x0 = setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0
     return x0, condition, x0
+
+
+def takes_noised_data(config: DmdConfig, step: int) -> bool:
+    """Whether a step's input is noised data: drawn from (seed, step) alone, the same in every process."""
+    if config.noised_data is None:
+        return False
+    chosen = shared_integer(config.run.seed, step, "noised_data", INPUT_PARTS)
+    return chosen < config.noised_data.share * INPUT_PARTS
+
+
+def texts_of_samples(config: DmdConfig, setup: DmdSetup, draw: Draw, step: int) -> list[str]:
+    """What the samples of a slice were asked for, as `student_samples` chooses it."""
+    if setup.inputs is not None and takes_noised_data(config, step):
+        return setup.inputs.captions(draw.indices)
+    return setup.prompts.texts_of_samples(draw.indices, config.run.seed)
 
 
 @torch.no_grad()
@@ -172,9 +190,14 @@ def student_backward(
             gan=config.gan,
             samples=SampleWeights(mean_over_processes=trainer.mean_over_ranks),
         )
-        trainer.check_finite("student loss", step.loss)
-        trainer.backward(step.loss)
-    record = {"student_loss": step.loss.detach(), **step.log()}
+        loss, judged = step.loss, {}
+        if setup.reward is not None:
+            prompts = texts_of_samples(config, setup, draw, trainer.step)
+            refl, judged = setup.reward.loss(setup.teacher, x0, prompts)
+            loss, judged = loss + refl, {"refl_loss": refl.detach(), **judged}
+        trainer.check_finite("student loss", loss)
+        trainer.backward(loss)
+    record = {"student_loss": loss.detach(), **step.log(), **judged}
     if setup.pairs is not None:
         assert config.regression is not None
         rows, target, pair_condition = setup.pairs.rows(draw.indices, trainer.device)

@@ -14,7 +14,7 @@ def main() -> None:
 
     from fewstep.causal_video.reward.train import train_causal_reward
     from fewstep.core.training.trainer import NonFiniteError
-    from fewstep.dmd.reward.scores import RewardError
+    from fewstep.evaluation.scorers.failure import RewardError
 
     try:
         code = train_causal_reward(config)

@@ -14,10 +14,11 @@ def main() -> None:
 
     from fewstep.causal_video.stages.train import train_causal_video
     from fewstep.core.training.trainer import NonFiniteError
+    from fewstep.evaluation.scorers.failure import RewardError
 
     try:
         code = train_causal_video(config)
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, NonFiniteError, RewardError) as error:
         sys.exit(f"error: {error}")
     sys.exit(code)
 

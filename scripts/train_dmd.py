@@ -13,10 +13,11 @@ def main() -> None:
 
     from fewstep.core.training.trainer import NonFiniteError
     from fewstep.dmd.train import train_dmd
+    from fewstep.evaluation.scorers.failure import RewardError
 
     try:
         code = train_dmd(config)
-    except (ValueError, NonFiniteError) as error:
+    except (ValueError, NonFiniteError, RewardError) as error:
         sys.exit(f"error: {error}")
     sys.exit(code)
 

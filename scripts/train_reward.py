@@ -12,8 +12,8 @@ def main() -> None:
     config, _ = parse_config(RewardRunConfig, sys.argv[1:], prog="train_reward.py", description=__doc__ or "")
 
     from fewstep.core.training.trainer import NonFiniteError
-    from fewstep.dmd.reward.scores import RewardError
     from fewstep.dmd.reward.train import train_reward
+    from fewstep.evaluation.scorers.failure import RewardError
 
     try:
         code = train_reward(config)

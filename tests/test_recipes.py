@@ -210,6 +210,8 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
             "monitor.samples_per_prompt": 2,
         }
         found["rtdmd.direct"] = "null" if "direct" in values["rtdmd"] else None
+    if "refl" in values:
+        found["refl.scorers"] = '[{"name": "stroke_weight", "weight": 0.1}]'
     if "redmd" in values:
         found |= {"redmd.scorers": '[{"name": "clip_light"}]'}
     if "policy" in values["student"] and "layout" in values["student"]:

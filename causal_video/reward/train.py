@@ -29,7 +29,8 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.reward.groups import group_samples, require_whole_groups
 from fewstep.dmd.reward.methods.nft import optimality_probability
 from fewstep.dmd.reward.scores import Pending, StepRewards, collect, compare
-from fewstep.dmd.reward.train import decay_now, keeping_failures
+from fewstep.dmd.reward.train import decay_now
+from fewstep.evaluation.scorers.failure import keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
 Metrics = dict[str, float | Tensor]

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.core.settings import DataConfig, StudentConfig
-from fewstep.dmd.reward.config import ScorerListConfig
+from fewstep.evaluation.scorers.settings import ScorerListConfig
 
 FrameReduction: TypeAlias = Literal["mean", "sum"]
 DEFAULT_STEPS = (4, 2)

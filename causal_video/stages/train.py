@@ -32,7 +32,7 @@ from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import matching_at
-from fewstep.dmd.reward.train import keeping_failures
+from fewstep.evaluation.scorers.failure import keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
 Metrics = dict[str, float | Tensor]

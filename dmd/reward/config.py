@@ -5,9 +5,8 @@ The sections of the methods are in `sections`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
@@ -32,50 +31,8 @@ from fewstep.dmd.reward.sections import (
 
 # Runs of streams read it from here, too.
 from fewstep.dmd.reward.sections import DecayConfig as DecayConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerConfig:
-    """One scorer: weight * (score - mean) / std enters the reward, with the sign that makes higher better."""
-
-    name: str
-    """A name of docs/rewards.md, such as digit_log_probability."""
-    weight: float = 1.0
-    """Factor in the sum."""
-    weights: str | None = None
-    """Folder or file of its weights, or the address of a remote scorer."""
-    clip: str | None = None
-    """The CLIP under the aesthetic head."""
-    model: str | None = None
-    """open_clip architecture of a bare file."""
-    frames: float | None = None
-    """Share of the best frames that counts where a scorer of pictures judges videos; empty is all."""
-    mean: float = 0.0
-    """Subtracted from the score."""
-    std: float = 1.0
-    """Divides the score."""
-
-    def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"scorer {self.name}: std is {self.std}; it must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerListConfig:
-    """What is rewarded."""
-
-    scorers: tuple[ScorerConfig, ...]
-    """The trained reward: a list of scorers with their weights."""
-    chunk: int | None = None
-    """Samples scored at a time; empty is the whole slice."""
-
-    def __post_init__(self) -> None:
-        # The reader of YAML hands entries of a list over as its own namespaces.
-        object.__setattr__(self, "scorers", tuple(_scorer(entry) for entry in self.scorers))
-        if not self.scorers:
-            raise ValueError("scorers is empty; name at least one scorer")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or empty for the whole slice")
+from fewstep.evaluation.scorers.settings import ScorerConfig as ScorerConfig
+from fewstep.evaluation.scorers.settings import ScorerListConfig, read_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,22 +63,13 @@ class RewardSettings(ScorersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "held_out", tuple(_scorer(entry) for entry in self.held_out or ()))
+        object.__setattr__(self, "held_out", tuple(read_scorer(entry) for entry in self.held_out or ()))
         for entry in self.held_out:
             if (entry.weight, entry.mean, entry.std) != (1.0, 0.0, 1.0):
                 raise ValueError(
                     f"held_out {entry.name} has weight {entry.weight}, mean {entry.mean}, std {entry.std}: held-out "
                     "scores are logged as they are; leave these out"
                 )
-
-
-def _scorer(entry: Any) -> ScorerConfig:
-    if isinstance(entry, ScorerConfig):
-        return entry
-    values = dict(entry if isinstance(entry, Mapping) else vars(entry))
-    # In a section that may be left out, the reader names the class beside the values.
-    values = values.get("init_args", values)
-    return ScorerConfig(**(values if isinstance(values, Mapping) else vars(values)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import GRID_SEED, Watch, run_text
 from fewstep.dmd.reward.config import MonitorConfig, RewardRunConfig, RewardSettings
-from fewstep.dmd.reward.scores import RewardError, RewardModel
+from fewstep.dmd.reward.scores import RewardModel
 from fewstep.dmd.reward.setup import RewardSetup
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import RewardParts, score_all
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fewstep.dmd.reward.config import ScorerConfig
 from fewstep.embedded.digits.held_out_classifier import load_held_out
 from fewstep.embedded.digits.scorers import Slant, StrokeWeight, load_digit_log_probability
 from fewstep.embedded.moving_digits.scorers import ClipLight, ClipMotionError, load_clip_digit, load_clip_motion
 from fewstep.evaluation.scorers.clip import load_aesthetic, load_clip_score, load_hpsv2, load_pickscore
 from fewstep.evaluation.scorers.frames import FrameScore
+from fewstep.evaluation.scorers.prefix import PrefixedScorer
 from fewstep.evaluation.scorers.remote import RemoteScorer
 from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.settings import ScorerConfig
 
 SHIPPED_JUDGES = "a folder of judges as weights, such as assets/digits_video/judges"
 
@@ -160,5 +161,8 @@ def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device, video
     Raises ValueError or RuntimeError that says what is missing or unknown.
     """
     choices = [ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames) for entry in entries]
-    found = [make_scorer(choice, device=str(device)) for choice in choices]
+    found = [
+        scorer if entry.prompt_prefix is None else PrefixedScorer(scorer, entry.prompt_prefix)
+        for entry, scorer in zip(entries, (make_scorer(choice, device=str(device)) for choice in choices), strict=True)
+    ]
     return tuple(FrameScore(each) if videos and not each.card.needs_video else each for each in found)

@@ -23,19 +23,12 @@ from fewstep.dmd.reward.groups import (
     summed_advantages,
 )
 from fewstep.dmd.reward.latent.network import LatentScorer, latent_scores
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.overlap import OverlappedReward
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import RewardParts, score_all, weighted_sum
 
 Pending = Callable[[], RewardParts]
-
-
-class RewardError(RuntimeError):
-    """A scorer failed. `clean`: no weight has changed since the step began, so its start can be saved."""
-
-    def __init__(self, message: str, *, clean: bool) -> None:
-        super().__init__(message)
-        self.clean = clean
 
 
 class RewardModel:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from fewstep.core.randomness import Draw
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role, inject_student
-from fewstep.core.training.run import Run, open_run
+from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.reward.chain import Plan, Prepared, Rollout
 from fewstep.dmd.reward.config import DecayConfig, RewardRunConfig
@@ -24,9 +22,10 @@ from fewstep.dmd.reward.methods.table import build_method, needs_of
 from fewstep.dmd.reward.monitor import RewardWatch, describe_run
 from fewstep.dmd.reward.pixel_discriminator import discriminator_step
 from fewstep.dmd.reward.rollout import draw_rollout
-from fewstep.dmd.reward.scores import Pending, RewardError, StepRewards, agree, collect, compare, rewards_of_slice
+from fewstep.dmd.reward.scores import Pending, StepRewards, agree, collect, compare, rewards_of_slice
 from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.reward.student_step import RewardMethod, joined_loss
+from fewstep.evaluation.scorers.failure import RewardError, keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
 Metrics = dict[str, float | Tensor]
@@ -57,19 +56,6 @@ def train_reward(config: RewardRunConfig, *, scorers: Sequence[Scorer] | None = 
             with keeping_failures(run):
                 run.finish_step(train_step(method, trainer))
     return run.exit_code
-
-
-@contextmanager
-def keeping_failures(run: Run[Any]) -> Iterator[None]:
-    """Where a scorer fails before a weight has changed, save the start of the step; the error says how to go on."""
-    try:
-        yield
-    except RewardError as error:
-        path = run.save_unfinished() if error.clean else run.trainer.last_checkpoint
-        told = f"{error}; no checkpoint was written yet: mend the scorer and start again"
-        if path is not None:
-            told = f"{error}; nothing of this step was kept: mend the scorer and continue with --resume {path}"
-        raise RewardError(told, clean=error.clean) from error
 
 
 def train_step(method: RewardMethod, trainer: Trainer) -> Metrics:

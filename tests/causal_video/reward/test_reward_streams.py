@@ -19,8 +19,9 @@ from fewstep.core.training.run_directory import read_metrics
 from fewstep.core.weights import find_weights
 from fewstep.dmd.reward.config import DecayConfig
 from fewstep.dmd.reward.groups import group_advantages
-from fewstep.dmd.reward.scores import RewardError, StepRewards
+from fewstep.dmd.reward.scores import StepRewards
 from fewstep.embedded.digits.scorers import Slant, StrokeWeight
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.frames import FrameScore
 from tests.causal_video.reward.tiny_reward import reward_settings, started
 from tests.causal_video.tiny_causal_run import VideoInputs

@@ -24,7 +24,7 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import MatchingConfig, SidObjective
 from fewstep.dmd.matching import SampleWeights, Scores, student_step
 from fewstep.dmd.reward.config import ScorerConfig
-from fewstep.dmd.reward.scores import RewardError
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.scorer import Scorer, ScorerCard
 from tests.causal_video.tiny_causal_run import PROMPTS, VideoInputs, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint

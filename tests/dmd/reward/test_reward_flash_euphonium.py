@@ -14,8 +14,8 @@ from fewstep.dmd.reward.latent.network import LatentReward, load_latent_reward
 from fewstep.dmd.reward.methods.flash import Flash, best_and_worst, pixel_gan_loss
 from fewstep.dmd.reward.pixel_discriminator import discriminator_step
 from fewstep.dmd.reward.rollout import draw_rollout
-from fewstep.dmd.reward.scores import RewardError
 from fewstep.dmd.reward.train import train_step
+from fewstep.evaluation.scorers.failure import RewardError
 from tests.dmd.reward.reward_run import (
     reward_config,
     started,

@@ -12,10 +12,10 @@ from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.trainer import NonFiniteError
 from fewstep.dmd.reward.config import ScorerConfig
 from fewstep.dmd.reward.methods.table import needs_of
-from fewstep.dmd.reward.scores import RewardError
 from fewstep.dmd.reward.setup import RewardData
 from fewstep.dmd.reward.train import train_reward
 from fewstep.embedded.digits.scorers import StrokeWeight
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.remote import Patience, RemoteScorer
 from fewstep.evaluation.scorers.remote_server import ScorerServer
 from tests.dmd.reward.reward_run import (

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fewstep.core.training.processes import Processes
 from fewstep.dmd.reward.config import RewardSettings, ScorerConfig
-from fewstep.dmd.reward.scores import RewardError, RewardModel, collect, compare, rewards_of_slice
+from fewstep.dmd.reward.scores import RewardModel, collect, compare, rewards_of_slice
 from fewstep.embedded.digits.scorers import Slant, StrokeWeight
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.scorer import ScorerCard
 from fewstep.evaluation.scorers.total import RewardParts
 
