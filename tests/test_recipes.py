@@ -183,6 +183,23 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, P
     return found
 
 
+def judged(values: dict[str, Any]) -> dict[str, Any]:
+    """Scorers without weights, in small groups."""
+    found: dict[str, Any] = {}
+    if "reward" in values:
+        found |= {
+            "reward.group_size": min(2, values["reward"]["group_size"]),
+            "reward.scorers": '[{"name": "stroke_weight"}]',
+            "monitor.samples_per_prompt": 2,
+        }
+        found["rtdmd.direct"] = "null" if "direct" in values["rtdmd"] else None
+    if "refl" in values:
+        found["refl.scorers"] = '[{"name": "stroke_weight", "weight": 0.1}]'
+    if "redmd" in values:
+        found |= {"redmd.scorers": '[{"name": "clip_light"}]'}
+    return found
+
+
 def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
     """The settings of a tiny run: sizes, counts and places; what the recipe is about stays."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -203,17 +220,7 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
     if values["run"]["mixed_precision"] == "fp16":
         # Scaled gradients need a GPU.
         found |= {"run.mixed_precision": "bf16", "teacher.dtype": "bfloat16"}
-    if "reward" in values:
-        found |= {
-            "reward.group_size": min(2, values["reward"]["group_size"]),
-            "reward.scorers": '[{"name": "stroke_weight"}]',
-            "monitor.samples_per_prompt": 2,
-        }
-        found["rtdmd.direct"] = "null" if "direct" in values["rtdmd"] else None
-    if "refl" in values:
-        found["refl.scorers"] = '[{"name": "stroke_weight", "weight": 0.1}]'
-    if "redmd" in values:
-        found |= {"redmd.scorers": '[{"name": "clip_light"}]'}
+    found |= judged(values)
     if "policy" in values["student"] and "layout" in values["student"]:
         # A running mean needs equal chunks.
         found |= {"student.layout": "[1, 1, 1]", "student.policy.window_frames": 1, "student.policy.sink_frames": 1}
