@@ -189,7 +189,11 @@ def load_config(
     told = description
     if methods and chosen is None:
         told += f" One of the sections {', '.join(methods)} is the method; --config FILE --help shows its settings."
-    parser = _build_parser(config_class, prog=prog, description=told, hidden=hidden, section=section)
+    # --gan.help and the like show one section.
+    explained = for_help or any(argument.endswith(".help") for argument in arguments)
+    parser = _build_parser(
+        config_class, prog=prog, description=told, hidden=hidden, section=section, explained=explained
+    )
     try:
         values = parser.parse_args(arguments).as_dict()
     except jsonargparse.ArgumentError as error:
@@ -272,10 +276,17 @@ def _without_empty_sections(arguments: Sequence[str], config_class: type, method
 
 
 def _build_parser(
-    config_class: type, *, prog: str, description: str, hidden: set[str], section: tuple[str, type | None] | None
+    config_class: type,
+    *,
+    prog: str,
+    description: str,
+    hidden: set[str],
+    section: tuple[str, type | None] | None,
+    explained: bool,
 ) -> jsonargparse.ArgumentParser:
-    """A parser without the hidden sections; `section` is the method's, name and class."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    """A parser without the hidden sections; `section` is the method's, name and class, `explained` with their texts."""
+    # What settings mean is read off the sources of their classes, which takes as long as all the rest.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=explained)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         description=f"{description} Shortcuts: --dry_run and --resume latest|PATH.",

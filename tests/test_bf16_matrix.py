@@ -15,17 +15,20 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from fewstep.causal_video.stages.consistency import check_tangent as check_causal_tangent
+from fewstep.causal_video.stages.redmd import RolloutReward
+from fewstep.causal_video.stages.sections import RedmdConfig
 from fewstep.causal_video.stages.train import train_step as causal_step
 from fewstep.consistency.config import ConsistencyMatchingConfig
-from fewstep.consistency.sections import DcmConfig, EctConfig, ScmConfig
+from fewstep.consistency.sections import DcmConfig, EctConfig, PairsConfig, ScmConfig
 from fewstep.consistency.setup import check_tangent
 from fewstep.consistency.train import train_step as consistency_step
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import FakeScoreConfig
 from fewstep.core.teacher import Teacher
-from fewstep.dmd.config import FDistillObjective, GanConfig, SidObjective
+from fewstep.dmd.config import FDistillObjective, GanConfig, ReflConfig, SidObjective
 from fewstep.dmd.train import train_step as dmd_step
+from fewstep.evaluation.scorers.settings import ScorerConfig
 from tests.causal_video.tiny_causal_run import start_causal, tiny_causal
 from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
@@ -47,9 +50,18 @@ FAMILIES: dict[str, Any] = {
 # Tangents along time of SD3 and Wan are tested elsewhere; those of a table's U-Net and of SANA here.
 CONSISTENT = ("sd15", "sdxl", "sana", "wan_time_per_token")
 ADAPTERS = {"student.lora_rank": 2, "fake_score.lora_rank": 2}
-MATCHINGS = ("dmd", "sid", "f_distill", "adapters", "teacher_gan")
-OBJECTIVES = ("scm", "dcm", "ect", "rcm", "adapters")
-STAGES = ("teacher_forcing", "diffusion_forcing", "tf_dcm", "tf_scm", "ode", "self_forcing")
+MATCHINGS = ("dmd", "sid", "f_distill", "adapters", "teacher_gan", "refl")
+OBJECTIVES = ("scm", "dcm", "ect", "rcm", "adapters", "pairs")
+STAGES = (
+    "teacher_forcing",
+    "diffusion_forcing",
+    "tf_dcm",
+    "tf_scm",
+    "ode",
+    "self_forcing",
+    "self_forcing_redmd",
+    "self_forcing_causal",
+)
 # Logged numbers that are means over a batch of 4, so that bf16's errors of single numbers average out.
 CLOSE: dict[str, Any] = {"rel": 0.1, "abs": 4e-3}
 
@@ -72,8 +84,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyInputs
         shape = Teacher.load(teacher).latent_shape(**size)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
         latents = 0.3 + 0.8 * sample_noise(9, range(5), shape, stream="data")
-        LatentDataset(latents, tuple(f"picture {number}" for number in range(5))).save(folder / "latents")
-        inputs = TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "none")
+        captions = tuple(f"picture {number}" for number in range(5))
+        LatentDataset(latents, captions).save(folder / "latents")
+        LatentDataset(latents, captions, latents.flip(0)).save(folder / "pairs")
+        inputs = TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "pairs")
         found[name] = FamilyInputs(inputs, size)
     return found
 
@@ -118,9 +132,12 @@ def test_matching(families: dict[str, FamilyInputs], tmp_path: Path, name: str, 
         "teacher_gan": {
             "gan": dataclasses.replace(gan, features="teacher", optimizer=OPTIMIZER, discriminator_weight=0.01)
         },
+        "refl": {"refl": ReflConfig(scorers=(ScorerConfig(name="stroke_weight"),))},
     }[objective]
     exact, half = in_both(tiny_config(family.inputs, tmp_path / "run", changes), dmd_first)
-    assert_close(exact, half, ("fake_score_loss", "matching_student_std", "matching_teacher_std"))
+    rewards = tuple(key for key in exact if key.startswith("reward_"))
+    assert len(rewards) == (objective == "refl")
+    assert_close(exact, half, ("fake_score_loss", "matching_student_std", "matching_teacher_std", *rewards))
 
 
 def consistency_first(config: Any) -> dict[str, float]:
@@ -147,12 +164,20 @@ def test_consistency(families: dict[str, FamilyInputs], tmp_path: Path, name: st
             "fake_score": FakeScoreConfig(optimizer=OPTIMIZER, ratio=1),
         },
         "adapters": {"scm": ScmConfig(time_std=0.8), "student.lora_rank": 2},
+        "pairs": {
+            "pairs": PairsConfig(),
+            "data.latents": str(family.inputs.pairs),
+            "student.steps": 1,
+            "teacher.guidance": 1.0,
+        },
     }[objective]
     config = tiny_consistency(family.inputs, tmp_path / "run", "dcm")
     size = {f"data.{key}": value for key, value in family.size.items()}
     config = changed(config, {"dcm": None, **sections, **size})
     exact, half = in_both(config, consistency_first)
-    names = tuple(name for name in ("consistency_loss", "tangent", "student_grad_norm") if name in exact)
+    names = tuple(
+        name for name in ("consistency_loss", "tangent", "pair_distance", "student_grad_norm") if name in exact
+    )
     assert_close(exact, half, names)
 
 
@@ -164,10 +189,17 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
     changes: dict[str, Any] = {"student.lora_rank": 2} if adapters else {}
     if stage == "tf_scm":
         changes["tf_scm.check_tangent"] = True
-    config = tiny_causal(inputs, tmp_path / "run", stage, changes)
+    if stage == "self_forcing_redmd":
+        changes["redmd"] = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),))
+    if stage == "self_forcing_causal":
+        changes["self_forcing.scores"] = "causal"
+    case = "self_forcing" if stage.startswith("self_forcing") else stage
+    config = tiny_causal(inputs, tmp_path / "run", case, changes)
 
     def first(config: Any) -> dict[str, float]:
         setup, trainer = start_causal(config)
+        if config.redmd is not None:
+            setup = dataclasses.replace(setup, weigh=RolloutReward(config.redmd, trainer).weigh)
         if config.tf_scm is not None:
             assert check_causal_tangent(config.tf_scm, setup, trainer) is not None
         metrics = causal_step(config, setup, trainer)
@@ -175,5 +207,8 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
         return {name: float(value) for name, value in metrics.items()}
 
     exact, half = in_both(config, first)
-    names = ("matching_student_std", "matching_teacher_std") if stage == "self_forcing" else ("forcing_loss",)
+    names = ("forcing_loss",)
+    if case == "self_forcing":
+        names = ("matching_student_std", "matching_teacher_std")
+        names += tuple(name for name in ("reward", "reward_weight") if name in exact)
     assert_close(exact, half, names)

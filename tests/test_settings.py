@@ -149,6 +149,16 @@ def test_two_methods_are_one_too_many(data: st.DataObject) -> None:
         load(config_class, "--config", str(path), f"--{other}", "{}")
 
 
+def test_help_of_a_section_explains_it(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "configs" / "digits" / "dmd_1step.yaml"
+    with pytest.raises(SystemExit) as left:
+        load(DmdConfig, "--config", str(path), "--gan.help")
+    assert left.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--gan.r1_weight R1_WEIGHT" in told
+    assert "Weight of the student's adversarial loss" in told
+
+
 def test_help_shows_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "configs" / "digits" / "scm.yaml"
     with pytest.raises(SystemExit):
