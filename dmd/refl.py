@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.processes import Processes
+from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import ReflConfig
 from fewstep.dmd.reward.scorers import load_scorers
-from fewstep.evaluation.scorers.failure import RewardError
+from fewstep.evaluation.scorers.failure import agree
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import score_all
 
@@ -45,7 +47,7 @@ class SampleReward:
 
     Args:
         settings: which scorers, and how they weigh.
-        device: where they are.
+        trainer: of the run.
         videos: whether samples are videos; scorers of pictures then count by the mean of their frames.
         scorers: take the place of those that the settings name.
 
@@ -54,9 +56,10 @@ class SampleReward:
     """
 
     def __init__(
-        self, settings: ReflConfig, *, device: torch.device, videos: bool, scorers: Sequence[Scorer] | None = None
+        self, settings: ReflConfig, trainer: Trainer, *, videos: bool, scorers: Sequence[Scorer] | None = None
     ) -> None:
-        loaded = load_scorers(settings.scorers, device=device, videos=videos) if scorers is None else tuple(scorers)
+        entries, device = settings.scorers, trainer.device
+        loaded = load_scorers(entries, device=device, videos=videos) if scorers is None else tuple(scorers)
         for scorer in loaded:
             if not scorer.card.differentiable:
                 raise ValueError(
@@ -65,19 +68,22 @@ class SampleReward:
                 )
             if scorer.card.needs_video != videos:
                 raise ValueError(f"refl.scorers: {scorer.card.name} judges videos, and the samples are pictures")
-        self.settings, self.scorers = settings, loaded
+        self.settings, self.scorers, self.trainer = settings, loaded, trainer
+        self.processes = Processes(trainer.rank, trainer.world_size)
 
     def loss(self, teacher: Teacher, x0: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of samples with their graph, and the mean of each reward to log.
 
-        Raises RewardError when a scorer fails.
+        Raises RewardError, on every process, when a scorer fails on any.
         """
-        entries = self.settings.scorers
+        entries, failure, parts = self.settings.scorers, None, None
         pixels = teacher.decode(x0)
         try:
             parts = score_all(self.scorers, pixels, prompts, gradient=True, chunk=self.settings.chunk)
         except Exception as error:  # Scorers are the user's code: anything can come.
-            raise RewardError(f"the reward failed ({type(error).__name__}: {error})", clean=True) from error
+            failure = error
+        agree(failure, self.processes, step=self.trainer.step)
+        assert parts is not None
         values = parts.values
         mean, std = (values.new_tensor([getattr(entry, key) for entry in entries])[:, None] for key in ("mean", "std"))
         rewards = (values - mean) / std

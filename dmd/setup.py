@@ -105,7 +105,7 @@ def build_setup(
             dataset.require_shape(shape, key)
     reward = None
     if config.refl is not None:
-        reward = SampleReward(config.refl, device=trainer.device, videos=len(shape) == 4, scorers=scorers)
+        reward = SampleReward(config.refl, trainer, videos=len(shape) == 4, scorers=scorers)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = exportable_times(teacher.pipeline, config.student, config.student.sampler)

@@ -23,7 +23,7 @@ from fewstep.dmd.reward.groups import (
     summed_advantages,
 )
 from fewstep.dmd.reward.latent.network import LatentScorer, latent_scores
-from fewstep.evaluation.scorers.failure import RewardError
+from fewstep.evaluation.scorers.failure import RewardError, agree
 from fewstep.evaluation.scorers.overlap import OverlappedReward
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import RewardParts, score_all, weighted_sum
@@ -166,13 +166,6 @@ def collect(pending: Sequence[Pending], processes: Processes, *, step: int) -> l
         failure = error
     agree(failure, processes, step=step)
     return parts
-
-
-def agree(failure: Exception | None, processes: Processes, *, step: int) -> None:
-    """Raise RewardError on every process when one has a failure."""
-    if processes.maximum([int(failure is not None)])[0]:
-        told = "another process" if failure is None else f"{type(failure).__name__}: {failure}"
-        raise RewardError(f"step {step}: the reward failed ({told})", clean=True) from failure
 
 
 def compare(

@@ -22,10 +22,10 @@ from fewstep.dmd.reward.methods.table import build_method, needs_of
 from fewstep.dmd.reward.monitor import RewardWatch, describe_run
 from fewstep.dmd.reward.pixel_discriminator import discriminator_step
 from fewstep.dmd.reward.rollout import draw_rollout
-from fewstep.dmd.reward.scores import Pending, StepRewards, agree, collect, compare, rewards_of_slice
+from fewstep.dmd.reward.scores import Pending, StepRewards, collect, compare, rewards_of_slice
 from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.reward.student_step import RewardMethod, joined_loss
-from fewstep.evaluation.scorers.failure import RewardError, keeping_failures
+from fewstep.evaluation.scorers.failure import RewardError, agree, keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
 Metrics = dict[str, float | Tensor]

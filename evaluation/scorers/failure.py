@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fewstep.core.training.processes import Processes
 from fewstep.core.training.run import Run
 
 
@@ -15,6 +16,13 @@ class RewardError(RuntimeError):
     def __init__(self, message: str, *, clean: bool) -> None:
         super().__init__(message)
         self.clean = clean
+
+
+def agree(failure: Exception | None, processes: Processes, *, step: int) -> None:
+    """Raise RewardError on every process when one has a failure."""
+    if processes.maximum([int(failure is not None)])[0]:
+        told = "another process" if failure is None else f"{type(failure).__name__}: {failure}"
+        raise RewardError(f"step {step}: the reward failed ({told})", clean=True) from failure
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import torch
 
 from fewstep.core.config import save_resolved
 from fewstep.core.training.checkpoint import load_checkpoint
-from fewstep.dmd.config import DmdConfig
+from fewstep.dmd.config import DmdConfig, ReflConfig
 from fewstep.dmd.train import train_dmd
+from fewstep.evaluation.scorers.settings import ScorerConfig
 from tests.dmd.run_server import SCRIPT, Run, RunServer
 from tests.dmd.tiny_run import WITH_GAN, TinyInputs, changed, measured, tiny_config
 from tests.two_processes import launch_two
@@ -18,9 +19,17 @@ from tests.two_processes import launch_two
 # Processes of their own are slow on a busy machine.
 pytestmark = pytest.mark.timeout(600)
 
-# Two student steps, so that the processes must agree on the step with the gradient; the GAN brings the heads in.
-CHANGES = {"student.steps": 2, "run.steps": 6, **WITH_GAN}
-LOSSES = ("student_loss", "fake_score_loss", "discriminator_loss", "student_gan_loss")
+# Two student steps, so that the processes must agree on the step with the gradient; the GAN brings the heads in, the
+# reward a gradient of its own.
+REWARD = ReflConfig(scorers=(ScorerConfig(name="stroke_weight"),))
+CHANGES = {"student.steps": 2, "run.steps": 6, **WITH_GAN, "refl": REWARD}
+LOSSES = (
+    "student_loss",
+    "refl_loss",
+    "fake_score_loss",
+    "discriminator_loss",
+    "student_gan_loss",
+)
 
 
 def config_of(inputs: TinyInputs, directory: Path, changes: dict[str, Any] | None = None) -> DmdConfig:
