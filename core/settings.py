@@ -140,6 +140,10 @@ class StudentConfig(TrainedConfig):
             raise ValueError(f"ema_decay {self.ema_decay} must lie in [0, 1), ema_start {self.ema_start} must be >= 0")
         if self.ema_every < 1:
             raise ValueError(f"ema_every is {self.ema_every}; it must be at least 1, which takes in every update")
+        if self.ema_every > 1 and self.ema_kind == "constant" and self.ema_decay == 0:
+            raise ValueError(
+                f"ema_every is {self.ema_every} with ema_decay 0, which keeps the live weights: leave ema_every out"
+            )
         if not 0 < self.ema_length < 0.28:
             raise ValueError(f"ema_length is {self.ema_length}; it must lie between 0 and 0.28")
         unread = "ema_length" if self.ema_kind == "constant" else "ema_decay"

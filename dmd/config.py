@@ -220,6 +220,11 @@ class ReflConfig(ScorerListConfig):
     margin: float | None = None
     """Of the hinge relu(margin - reward) of each scorer; empty is none, minus the reward."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"margin is {self.margin}; give a number, or leave it out for minus the reward")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionConfig:

@@ -18,8 +18,10 @@ from fewstep.core.training.processes import Processes
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import ReflConfig
 from fewstep.dmd.reward.scorers import load_scorers
+from fewstep.evaluation.scorers.chunks import through_chunks
 from fewstep.evaluation.scorers.failure import agree
-from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.frames import FrameScore
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
 from fewstep.evaluation.scorers.total import score_all
 
 
@@ -49,44 +51,68 @@ class SampleReward:
         settings: which scorers, and how they weigh.
         trainer: of the run.
         videos: whether samples are videos; scorers of pictures then count by the mean of their frames.
-        scorers: take the place of those that the settings name.
+        scorers: as loaded for pictures.
 
     Raises:
-        ValueError: a scorer is unknown, its weights are missing, or it has no gradient.
+        ValueError: a scorer has no gradient, or judges videos where the samples are pictures.
     """
 
-    def __init__(
-        self, settings: ReflConfig, trainer: Trainer, *, videos: bool, scorers: Sequence[Scorer] | None = None
-    ) -> None:
-        entries, device = settings.scorers, trainer.device
-        loaded = load_scorers(entries, device=device, videos=videos) if scorers is None else tuple(scorers)
-        for scorer in loaded:
-            if not scorer.card.differentiable:
-                raise ValueError(
-                    f"refl follows the reward's own gradient, and {scorer.card.name} has none: choose another scorer, "
-                    "or a method of scripts/train_reward.py that compares samples"
-                )
-            if scorer.card.needs_video != videos:
+    def __init__(self, settings: ReflConfig, trainer: Trainer, scorers: Sequence[Scorer], *, videos: bool) -> None:
+        for scorer in scorers:
+            if scorer.card.needs_video and not videos:
                 raise ValueError(f"refl.scorers: {scorer.card.name} judges videos, and the samples are pictures")
-        self.settings, self.scorers, self.trainer = settings, loaded, trainer
+        self.scorers = tuple(
+            FrameScore(scorer) if videos and not scorer.card.needs_video else scorer for scorer in scorers
+        )
+        self.settings, self.trainer = settings, trainer
         self.processes = Processes(trainer.rank, trainer.world_size)
 
     def loss(self, teacher: Teacher, x0: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of samples with their graph, and the mean of each reward to log.
 
-        Raises RewardError, on every process, when a scorer fails on any.
+        Decoder and scorers hold `refl.chunk` samples at a time. Raises RewardError, on every process, when a scorer
+        fails on any.
         """
-        entries, failure, parts = self.settings.scorers, None, None
-        pixels = teacher.decode(x0)
+        weights, seen = [entry.weight for entry in self.settings.scorers], list[Tensor]()
+
+        def part(x: Tensor, rows: slice) -> Tensor:
+            rewards = self.rewards(teacher.decode(x), prompts[rows])
+            seen.append(rewards.detach())
+            return refl_loss(rewards, weights=weights, margin=self.settings.margin) * len(x)
+
+        failure, loss = None, x0.new_zeros(())
         try:
-            parts = score_all(self.scorers, pixels, prompts, gradient=True, chunk=self.settings.chunk)
+            loss = through_chunks(part, x0, chunk=self.settings.chunk) / len(x0)
         except Exception as error:  # Scorers are the user's code: anything can come.
             failure = error
         agree(failure, self.processes, step=self.trainer.step)
-        assert parts is not None
-        values = parts.values
+        means = torch.cat(seen, dim=1).mean(dim=1)
+        names = [scorer.card.name for scorer in self.scorers]
+        return loss, {f"reward_{name}": value for name, value in zip(names, means, strict=True)}
+
+    def rewards(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """(score - mean) / std, [R, n], with the graph to the pixels."""
+        values, entries = score_all(self.scorers, pixels, prompts, gradient=True).values, self.settings.scorers
         mean, std = (values.new_tensor([getattr(entry, key) for entry in entries])[:, None] for key in ("mean", "std"))
-        rewards = (values - mean) / std
-        loss = refl_loss(rewards, weights=[entry.weight for entry in entries], margin=self.settings.margin)
-        means = rewards.detach().mean(dim=1)
-        return loss, {f"reward_{name}": value for name, value in zip(parts.names, means, strict=True)}
+        return (values - mean) / std
+
+
+def differentiable_scorers(
+    settings: ReflConfig | None, prompts: Sequence[str], scorers: Sequence[Scorer] | None, *, device: torch.device
+) -> tuple[Scorer, ...]:
+    """The scorers that the settings name, or those that take their place, before any network is loaded.
+
+    Raises:
+        ValueError: one is unknown, its weights are missing, it has no gradient, or it does not know a prompt.
+    """
+    if settings is None:
+        return ()
+    found = load_scorers(settings.scorers, device=device) if scorers is None else tuple(scorers)
+    for scorer in found:
+        if not scorer.card.differentiable:
+            raise ValueError(
+                f"refl follows the reward's own gradient, and {scorer.card.name} has none: choose another scorer, or a "
+                "method of scripts/train_reward.py that compares samples"
+            )
+    require_prompts(found, prompts)
+    return found

@@ -30,7 +30,7 @@ from fewstep.dmd.blended_real import BlendedReal
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.discriminator import build_gan_heads
 from fewstep.dmd.matching import TeacherJudge
-from fewstep.dmd.refl import SampleReward
+from fewstep.dmd.refl import SampleReward, differentiable_scorers
 from fewstep.evaluation.scorers.scorer import Scorer
 
 
@@ -97,6 +97,8 @@ def build_setup(
     `scorers` take the place of those that `refl.scorers` names. Raises ValueError when a component, a size or a file of
     weights does not fit.
     """
+    # A scorer that is not there fails before the teacher is loaded.
+    scorers = differentiable_scorers(config.refl, data.prompts, scorers, device=trainer.device)
     teacher = Teacher.of(config.teacher, device=trainer.device)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     read = {"gan.latents": data.real, "regression.pairs": data.pairs, "noised_data.latents": data.inputs}
@@ -105,7 +107,7 @@ def build_setup(
             dataset.require_shape(shape, key)
     reward = None
     if config.refl is not None:
-        reward = SampleReward(config.refl, trainer, videos=len(shape) == 4, scorers=scorers)
+        reward = SampleReward(config.refl, trainer, scorers, videos=len(shape) == 4)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = exportable_times(teacher.pipeline, config.student, config.student.sampler)

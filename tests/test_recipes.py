@@ -221,6 +221,9 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         # Scaled gradients need a GPU.
         found |= {"run.mixed_precision": "bf16", "teacher.dtype": "bfloat16"}
     found |= judged(values)
+    if "ema_every" in values["student"]:
+        # Two steps would take in no update.
+        found["student.ema_every"] = 1
     if "policy" in values["student"] and "layout" in values["student"]:
         # A running mean needs equal chunks.
         found |= {"student.layout": "[1, 1, 1]", "student.policy.window_frames": 1, "student.policy.sink_frames": 1}

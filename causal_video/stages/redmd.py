@@ -24,9 +24,9 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.reward.config import RewardSettings
 from fewstep.dmd.reward.inputs import finite_values
 from fewstep.dmd.reward.scorers import load_scorers
-from fewstep.dmd.reward.scores import RewardModel, collect
+from fewstep.dmd.reward.scores import RewardModel
+from fewstep.evaluation.scorers.failure import agree
 from fewstep.evaluation.scorers.scorer import Scorer
-from fewstep.evaluation.scorers.total import RewardParts
 
 
 def reward_weight(rewards: Tensor, *, tilt_scale: float, max_weight: float | None = None) -> Tensor:
@@ -36,10 +36,20 @@ def reward_weight(rewards: Tensor, *, tilt_scale: float, max_weight: float | Non
     again and a clip does not.
 
     Raises:
-        ValueError: a reward is not finite.
+        ValueError: a reward is not finite, or weighs more than a million: it is no z-score.
     """
     weight = (tilt_scale * finite_values(rewards.detach(), "rewards")).exp()
-    return weight if max_weight is None else weight.clamp(max=max_weight)
+    if max_weight is not None:
+        return weight.clamp(max=max_weight)
+    if bool((weight > LARGEST_WEIGHT).any()):
+        raise ValueError(
+            f"a reward of {float(rewards.max()):.4g} weighs exp({tilt_scale} x {float(rewards.max()):.4g}): give the "
+            "scorer mean and std, so that rewards are about 0 and 1 apart, or redmd.max_weight"
+        )
+    return weight
+
+
+LARGEST_WEIGHT = 1e6
 
 
 class RolloutReward:
@@ -68,10 +78,12 @@ class RolloutReward:
         Raises RewardError, on every process, when a scorer fails on any.
         """
 
-        def judged() -> RewardParts:
-            return self.model.submit(teacher.decode(latents), prompts)()
-
-        (parts,) = collect([judged], self.processes, step=self.trainer.step)
-        total = self.model.total(self.model.normalised(parts)).to(latents.device)
-        weight = reward_weight(total, tilt_scale=self.settings.tilt_scale, max_weight=self.settings.max_weight)
+        failure, total, weight = None, latents.new_zeros(len(latents)), latents.new_ones(len(latents))
+        try:
+            parts = self.model.submit(teacher.decode(latents), prompts)()
+            total = self.model.total(self.model.normalised(parts)).to(latents.device)
+            weight = reward_weight(total, tilt_scale=self.settings.tilt_scale, max_weight=self.settings.max_weight)
+        except Exception as error:  # Scorers are the user's code: anything can come.
+            failure = error
+        agree(failure, self.processes, step=self.trainer.step)
         return weight, {"reward": total.mean(), "reward_weight": weight.mean(), "reward_weight_largest": weight.max()}

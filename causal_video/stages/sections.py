@@ -251,8 +251,9 @@ class SelfForcingConfig:
     new_frames: int | None = None
     """Latent frames at the end of a longer rollout that learn; empty is all but the first chunk of the window."""
     scores: Literal["bidirectional", "causal"] = "bidirectional"
-    """How real and fake score see a video: all of it, or as the student does, chunk by chunk, with a direction that is
-    normalised for each chunk (LongLive 2); teacher.path is then the export of a causal stage."""
+    """How real and fake score see a video at one noise level: all of it, or under the student's mask, a chunk and
+    earlier ones, with a direction that is normalised for each chunk (LongLive 2); teacher.path is then the export of a
+    causal stage."""
     steered_teacher: str | None = None
     """Weights of a bidirectional network that knows data.controls, which a run with controls needs: the run of a
     diffusion_forcing stage whose layout is one chunk, one of its checkpoints, an export, or a .safetensors file."""

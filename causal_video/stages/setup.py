@@ -50,6 +50,9 @@ class CausalData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_models(config.teacher, student=config.student, fake_score=config.fake_score)
         data, stage, settings = config.data, config.stage, causal_settings(config.student)
+        if isinstance(stage, SelfForcingConfig) and (stage.scores == "causal" or stage.input == "noised_data"):
+            # One masked call for the video; a cache can do more.
+            masks.expressible_window(settings.layout, settings.policy)
         real = None if data.latents is None else LatentDataset.load(data.latents)
         if real is not None:
             if real.latents.ndim != 5:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.model.controls import controls_of
+from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.sampling import euler_rollout
@@ -69,6 +70,9 @@ class VideoWatch:
         """The teacher's latents of the sheet, made once."""
         if self.teacher_latents is None:
             setup = self.setup
+            if setup.scores is not None and setup.scores.real is not None:
+                self.teacher_latents = causal_teacher_videos(setup, self.rows, guidance=self.guidance)
+                return self.teacher_latents
             noise = sample_noise(GRID_SEED, self.rows, setup.latent_shape, stream="sheet", device=self.trainer.device)
             self.teacher_latents = setup.teacher.sample(
                 noise, sheet_condition(setup, self.rows), steps=TEACHER_STEPS, guidance=self.guidance
@@ -136,6 +140,21 @@ def student_videos(setup: CausalSetup, rows: list[int], *, flow_guidance: float 
     schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
     exits = schedule.exits(schedule.longest - 1, chunks)
     return rollout(student, condition, noise, setup.settings, exits=exits).video
+
+
+def causal_teacher_videos(setup: CausalSetup, rows: list[int], *, guidance: float) -> Tensor:
+    """What a causal teacher makes chunk by chunk in many steps, where the scores are causal."""
+    channels, _, height, width = setup.latent_shape
+    network: Any = setup.teacher.denoiser.network
+    return euler_rollout(
+        CausalWan(network),
+        VideoCondition(sheet_condition(setup, rows).tokens),
+        ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet"),
+        setup.settings,
+        times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, TEACHER_STEPS),
+        guidance=guidance,
+        null_text=setup.teacher.null_condition.tokens,
+    )
 
 
 def sheet_condition(setup: CausalSetup, rows: list[int]) -> Condition:

@@ -27,6 +27,7 @@ from fewstep.core.teacher_files import fetch, variant_of
 from fewstep.core.training.run_directory import CONFIG_FILE
 from fewstep.core.weights import NETWORK_FOLDERS, StoredWeights
 
+ONE_FILE = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 NetworkRole = Literal["student", "student_live", "fake_score"]
 
 
@@ -74,7 +75,8 @@ def export_network(
     name = next(name for name in NETWORK_FOLDERS if getattr(teacher.pipeline, name, None) is not None)
     with new_directory(output) as draft:
         shutil.copytree(folder, draft, dirs_exist_ok=True, ignore=_without(folder, name))
-        stored.save_pretrained(draft / name, safe_serialization=True, variant=variant_of(folder, source.variant))
+        # As the roles that start from it look for it: plain, unless all other weights are of one variant.
+        stored.save_pretrained(draft / name, safe_serialization=True, variant=variant_of(folder, None))
     return output
 
 
@@ -96,9 +98,11 @@ def _fake_score(run: Path, settings: RunSettings, checkpoint: str) -> tuple[Mode
 
 
 def _without(folder: Path, name: str) -> Any:
-    """Leaves out the network's own folder at the top."""
+    """Leaves out, at the top, the network's own folder, hidden ones, and checkpoints in one file."""
 
     def ignored(place: str, names: list[str]) -> list[str]:
-        return [name] if Path(place) == folder and name in names else []
+        if Path(place) != folder:
+            return []
+        return [each for each in names if each == name or each.startswith(".") or each.endswith(ONE_FILE)]
 
     return ignored

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import yaml
 from torch import nn
 
 from fewstep.core.denoiser import Denoiser
@@ -14,6 +15,7 @@ from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.lora import add_lora, matching_layers
 from fewstep.core.settings import FakeScoreConfig, TrainedConfig
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.run_directory import CONFIG_FILE
 from fewstep.core.weights import StoredWeights, find_weights, load_weights
 
 HEAD_WIDTH = 128
@@ -121,6 +123,20 @@ def load_fake_score(fake_score: FakeScore, weights: StoredWeights, *, alpha: flo
             f"{len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}; {weights.key} must be "
             "of the same network and LoRA settings"
         )
+    if any(".lora_" in name for name in trained):
+        require_same_alpha(weights, alpha)
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(found[name])
+
+
+def require_same_alpha(weights: StoredWeights, alpha: float) -> None:
+    """Raise ValueError where the run of a fake score says that its adapters were trained at another scale."""
+    file = weights.files[0].resolve().parent.parent / CONFIG_FILE
+    section = yaml.safe_load(file.read_text(encoding="utf-8")).get("fake_score") if file.is_file() else None
+    known = None if section is None else section.get("lora_alpha")
+    if known is not None and float(known) != alpha:
+        raise ValueError(
+            f"{weights.key} {weights.source}: its fake score was trained with lora_alpha {known}, and "
+            f"fake_score.lora_alpha is {alpha}"
+        )

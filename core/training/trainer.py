@@ -113,10 +113,13 @@ class Trainer:
         is updated, for a decaying rate.
 
         Raises:
-            ValueError: the name is taken, or no parameter can be trained.
+            ValueError: the name is taken, no parameter can be trained, or the average would take in no update.
         """
         if name in self.roles:
             raise ValueError(f"role {name} exists already; give each network its own name")
+        updates = -(-self.run.steps // every)
+        if ema is not None and ema.every > max(1, updates):
+            raise ValueError(f"{name}.ema_every is {ema.every}, and the run makes {updates} updates: lower it")
         module.to(self.device)
         if optimizer.weights == "bfloat16":
             for parameter in module.parameters():
@@ -135,7 +138,7 @@ class Trainer:
             buffers=stored_buffers(module),
             settings=optimizer,
             ema=None if ema is None else ema.of(module),
-            total_updates=-(-self.run.steps // every),
+            total_updates=updates,
         )
         return self.roles[name]
 

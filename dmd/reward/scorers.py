@@ -158,11 +158,14 @@ def make_scorer(choice: ScorerChoice, *, device: str = "cpu") -> Scorer:
 def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device, videos: bool = False) -> tuple[Scorer, ...]:
     """The scorers of a configuration; for `videos` those of pictures count by the mean of their frames.
 
-    Raises ValueError or RuntimeError that says what is missing or unknown.
+    Raises ValueError that says what is missing or unknown.
     """
-    choices = [ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames) for entry in entries]
-    found = [
-        scorer if entry.prompt_prefix is None else PrefixedScorer(scorer, entry.prompt_prefix)
-        for entry, scorer in zip(entries, (make_scorer(choice, device=str(device)) for choice in choices), strict=True)
-    ]
+    found: list[Scorer] = []
+    for entry in entries:
+        choice = ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames)
+        try:
+            scorer = make_scorer(choice, device=str(device))
+        except RuntimeError as error:
+            raise ValueError(f"scorer {entry.name} cannot be reached: {error}") from error
+        found.append(scorer if entry.prompt_prefix is None else PrefixedScorer(scorer, entry.prompt_prefix))
     return tuple(FrameScore(each) if videos and not each.card.needs_video else each for each in found)

@@ -30,7 +30,7 @@ from fewstep.dmd.reward.pixel_discriminator import RealPictures, build_discrimin
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.scores import RewardModel
 from fewstep.dmd.reward.sections import DecayConfig, PixelGanConfig
-from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
 
 VARIANCE_SAMPLES, VARIANCE_STEPS = 16, 20
 
@@ -165,6 +165,7 @@ def build_setup(
         )
     reward = build_reward(config, trainer, scorers, needs=needs, videos=videos)
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=videos)
+    require_prompts([*reward.scorers, *held_out], data.prompts)
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
     times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
     # Copies are made before the trainer wraps the call of the network.

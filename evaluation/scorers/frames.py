@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.scorers.scorer import Scorer, score
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts, score
 
 
 class FrameScore:
@@ -29,6 +30,10 @@ class FrameScore:
         self.scorer, self.share, self.chunk = scorer, share, chunk
         name = f"{scorer.card.name}_frames" if share == 1.0 else f"{scorer.card.name}_best_{share:g}"
         self.card = dataclasses.replace(scorer.card, name=name, needs_video=True)
+
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError where the scorer does not know a prompt."""
+        require_prompts([self.scorer], prompts)
 
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         frames = pixels.shape[2]

@@ -9,6 +9,7 @@ Not differentiable. Shapes: pixels [B, 3, H, W] in [0, 1], scores [B].
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,14 +87,18 @@ class GenEval:
         self.card = ScorerCard(name, low, 1.0, weights=weights)
         self._colour_texts: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [B]. Raises ValueError for a prompt that is no task."""
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError for a prompt that is no task."""
         unknown = [prompt for prompt in prompts if prompt not in self.tasks]
         if unknown:
             raise ValueError(
                 f"GenEval has no task for the prompt {unknown[0]!r}: data.prompts must be those of its tasks"
             )
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B]. Raises ValueError for a prompt that is no task."""
+        self.require_prompts(prompts)
         # It reads files of 8 bits.
         pixels = (pixels.float() * 255).round() / 255
         scores = [self.judge(picture, self.tasks[prompt]) for picture, prompt in zip(pixels, prompts, strict=True)]
@@ -212,7 +217,8 @@ def read_tasks(file: str | Path) -> dict[str, Task]:
         try:
             values = json.loads(line)
             include, exclude = (tuple(map(_wanted, values.get(key, []))) for key in ("include", "exclude"))
-            task = Task(values["prompt"], include, exclude, counting=values["tag"] == "counting")
+            # Prompts of a run are read without blanks around them, too.
+            task = Task(values["prompt"].strip(), include, exclude, counting=values["tag"] == "counting")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"line {number} of {file} is no task of GenEval ({error!r}); take its own file") from error
         late = [each for place, each in enumerate(include) if each.target is not None and not 0 <= each.target < place]

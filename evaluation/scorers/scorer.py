@@ -9,6 +9,7 @@ Shapes: B samples, pixels [B, 3, H, W] or [B, 3, F, H, W] in [0, 1], scores [B].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,14 @@ def score(
             values = scorer(pixels[start : start + size], prompts[start : start + size])
             parts.append(_checked_answer(card, values, count=min(size, len(prompts) - start), start=start))
     return torch.cat(parts)
+
+
+def require_prompts(scorers: Sequence[Scorer], prompts: Sequence[str]) -> None:
+    """Ask scorers that know certain prompts alone whether these are among them. Raises ValueError that names one."""
+    for scorer in scorers:
+        check = getattr(scorer, "require_prompts", None)
+        if check is not None:
+            check(prompts)
 
 
 def reward_of(card: ScorerCard, scores: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,13 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         if not self.std > 0:
             raise ValueError(f"scorer {self.name}: std is {self.std}; it must be above 0")
+        if not math.isfinite(self.weight) or self.weight == 0 or not math.isfinite(self.mean):
+            raise ValueError(
+                f"scorer {self.name}: weight is {self.weight} and mean {self.mean}; give finite numbers, and a weight "
+                "other than 0"
+            )
+        if self.prompt_prefix is not None and not self.prompt_prefix.strip():
+            raise ValueError(f"scorer {self.name}: prompt_prefix is blank; give a text, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +50,17 @@ class ScorerListConfig:
     scorers: tuple[ScorerConfig, ...]
     """The trained reward: a list of scorers with their weights."""
     chunk: int | None = None
-    """Samples scored at a time; empty is the whole slice."""
+    """Samples scored at a time, and decoded where a reward's own gradient is followed; empty is the whole slice."""
 
     def __post_init__(self) -> None:
         # The reader of YAML hands entries of a list over as its own namespaces.
         object.__setattr__(self, "scorers", tuple(read_scorer(entry) for entry in self.scorers))
         if not self.scorers:
             raise ValueError("scorers is empty; name at least one scorer")
+        names = [entry.name for entry in self.scorers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"scorers names {twice[0]} twice, and each is logged by its name: give each once")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or empty for the whole slice")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,34 @@ def test_rewards_go_on_with_fresh_adapters_on_both(inputs: TinyInputs, runs: dic
     )
     assert torch.equal(under, merged.bfloat16().float())
     assert not torch.equal(under, plain.bfloat16().float())
+
+
+def test_a_fake_score_of_another_scale_is_refused(inputs: TinyInputs, runs: dict[str, Path], tmp_path: Path) -> None:
+    changes = {**KINDS["adapters"], "fake_score.init": str(runs["adapters"]), "fake_score.lora_alpha": 60.0}
+    with pytest.raises(ValueError, match=r"trained with lora_alpha .*, and fake_score\.lora_alpha is 60\.0"):
+        start(tiny_config(inputs, tmp_path, changes))
+
+
+def test_a_folder_with_two_kinds_of_weights_gets_a_plain_network(
+    inputs: TinyInputs, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its encoders are there plain and in fp16: the network is what a role looks for, and hidden files stay behind."""
+    both = tmp_path / "both"
+    shutil.copytree(inputs.teacher, both)
+    Teacher.load(inputs.teacher, dtype=torch.float16).pipeline.save_pretrained(both, variant="fp16")
+    (both / ".cache").mkdir()
+    (both / "model.safetensors").write_bytes(b"x")
+    changes = {**BASE, "teacher.path": str(both), "teacher.variant": "fp16"}
+    assert train_dmd(tiny_config(inputs, tmp_path / "run", changes)) == 0
+    folder = export_network(tmp_path / "run", tmp_path / "network")
+    assert sorted(file.name for file in (folder / "transformer").glob("*.safetensors")) == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    assert not (folder / ".cache").exists()
+    assert not (folder / "model.safetensors").exists()
+    setup, trainer = start(tiny_config(inputs, tmp_path / "next", {**changes, "student.path": str(folder)}))
+    trainer.close()
+    assert len(setup.prompts) == 5
 
 
 def test_what_cannot_be_written_is_named(inputs: TinyInputs, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fewstep.dmd.train import student_samples, takes_noised_data, train_dmd, tra
 from fewstep.embedded.digits.scorers import StrokeWeight
 from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.scorers.prefix import PrefixedScorer
-from fewstep.evaluation.scorers.scorer import Scorer, ScorerCard
+from fewstep.evaluation.scorers.scorer import Scorer, ScorerCard, require_prompts
 from fewstep.evaluation.scorers.settings import ScorerConfig
 from tests.dmd.tiny_run import PROMPTS, TinyInputs, assert_same_checkpoint, tiny_config
 from tests.tiny_pipelines import save_pipeline
@@ -215,3 +215,73 @@ def test_scorers_that_do_not_fit_are_refused(inputs: TinyInputs, tmp_path: Path)
             train_dmd(config, scorers=[Judge(card)])
     with pytest.raises(ValueError, match="name at least one scorer"):
         ReflConfig(scorers=())
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_chunk_at_a_time_gives_the_same_gradient_in_less_memory(
+    inputs: TinyInputs, tmp_path: Path, chunk: int
+) -> None:
+    """Value and gradient are those of the whole; what decoder and scorer keep for backward is that of one chunk."""
+    found = {}
+    for name, size in (("whole", None), ("parts", chunk)):
+        setup, trainer = started(tiny_config(inputs, tmp_path / name, refl(margin=5.0, chunk=size)))
+        trainer.close()
+        assert setup.reward is not None
+        generator = torch.Generator().manual_seed(2)
+        x0 = torch.randn((4, *setup.latent_shape), generator=generator, requires_grad=True)
+        held, most = 0, 0
+
+        def keep(tensor: Tensor) -> int:
+            nonlocal held, most
+            held += tensor.numel()
+            most = max(most, held)
+            return tensor.numel()
+
+        class Kept:
+            """What one saved tensor weighs, for as long as a graph holds it."""
+
+            def __init__(self, tensor: Tensor) -> None:
+                self.tensor, self.size = tensor, keep(tensor)
+
+            def __del__(self) -> None:
+                nonlocal held
+                held -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            loss, record = setup.reward.loss(setup.teacher, x0, ["a"] * 4)
+            (gradient,) = torch.autograd.grad(loss, x0)
+        found[name] = float(loss.detach()), gradient, float(record["reward_stroke_weight"]), most
+    whole, parts = found["whole"], found["parts"]
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    assert parts[2] == pytest.approx(whole[2], rel=1e-6)
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-5, atol=1e-8)
+    assert float(whole[1].abs().max()) > 1e-6
+    assert parts[3] < (0.35 if chunk == 1 else 0.8) * whole[3]
+
+
+def test_prompts_that_a_scorer_does_not_know_are_named_at_the_start(inputs: TinyInputs, tmp_path: Path) -> None:
+    class Picky(Watched):
+        def require_prompts(self, prompts: Any) -> None:
+            assert tuple(prompts) == ("Realistic photo a red cat",)
+            raise ValueError("no task for the prompt")
+
+    with pytest.raises(ValueError, match="no task for the prompt"):
+        require_prompts([PrefixedScorer(Picky(), "Realistic photo")], ["a red cat"])
+    require_prompts([StrokeWeight()], ["a red cat"])
+
+
+def test_settings_of_scorers_that_cannot_be_are_refused() -> None:
+    twice = (ScorerConfig(name="clip_score", weights="A"), ScorerConfig(name="clip_score", weights="B"))
+    with pytest.raises(ValueError, match="scorers names clip_score twice"):
+        ReflConfig(scorers=twice)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"weight": 0.0}, "weight is 0.0"),
+        ({"weight": math.nan}, "weight is nan"),
+        ({"mean": math.inf}, "mean inf"),
+        ({"prompt_prefix": " "}, "prompt_prefix is blank"),
+    ]
+    for wrong, told in cases:
+        with pytest.raises(ValueError, match=told):
+            ScorerConfig(name="slant", **wrong)
+    with pytest.raises(ValueError, match="margin is inf"):
+        ReflConfig(scorers=(ENTRY,), margin=math.inf)

@@ -38,6 +38,7 @@ from fewstep.dmd.reward.matching import ComparedScores, match_call, require_matc
 from fewstep.dmd.reward.scores import SliceRewards
 from fewstep.dmd.reward.sections import DirectConfig
 from fewstep.dmd.reward.setup import Needs, RewardSetup
+from fewstep.evaluation.scorers.chunks import through_chunks
 
 
 def direct_reward_loss(rewards: Tensor, *, margin: float = 3.0) -> Tensor:
@@ -191,12 +192,16 @@ def direct_needs(direct: DirectConfig | None, kl_weight: float) -> Needs:
 
 
 def direct_term(setup: RewardSetup, direct: DirectConfig, rollout: Rollout, velocities: Velocities) -> Loss:
-    """`direct_reward_loss` of the last call's prediction, through decoder and scorers."""
+    """`direct_reward_loss` of the last call's prediction, through decoder and scorers, `reward.chunk` at a time."""
     state, last = rollout.states[rollout.plan.last], rollout.plan.last
     t = torch.full((len(state),), setup.student.times[last], device=state.device)
     x0 = x0_from_velocity(state, velocities[last], t)
-    rewards = setup.reward.followed_total(setup.teacher.decode(x0), rollout.prompts)
-    term = direct_reward_loss(rewards, margin=direct.margin)
+
+    def part(x: Tensor, rows: slice) -> Tensor:
+        rewards = setup.reward.followed_total(setup.teacher.decode(x), rollout.prompts[rows])
+        return direct_reward_loss(rewards, margin=direct.margin) * len(x)
+
+    term = through_chunks(part, x0, chunk=setup.reward.settings.chunk) / len(x0)
     return term, {"direct_loss": term.detach()}
 
 

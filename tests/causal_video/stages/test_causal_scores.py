@@ -8,19 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.calls import whole_call
 from fewstep.causal_video.model.masks import block_causal
 from fewstep.causal_video.model.network import CausalWan
-from fewstep.causal_video.policy import KEEP_ALL
+from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
 from fewstep.causal_video.stages.batch import CausalDenoiser
+from fewstep.causal_video.stages.sampling import euler_rollout
+from fewstep.causal_video.stages.setup import CausalData
 from fewstep.causal_video.stages.train import train_causal_video, train_step
+from fewstep.causal_video.stages.watch import VideoWatch
 from fewstep.core.denoiser import guided_velocity
 from fewstep.core.fake_score import FakeScoreOutput
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
+from fewstep.core.training.watch import GRID_SEED
 from fewstep.dmd.config import MatchingConfig
 from fewstep.dmd.loss import distribution_matching_loss
 from fewstep.dmd.matching import SampleWeights, Scores, student_step
@@ -158,3 +163,33 @@ def test_what_does_not_go_together_is_named(inputs: VideoInputs, tmp_path: Path)
     for changes, told in wrong:
         with pytest.raises(ValueError, match=told):
             tiny_causal(inputs, tmp_path, "self_forcing", {**CAUSAL, **changes})
+
+
+@pytest.mark.parametrize("changes", [CAUSAL, {"self_forcing.input": "noised_data"}])
+def test_a_policy_that_no_mask_expresses_is_refused_before_anything_is_loaded(
+    inputs: VideoInputs, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    moved = {"student.layout": (1, 1, 1), "student.policy": CachePolicy(1, 1, "static")}
+    config = tiny_causal(inputs, tmp_path, "self_forcing", {**changes, **moved})
+    with pytest.raises(ValueError, match="positions='shifted' move the sink with the window"):
+        CausalData.read(config)
+
+
+@pytest.mark.slow
+def test_the_sheet_shows_what_a_causal_teacher_makes(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Chunk by chunk over its cache, and not all frames in one call, which such a network never saw."""
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "self_forcing", CAUSAL))
+    watch = VideoWatch(setup, trainer, sample_count=1, guidance=2.0, is_flow=False)
+    shown = watch._reference()
+    trainer.close()
+    expected = euler_rollout(
+        CausalWan(setup.teacher.denoiser.network),  # pyright: ignore[reportArgumentType]
+        VideoCondition(setup.prompts.rows([0]).tokens),
+        ChunkNoise(GRID_SEED, (0,), (setup.latent_shape[0], *setup.latent_shape[2:]), stream="sheet"),
+        setup.settings,
+        times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, 50),
+        guidance=2.0,
+        null_text=setup.teacher.null_condition.tokens,
+    )
+    assert torch.equal(shown, expected)
+    assert tuple(shown.shape) == (1, *setup.latent_shape)

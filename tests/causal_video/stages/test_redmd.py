@@ -207,3 +207,14 @@ def test_the_section_is_read_from_a_file_and_from_what_a_run_keeps(tmp_path: Pat
     kept.write_text(yaml.safe_dump(plain_values(config)), encoding="utf-8")
     again, _ = load_config(CausalConfig, ["--config", str(kept)], prog="x", description="x")
     assert again == config
+
+
+def test_a_reward_that_is_no_z_score_is_named(inputs: VideoInputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a reward of 31 weighs exp\(2\.0 x 31\): give the scorer mean and std"):
+        reward_weight(torch.tensor([0.1, 31.0]), tilt_scale=2.0)
+    assert reward_weight(torch.tensor([31.0]), tilt_scale=2.0, max_weight=5.0).tolist() == [5.0]
+    large = RedmdConfig(scorers=(ScorerConfig(name="clip_light", std=0.001),))
+    config, setup, trainer = started(inputs, tmp_path, {"redmd": large}, Brightness())
+    with pytest.raises(RewardError, match="give the scorer mean and std"):
+        train_step(config, setup, trainer)
+    trainer.close()

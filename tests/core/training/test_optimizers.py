@@ -154,6 +154,8 @@ def test_an_average_that_takes_in_every_third_update() -> None:
     assert EmaSettings.of_student(StudentConfig(optimizer=OptimizerConfig(learning_rate=1.0), ema_every=8)).every == 8
     with pytest.raises(ValueError, match="ema_every is 0"):
         StudentConfig(optimizer=OptimizerConfig(learning_rate=1.0), ema_every=0)
+    with pytest.raises(ValueError, match="with ema_decay 0, which keeps the live weights"):
+        StudentConfig(optimizer=OptimizerConfig(learning_rate=1.0), ema_every=8, ema_decay=0.0)
     with pytest.raises(ValueError, match="every must be at least 1"):
         Ema(module, 0.5, every=0)
 
