@@ -24,6 +24,15 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1", ""}
 torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "1")))))
 
 
+# A worker takes whole files: the longest first, so that none is left for the end.
+LONGEST = ("test_attention_triton.py", "test_recipes.py", "test_settings.py", "test_bf16_matrix.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; tests of a file stay as they are."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def list_repository_files(root: Path) -> list[Path]:
     """Files under `root` that git tracks or would offer to track, links left out; without git, a walk.
 

@@ -181,12 +181,10 @@ def test_what_cannot_be_written_is_named(inputs: TinyInputs, runs: dict[str, Pat
     assert not (tmp_path / "network").exists()
 
 
-def test_the_script_writes_the_folder_or_says_why_not(repository: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_script_writes_the_folder(repository: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     call = [sys.executable, str(repository / "scripts" / "export_network.py"), "--run", str(runs["whole"])]
     call += ["--role", "fake_score", "--output", str(tmp_path / "fake")]
-    first, again = (subprocess.run(call, capture_output=True, text=True, check=False) for _ in range(2))
+    first = subprocess.run(call, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
     assert "for fake_score.path of another run of the same teacher" in first.stdout
     assert (tmp_path / "fake" / "transformer" / "config.json").is_file()
-    assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith("error: ")
