@@ -63,29 +63,30 @@ def direction_normaliser(x0: Tensor, real_x0: Tensor, *, floor: float = NORMALIS
 
 @torch.no_grad()
 def matching_direction(
-    x0: Tensor, fake_x0: Tensor, real_x0: Tensor, *, weight: Tensor | None = None, floor: float = NORMALISER_FLOOR
+    x0: Tensor,
+    fake_x0: Tensor,
+    real_x0: Tensor,
+    *,
+    weight: Tensor | None = None,
+    chunks: Sequence[int] | None = None,
+    floor: float = NORMALISER_FLOOR,
 ) -> Tensor:
     """weight (fake_x0 - real_x0) / normaliser, [B, ...]: descent along it moves x0 towards the teacher.
 
+    With `chunks`, lengths in frames, the normaliser of a video [B, C, F, h, w] is that of each chunk by itself.
+
     Raises:
-        ValueError: the shapes differ, or weight is not [B].
+        ValueError: the shapes differ, weight is not [B], or the chunks do not add up to F.
     """
     require_same_shape(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
+    if chunks is not None:
+        if x0.ndim != 5 or sum(chunks) != x0.shape[2]:
+            raise ValueError(f"chunks {list(chunks)} of videos {tuple(x0.shape)}: they must add up to the frames")
+        parts = zip(*(video.split(list(chunks), dim=2) for video in (x0, fake_x0, real_x0)), strict=True)
+        return torch.cat([matching_direction(*part, weight=weight, floor=floor) for part in parts], dim=2)
     direction = at_least_fp32(fake_x0) - at_least_fp32(real_x0)
     direction = direction / expand_weight(direction_normaliser(x0, real_x0, floor=floor), x0)
     return direction if weight is None else direction * expand_weight(weight, x0)
-
-
-def chunk_directions(
-    x0: Tensor, fake_x0: Tensor, real_x0: Tensor, chunks: Sequence[int], *, weight: Tensor | None = None
-) -> Tensor:
-    """`matching_direction` of videos [B, C, F, h, w] whose normaliser is that of each chunk of frames by itself.
-
-    Raises:
-        ValueError: the shapes differ, or the chunks do not add up to F.
-    """
-    parts = zip(*(video.split(list(chunks), dim=2) for video in (x0, fake_x0, real_x0)), strict=True)
-    return torch.cat([matching_direction(*part, weight=weight) for part in parts], dim=2)
 
 
 def distribution_matching_loss(
@@ -108,16 +109,13 @@ def distribution_matching_loss(
         real_x0: [B, ...] prediction of the teacher at the same x_t, with guidance u + w (c - u).
         weight: [B] factor of each sample's gradient, for instance of an f-divergence; None is one.
         chunks: lengths in frames of the parts of a video that have a normaliser each; None is one for the sample.
-        floor: smallest normaliser, of whole samples. Where x0 equals real_x0 the gradient is finite, and zero where
+        floor: smallest normaliser. Where x0 equals real_x0 the gradient is finite, and zero where
             fake_x0 agrees too.
 
     Raises:
-        ValueError: the shapes differ, or weight is not [B].
+        ValueError: the shapes differ, weight is not [B], or the chunks do not add up to the frames.
     """
-    if chunks is None:
-        direction = matching_direction(x0, fake_x0, real_x0, weight=weight, floor=floor)
-    else:
-        direction = chunk_directions(x0, fake_x0, real_x0, chunks, weight=weight)
+    direction = matching_direction(x0, fake_x0, real_x0, weight=weight, chunks=chunks, floor=floor)
     x0 = at_least_fp32(x0)
     # x0 - x0.detach() is an exact zero that carries the graph; x0 - (x0 - direction) would round the direction away.
     return 0.5 * (x0 - x0.detach() + direction).square().mean()

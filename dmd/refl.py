@@ -22,7 +22,7 @@ from fewstep.evaluation.scorers.chunks import through_chunks
 from fewstep.evaluation.scorers.failure import agree
 from fewstep.evaluation.scorers.frames import FrameScore
 from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
-from fewstep.evaluation.scorers.total import score_all
+from fewstep.evaluation.scorers.total import normalised_scores, score_all
 
 
 def refl_loss(rewards: Tensor, *, weights: Sequence[float], margin: float | None = None) -> Tensor:
@@ -76,7 +76,8 @@ class SampleReward:
         weights, seen = [entry.weight for entry in self.settings.scorers], list[Tensor]()
 
         def part(x: Tensor, rows: slice) -> Tensor:
-            rewards = self.rewards(teacher.decode(x), prompts[rows])
+            found = score_all(self.scorers, teacher.decode(x), prompts[rows], gradient=True)
+            rewards = normalised_scores(found.values, self.settings.scorers)
             seen.append(rewards.detach())
             return refl_loss(rewards, weights=weights, margin=self.settings.margin) * len(x)
 
@@ -89,12 +90,6 @@ class SampleReward:
         means = torch.cat(seen, dim=1).mean(dim=1)
         names = [scorer.card.name for scorer in self.scorers]
         return loss, {f"reward_{name}": value for name, value in zip(names, means, strict=True)}
-
-    def rewards(self, pixels: Tensor, prompts: list[str]) -> Tensor:
-        """(score - mean) / std, [R, n], with the graph to the pixels."""
-        values, entries = score_all(self.scorers, pixels, prompts, gradient=True).values, self.settings.scorers
-        mean, std = (values.new_tensor([getattr(entry, key) for entry in entries])[:, None] for key in ("mean", "std"))
-        return (values - mean) / std
 
 
 def differentiable_scorers(

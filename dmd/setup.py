@@ -74,6 +74,11 @@ class DmdData:
     inputs: LatentDataset | None
     fake_score: StoredWeights | None
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """All that samples may be asked for."""
+        return self.prompts if self.inputs is None else (*self.prompts, *self.inputs.prompts)
+
     @classmethod
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
@@ -98,7 +103,7 @@ def build_setup(
     weights does not fit.
     """
     # A scorer that is not there fails before the teacher is loaded.
-    scorers = differentiable_scorers(config.refl, data.prompts, scorers, device=trainer.device)
+    scorers = differentiable_scorers(config.refl, data.asked, scorers, device=trainer.device)
     teacher = Teacher.of(config.teacher, device=trainer.device)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     read = {"gan.latents": data.real, "regression.pairs": data.pairs, "noised_data.latents": data.inputs}

@@ -199,7 +199,7 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
     def first(config: Any) -> dict[str, float]:
         setup, trainer = start_causal(config)
         if config.redmd is not None:
-            setup = dataclasses.replace(setup, weigh=RolloutReward(config.redmd, trainer).weigh)
+            setup = dataclasses.replace(setup, weigh=RolloutReward(config.redmd, trainer, PROMPTS).weigh)
         if config.tf_scm is not None:
             assert check_causal_tangent(config.tf_scm, setup, trainer) is not None
         metrics = causal_step(config, setup, trainer)

@@ -25,7 +25,7 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.scores import RewardModel
-from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def build_setup(
     """
     reward = build_reward(config, trainer, scorers)
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=True)
+    require_prompts([*reward.scorers, *held_out], data.prompts)
     teacher = Teacher.of(config.teacher, device=trainer.device)
     vae = teacher.pipeline.components["vae"]
     check_vae(vae)

@@ -26,7 +26,7 @@ from fewstep.dmd.reward.inputs import finite_values
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.scores import RewardModel
 from fewstep.evaluation.scorers.failure import agree
-from fewstep.evaluation.scorers.scorer import Scorer
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
 
 
 def reward_weight(rewards: Tensor, *, tilt_scale: float, max_weight: float | None = None) -> Tensor:
@@ -58,14 +58,22 @@ class RolloutReward:
     Args:
         settings: which scorers, and how they weigh.
         trainer: of the run.
+        prompts: all that a rollout may be asked for.
         scorers: take the place of those that the settings name.
 
     Raises:
-        ValueError: a scorer is unknown, or its weights are missing.
+        ValueError: a scorer is unknown, its weights are missing, or it does not know a prompt.
     """
 
-    def __init__(self, settings: RedmdConfig, trainer: Trainer, scorers: Sequence[Scorer] | None = None) -> None:
+    def __init__(
+        self,
+        settings: RedmdConfig,
+        trainer: Trainer,
+        prompts: Sequence[str],
+        scorers: Sequence[Scorer] | None = None,
+    ) -> None:
         loaded = load_scorers(settings.scorers, device=trainer.device, videos=True) if scorers is None else scorers
+        require_prompts(loaded, prompts)
         rewards = RewardSettings(scorers=settings.scorers, group_size=1, chunk=settings.chunk, overlap=False)
         self.model = RewardModel(loaded, rewards, gradient=False, videos=True)
         self.settings, self.trainer = settings, trainer

@@ -53,7 +53,10 @@ def train_causal_video(config: CausalConfig, *, scorers: Sequence[Scorer] | None
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         # A scorer that is not there fails before the teacher is loaded.
-        weigh = None if config.redmd is None else RolloutReward(config.redmd, trainer, scorers).weigh
+        weigh = None
+        if config.redmd is not None:
+            captions = () if data.real is None else data.real.prompts
+            weigh = RolloutReward(config.redmd, trainer, (*data.prompts, *captions), scorers).weigh
         setup = build_setup(config, data, trainer, weigh=weigh)
         setup.teacher.free_after_setup(config.data)
         notes: list[Callable[[], str | None]] = [partial(describe_run, config, setup, trainer)]

@@ -26,7 +26,7 @@ from fewstep.dmd.reward.latent.network import LatentScorer, latent_scores
 from fewstep.evaluation.scorers.failure import RewardError, agree
 from fewstep.evaluation.scorers.overlap import OverlappedReward
 from fewstep.evaluation.scorers.scorer import Scorer
-from fewstep.evaluation.scorers.total import RewardParts, score_all, weighted_sum
+from fewstep.evaluation.scorers.total import RewardParts, normalised_scores, score_all, weighted_sum
 
 Pending = Callable[[], RewardParts]
 
@@ -72,9 +72,7 @@ class RewardModel:
 
     def normalised(self, parts: RewardParts) -> Tensor:
         """(score - mean) / std, [R, n] in fp32."""
-        entries = self.settings.scorers
-        mean = parts.values.new_tensor([entry.mean for entry in entries])[:, None]
-        return (parts.values - mean) / parts.values.new_tensor([entry.std for entry in entries])[:, None]
+        return normalised_scores(parts.values, self.settings.scorers)
 
     def total(self, values: Tensor) -> Tensor:
         """The weighted sum [n] of normalised rewards [R, n]."""
@@ -97,9 +95,8 @@ class RewardModel:
         """
         entries = [self.settings.scorers[place] for place in self.followed]
         scorers = [self.scorers[place] for place in self.followed]
-        values = self._with_graph(scorers, pixels, prompts).values
-        mean, std = (values.new_tensor([getattr(entry, key) for entry in entries])[:, None] for key in ("mean", "std"))
-        return weighted_sum((values - mean) / std, [entry.weight for entry in entries])
+        values = normalised_scores(self._with_graph(scorers, pixels, prompts).values, entries)
+        return weighted_sum(values, [entry.weight for entry in entries])
 
     def close(self) -> None:
         """Stop the background thread."""

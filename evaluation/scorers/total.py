@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.evaluation.scorers.scorer import Scorer, reward_of, score
+from fewstep.evaluation.scorers.settings import ScorerConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ def weighted_sum(values: Tensor, weights: Sequence[float]) -> Tensor:
     if values.ndim != 2 or len(weights) != len(values) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights {list(weights)} for values {tuple(values.shape)}; give one finite number per row")
     return (values * values.new_tensor(list(weights))[:, None]).sum(dim=0)
+
+
+def normalised_scores(values: Tensor, entries: Sequence[ScorerConfig]) -> Tensor:
+    """(score - mean) / std of rewards [R, B], by the settings of their scorers."""
+    mean, std = (values.new_tensor([getattr(entry, name) for entry in entries])[:, None] for name in ("mean", "std"))
+    return (values - mean) / std
 
 
 def score_all(

@@ -285,3 +285,19 @@ def test_statistics_are_those_of_the_tensors() -> None:
         assert got.shape == ()
         assert not got.requires_grad
         assert float(got) == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_chunks_of_a_video_have_a_normaliser_and_a_floor_each() -> None:
+    """Closed form in float64; a chunk on which student and teacher agree stands at the floor, the other does not."""
+    generator = torch.Generator().manual_seed(3)
+    x0, fake, real = (torch.randn(2, 3, 5, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    real[:, :, :2] = x0[:, :, :2]
+    weight = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    found = matching_direction(x0, fake, real, weight=weight, chunks=(2, 3), floor=0.25)
+    size = (x0 - real)[:, :, 2:].abs().flatten(1).mean(dim=1)[:, None, None, None, None]
+    factor = weight[:, None, None, None, None]
+    expected = factor * torch.cat([(fake - real)[:, :, :2] / 0.25, (fake - real)[:, :, 2:] / size], dim=2)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    for chunks in ((2, 2), (5, 1)):
+        with pytest.raises(ValueError, match="they must add up to the frames"):
+            matching_direction(x0, fake, real, chunks=chunks)

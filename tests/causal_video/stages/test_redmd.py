@@ -61,7 +61,7 @@ def started(
     config = tiny_causal(inputs, directory, "self_forcing", changes)
     data = CausalData.read(config)
     trainer = Trainer(config.run, RunDirectory(config.run.directory), cpu=True)
-    weigh = None if config.redmd is None else RolloutReward(config.redmd, trainer, [scorer]).weigh
+    weigh = None if config.redmd is None else RolloutReward(config.redmd, trainer, data.prompts, [scorer]).weigh
     return config, build_setup(config, data, trainer, weigh=weigh), trainer
 
 
