@@ -1,7 +1,5 @@
 """Where latents come from: the teacher's own samples (pairs of noise and result), or a folder of pictures or videos.
 
-A video is a folder of numbered pictures, or an animated GIF, PNG or WebP.
-
 Shapes: latents and noise [N, C, h, w], pixels [N, 3, H, W] in [0, 1]; of videos [N, C, f, h, w] and [N, 3, F, H, W].
 """
 
@@ -12,16 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageSequence
-from torch import Tensor
-from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
 from fewstep.core.data import LatentDataset
+from fewstep.core.media.pictures import read_picture
+from fewstep.core.media.videos import read_video
 from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def teacher_pairs(
@@ -96,60 +91,6 @@ def encode_image_folder(
         pixels = torch.stack([read_picture(path, height, width) for path, _ in batch]).to(device)
         latents.append(teacher.encode_pixels(pixels).float().cpu())
     return LatentDataset(torch.cat(latents), tuple(text for _, text in rows))
-
-
-def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
-    """One picture as [3, height, width] in [0, 1]. Raises ValueError when the file is no picture."""
-    try:
-        with Image.open(path) as picture:
-            return fit_picture(picture, height, width)
-    except OSError as error:
-        raise ValueError(f"{path} is no whole picture that PIL can read: {error}") from error
-
-
-def fit_picture(picture: Image.Image, height: int, width: int) -> torch.Tensor:
-    """A picture as [3, height, width] in [0, 1]: resized to cover that size, then cut to its centre."""
-    picture = picture.convert("RGB")
-    scale = max(height / picture.height, width / picture.width)
-    size = [max(height, round(picture.height * scale)), max(width, round(picture.width * scale))]
-    # torchvision annotates these functions for tensors alone; a picture stays a picture in them.
-    lanczos = vision.InterpolationMode.LANCZOS
-    resized = vision.resize(picture, size, lanczos)  # pyright: ignore[reportArgumentType]
-    return vision.to_tensor(vision.center_crop(resized, [height, width]))  # pyright: ignore[reportArgumentType]
-
-
-def read_video(path: Path, *, frames: int, height: int, width: int, every: int = 1) -> Tensor:
-    """The first `frames` frames [3, frames, height, width] in [0, 1], one of `every`, resized and cut to the centre.
-
-    Raises ValueError when the video is no readable animation or folder of pictures, or is too short.
-    """
-    if frames < 1 or every < 1:
-        raise ValueError(f"frames is {frames} and every {every}; use at least 1")
-    if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-        chosen = pictures[::every][:frames]
-        _require_length(path, found=len(pictures), frames=frames, every=every)
-        return torch.stack([read_picture(file, height, width) for file in chosen], dim=1)
-    try:
-        with Image.open(path) as animation:
-            found = getattr(animation, "n_frames", 1)
-            _require_length(path, found=found, frames=frames, every=every)
-            taken = []
-            for number, picture in enumerate(ImageSequence.Iterator(animation)):
-                if number % every == 0 and len(taken) < frames:
-                    taken.append(fit_picture(picture, height, width))
-    except OSError as error:
-        raise ValueError(
-            f"{path} is no animation that PIL can read ({error}); write its frames as pictures into a folder, for "
-            "instance with `ffmpeg -i video.mp4 -vf fps=16 folder/%05d.png`, and name the folder"
-        ) from error
-    return torch.stack(taken, dim=1)
-
-
-def _require_length(path: Path, *, found: int, frames: int, every: int) -> None:
-    needed = (frames - 1) * every + 1
-    if found < needed:
-        raise ValueError(f"{path} has {found} frames; {frames} frames, one of {every}, need {needed}")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ def parse() -> argparse.Namespace:
     add("--mode", choices=("recache", "cross_only", "hard"), default="recache", help="what a switch does to the past")
     add("--actions", nargs="+", help="of a steered student: one name per chunk, the last one repeats")
     add("--image", help="picture file to begin with")
-    add("--output", default="stream.gif", help=".gif, or .mp4 where imageio and imageio-ffmpeg are installed")
+    add("--output", default="stream.gif", help=".gif, or .mp4 with fewstep[video]")
     add("--scale", type=int, default=1, help="enlarge each pixel, for small videos")
     add("--pipelined", action="store_true", help="decode a chunk while the next one is generated")
     add("--device", default="cpu", help="cpu or cuda")
@@ -28,9 +28,10 @@ def main() -> None:
     options = parse()
     import torch
 
-    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, read_picture, write_video
+    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, write_video
     from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
     from fewstep.causal_video.stream.speed import timed
+    from fewstep.core.media.pictures import read_picture
 
     try:
         check_video_path(options.output)
@@ -38,7 +39,7 @@ def main() -> None:
         pipe = CausalVideoPipeline.from_pretrained(
             options.model, device=options.device, dtype=getattr(torch, options.dtype)
         )
-        picture = None if options.image is None else read_picture(options.image, pipe.pixel_size())
+        picture = None if options.image is None else read_picture(options.image, *pipe.pixel_size())
         session = pipe.open(options.prompt, image=picture, seed=options.seed)
         for chunk, prompt in switches:
             session.set_prompt(prompt, options.mode, at_chunk=chunk)

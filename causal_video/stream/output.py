@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers.utils.export_utils import export_to_video
-from diffusers.utils.import_utils import is_imageio_available
 from PIL import Image
-from torch import Tensor
+
+from fewstep.core.media.videos import require_ffmpeg, write_film
 
 
 def parse_switch(text: str) -> tuple[int, str]:
@@ -33,31 +31,13 @@ def hold_last(actions: Sequence[str] | None, chunks: int) -> list[str] | None:
     return [actions[min(chunk, len(actions) - 1)] for chunk in range(chunks)]
 
 
-def read_picture(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A picture file as [3, H, W] in [0, 1], cropped in the middle to the ratio of `size` (H, W) and resized.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    try:
-        picture = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no picture ({error})") from error
-    height, width = size
-    ratio = min(picture.width / width, picture.height / height)
-    left, top = (picture.width - ratio * width) / 2, (picture.height - ratio * height) / 2
-    box = (left, top, left + ratio * width, top + ratio * height)
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
-
-
 def check_video_path(path: str | Path) -> None:
     """Raise ValueError unless `write_video` can write such a file on this machine."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".mp4"):
         raise ValueError(f"{path} must end in .gif or .mp4")
-    if suffix == ".mp4" and not is_imageio_available():
-        raise ValueError(f"{path}: mp4 needs `pip install imageio imageio-ffmpeg`; .gif needs nothing")
+    if suffix == ".mp4":
+        require_ffmpeg(path)
 
 
 def write_video(images: Sequence[np.ndarray], path: str | Path, *, rate: int, scale: int = 1) -> Path:
@@ -82,7 +62,7 @@ def write_video(images: Sequence[np.ndarray], path: str | Path, *, rate: int, sc
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".mp4":
-        export_to_video(pictures, str(path), fps=rate)
+        write_film((np.asarray(picture) for picture in pictures), path, rate=rate)
     else:
         hundredths = max(2, round(100 / rate))
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=10 * hundredths, loop=0)

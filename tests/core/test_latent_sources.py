@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from fewstep.core.data import LatentDataset
-from fewstep.core.latent_sources import encode_image_folder, read_captions, read_picture, teacher_pairs
+from fewstep.core.latent_sources import encode_image_folder, read_captions, teacher_pairs
+from fewstep.core.media.pictures import read_picture
 from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_sd3, save_pipeline

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.core.latent_sources import encode_video_folder, read_video
+from fewstep.core.latent_sources import encode_video_folder
+from fewstep.core.media.videos import read_video
 from fewstep.core.teacher import Teacher
 from tests.tiny_videos import VIDEO_FRAMES, VIDEO_LATENTS, VIDEO_SIDE, build_video_pipeline
 
@@ -50,7 +51,7 @@ def test_short_and_unreadable_videos_are_refused(tmp_path: Path) -> None:
         read_video(folder, frames=3, height=16, width=16, every=2)
     film = tmp_path / "film.mp4"
     film.write_bytes(b"no animation")
-    with pytest.raises(ValueError, match=r"ffmpeg -i video\.mp4"):
+    with pytest.raises(ValueError, match=r"film\.mp4 is no video that ffmpeg can read"):
         read_video(film, frames=1, height=16, width=16)
     with pytest.raises(ValueError, match="frames is 0 and every 1; use at least 1"):
         read_video(folder, frames=0, height=16, width=16)

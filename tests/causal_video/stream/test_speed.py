@@ -14,7 +14,7 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stream.output import check_video_path, parse_switch, read_picture, write_video
+from fewstep.causal_video.stream.output import check_video_path, write_video
 from fewstep.causal_video.stream.speed import stream_speed, timed
 from fewstep.causal_video.stream.state import ChunkOutput, ChunkSeconds
 from tests.causal_video.tiny_streams import text_pipeline
@@ -82,19 +82,3 @@ def test_videos_are_written(tmp_path: Path) -> None:
             check_video_path(path)
     with pytest.raises(ValueError, match="at least 1 frame and a scale of at least 1, got 0 and 1"):
         write_video([], tmp_path / "b.gif", rate=16)
-
-
-def test_switches_and_pictures_are_read(tmp_path: Path) -> None:
-    assert parse_switch("12:a three: moving up") == (12, "a three: moving up")
-    for text in ("12", "x:a", "-1:a"):
-        with pytest.raises(ValueError, match="a switch is CHUNK:PROMPT"):
-            parse_switch(text)
-    wide = np.zeros((4, 12, 3), dtype=np.uint8)
-    wide[:, 4:8] = 255
-    Image.fromarray(wide).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png", (4, 4))
-    assert picture.shape == (3, 4, 4)
-    assert float(picture.min()) == 1
-    (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(ValueError, match="is no picture"):
-        read_picture(tmp_path / "b.png", (4, 4))
