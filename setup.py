@@ -6,7 +6,7 @@ without a word.
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("core", "evaluation", "embedded", "dmd", "consistency", "causal_video", "kernels")
+FOLDERS = ("core", "evaluation", "embedded", "dmd", "consistency", "causal_video", "commands", "kernels")
 
 setup(
     packages=[

@@ -90,6 +90,14 @@ def fetch(source: ModelSource) -> Path:
         raise _unreachable(source, error) from error
 
 
+def download_pipeline(name: str) -> Path:
+    """The local folder of any pipeline of the hub, whether or not it could be a teacher. Raises ValueError."""
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except OSError as error:
+        raise _unreachable(ModelSource(path=name), error) from error
+
+
 def fetch_network(source: ModelSource, component: str) -> Path:
     """The local folder of one component's config and weights, downloaded from the hub if it is there."""
     folder = local_folder(source)

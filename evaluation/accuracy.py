@@ -11,28 +11,6 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class AccuracyResult:
-    """Fraction of images that the classifier takes for the class that the prompt asks for.
-
-    `reference` is the same fraction for the real images of the reference split: the ceiling of this measure.
-    `per_class` has one fraction per class, None where no image of that class was asked for.
-    """
-
-    value: float
-    samples: int
-    reference: float
-    per_class: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class DiversityResult:
-    """Mean distance of the features of two images of one class; `reference` is that of the real images."""
-
-    value: float
-    reference: float
-
-
 @torch.no_grad()
 def class_accuracy(classifier: nn.Module, pixels: Tensor, *, labels: Tensor) -> tuple[float, list[float | None]]:
     """(accuracy over all images, accuracy per class) in [0, 1]; `classifier` gives logits [N, classes].
@@ -50,17 +28,38 @@ def class_accuracy(classifier: nn.Module, pixels: Tensor, *, labels: Tensor) -> 
     return right.mean().item(), per_class
 
 
-def within_class_diversity(features: Tensor, labels: Tensor) -> float:
-    """Mean over classes of the mean Euclidean distance between two different images of that class.
+@dataclass(frozen=True)
+class PairDistances:
+    """Distances of the features of two images of one class: for each class its rows [n] and their distances [n, n]."""
 
-    features [N, D], labels [N]. 0 means that each class is one image (collapse).
-    Raises ValueError when no class has two images.
-    """
-    distances = []
-    for label in labels.unique():
-        rows = features[labels == label].double()
-        if len(rows) > 1:
-            distances.append(torch.pdist(rows).mean())
-    if not distances:
-        raise ValueError(f"no class has two of the {len(labels)} images; draw more samples to measure diversity")
-    return torch.stack(distances).mean().item()
+    rows: tuple[Tensor, ...]
+    distances: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor) -> PairDistances:
+        """From features [N, D] and labels [N]. Raises ValueError when no class has two images."""
+        rows = tuple((labels == label).nonzero()[:, 0] for label in labels.unique())
+        rows = tuple(one for one in rows if len(one) > 1)
+        if not rows:
+            raise ValueError(f"no class has two of the {len(labels)} images; draw more samples to measure diversity")
+        exact = "donot_use_mm_for_euclid_dist"
+        own = [features[one].double().cpu() for one in rows]
+        return cls(rows, tuple(torch.cdist(part, part, compute_mode=exact) for part in own))
+
+    def means(self, weights: Tensor) -> Tensor:
+        """The mean over classes of the mean distance of two different images [R], each image counted as often as
+        `weights` [R, N] says; an image that counts twice is no pair with itself.
+        """
+        found = []
+        for rows, distances in zip(self.rows, self.distances, strict=True):
+            own = weights[:, rows].double()
+            pairs = own.sum(dim=1) ** 2 - own.square().sum(dim=1)
+            # A draw that leaves one image of a class has no pair of it: it counts with the pairs of all.
+            every = distances.sum() / (len(rows) * (len(rows) - 1))
+            found.append(torch.where(pairs == 0.0, every, ((own @ distances) * own).sum(dim=1) / pairs))
+        return torch.stack(found).mean(dim=0)
+
+    def mean(self) -> float:
+        """The same with every image once: 0 means that each class is one image (collapse)."""
+        most = 1 + max(int(rows.max()) for rows in self.rows)
+        return self.means(torch.ones(1, most)).item()

@@ -6,25 +6,14 @@ Shapes: pixels [B, 3, H, W] in [0, 1], scores [B].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 CONFIG_FILE = "open_clip_config.json"
-
-
-@dataclass(frozen=True)
-class ClipResult:
-    """Mean CLIP score over `samples` images, and which weights gave it."""
-
-    value: float
-    samples: int
-    weights: str
 
 
 class ClipScorer(nn.Module):
@@ -91,16 +80,3 @@ def load_clip_scorer(weights: str | Path, *, model: str | None = None, device: s
         name = str(model)
         network = open_clip.create_model(name, pretrained=str(place), device=device, require_pretrained=True)
     return ClipScorer(network, open_clip.get_tokenizer(name)).to(device)
-
-
-@torch.no_grad()
-def mean_clip_score(
-    scorer: ClipScorer, pixels: Tensor, *, prompts: list[str], weights: str, batch_size: int = 64
-) -> ClipResult:
-    """Mean score of pixels [N, 3, H, W] and their prompts; `weights` names the scorer in the result."""
-    total = 0.0
-    starts = range(0, len(pixels), batch_size)
-    for start in tqdm(starts, desc="CLIP score", unit="batch", leave=False):
-        stop = start + batch_size
-        total += scorer(pixels[start:stop], prompts[start:stop]).double().sum().item()
-    return ClipResult(value=total / len(pixels), samples=len(pixels), weights=weights)

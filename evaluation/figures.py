@@ -18,11 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.evaluation.curves import Curve
-from fewstep.evaluation.results import ReportRow
+from fewstep.evaluation.results import MeasureKind, ReportRow
 
 # Middle grey is readable on white and on near-black, so one picture serves light and dark pages.
 INK = "#808890"
-PALETTE = ("#3b82c4", "#d9822b", "#3c9d6b", "#b8578f", "#8a6fd1", "#5f9ea8")
+PALETTE = (
+    *("#3b82c4", "#d9822b", "#3c9d6b", "#b8578f", "#8a6fd1", "#2aa5b5"),
+    *("#c2453f", "#9a8a1f", "#5f7fa8", "#7a9e3a", "#a8683f", "#6b6f78"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 TILE = 64
 MAX_TILE = 256
 GAP = 4
@@ -72,38 +76,57 @@ def style_axes(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None
         spine.set_color(INK)
 
 
-def quality_figure(rows: Sequence[ReportRow]) -> bytes | None:
-    """FID against seconds per image: a point per row, its range over seeds, and the floor; None without timing."""
-    timed = [row for row in rows if row.latency is not None]
+def quality_figure(rows: Sequence[ReportRow], kind: MeasureKind) -> bytes | None:
+    """A measure against seconds per image: a point per row with a whisker, and the floor; None without timing.
+
+    The whisker is the 95 % interval of a single run, and the range over several.
+    """
+    timed = [row for row in rows if row.latency is not None and row.spread(kind.key) is not None]
     if not timed:
         return None
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     for number, name in enumerate(dict.fromkeys(row.name + row.guidance_text() for row in timed)):
         own = sorted((row for row in timed if row.name + row.guidance_text() == name), key=_seconds)
-        seconds, fids = [_seconds(row) for row in own], [row.fid() for row in own]
-        color = PALETTE[number % len(PALETTE)]
-        medians = [fid.median for fid in fids]
-        below, above = ([fid.median - fid.minimum for fid in fids], [fid.maximum - fid.median for fid in fids])
-        axes.errorbar(seconds, medians, yerr=[below, above], fmt="o-", color=color, linewidth=1, capsize=3, label=name)
+        seconds, reaches = [_seconds(row) for row in own], [_reach(row, kind) for row in own]
+        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        medians = [kind.scale * middle for _, middle, _ in reaches]
+        below = [kind.scale * max(0.0, middle - low) for low, middle, _ in reaches]
+        above = [kind.scale * max(0.0, high - middle) for _, middle, high in reaches]
+        style = {"color": color, "linewidth": 1, "capsize": 3, "markersize": 5}
+        axes.errorbar(seconds, medians, yerr=[below, above], fmt=f"{marker}-", label=name, **style)
         for row, x, y in zip(own, seconds, medians, strict=True):
             text = f"{row.steps} step{'' if row.steps == 1 else 's'}"
-            axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", color=color, fontsize=8, ha="center")
-    floor = min(row.floor().median for row in rows)
-    axes.axhline(floor, color=INK, linestyle="--", linewidth=1, label="floor (real images)")
+            axes.annotate(text, (x, y), xytext=(0, 8), textcoords="offset points", color=color, fontsize=7, ha="center")
+    floors = [result.figures[kind.key].floor for row in timed for result in row.results]
+    known = [floor * kind.scale for floor in floors if floor is not None]
+    if known:
+        axes.axhline(min(known), color=INK, linestyle="--", linewidth=1, label="real images")
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    if kind.lower_is_better and all(value > 0 for row in timed for value in _reach(row, kind)):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.margins(x=0.15, y=0.2)
-    axes.legend(fontsize=8, labelcolor=INK, frameon=False)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    # Beside the axes, where twelve systems hide no point.
+    axes.legend(fontsize=8, labelcolor=INK, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    style_axes(axes, x="seconds per image (log scale)", y="FID (log scale), lower is better")
+    direction = {True: ", lower is better", False: ", higher is better", None: ""}[kind.lower_is_better]
+    style_axes(axes, x="seconds per image (log scale)", y=f"{kind.title}{direction}")
     return png_bytes(figure)
 
 
 def _seconds(row: ReportRow) -> float:
     assert row.latency is not None
     return row.latency.seconds_per_image
+
+
+def _reach(row: ReportRow, kind: MeasureKind) -> tuple[float, float, float]:
+    """Lower end of the whisker, the median, and its upper end."""
+    spread, between = row.spread(kind.key), row.interval(kind.key)
+    assert spread is not None
+    if between is None:
+        return spread.minimum, spread.median, spread.maximum
+    return between[0], spread.median, between[1]
 
 
 def line_style(number: int) -> tuple[str, str]:

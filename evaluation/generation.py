@@ -1,6 +1,6 @@
 """Images of a diffusers pipeline, each a function of (seed, index) alone, and the plain calls that are timed.
 
-Shapes: pixels [N, 3, H, W] in [0, 1] on the CPU, latents [B, C, h, w].
+Shapes: pixels [N, 3, H, W] in [0, 1] on the CPU, latents [B, C, h, w]; of videos [N, 3, T, H, W] and [B, C, F, h, w].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,7 +22,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.families.family import Family
 from fewstep.core.families.table import build_family
 from fewstep.core.randomness import sample_noise, shared_integer
-from fewstep.core.teacher_files import check_pipeline_folder
+from fewstep.core.teacher_files import check_pipeline_folder, variant_of
 from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
 
 # All prompts of the embedded digits at once; more would not fit beside a large text encoder.
@@ -35,36 +35,58 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
     Raises ValueError when `path` is no pipeline directory.
     """
     require_pipeline(path)
+    folder = Path(path)
     # Stock loading takes a null in the index (SD3 without T5) for a missing part unless it is passed as None as well.
-    absent = dict.fromkeys(check_pipeline_folder(Path(path)))
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **absent).to(device)
+    absent = dict.fromkeys(check_pipeline_folder(folder))
+    choice: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant_of(folder, None)}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **choice, **absent).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
-    """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`; pixels [B, 3, H, W]."""
-    arguments = grid.arguments() | build_family(pipeline).call_arguments(pipeline, height=grid.height, width=grid.width)
-    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments).images
+    """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`."""
+    size = {"height": grid.height, "width": grid.width, "frames": grid.frames}
+    arguments = grid.arguments() | build_family(pipeline).call_arguments(pipeline, **size)
+    return _pixels_of(
+        pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments)
+    )
+
+
+def _pixels_of(output: Any) -> Tensor:
+    """Pictures [B, 3, H, W], or videos [B, 3, T, H, W], whose frames stock pipelines give before the channels."""
+    return output.frames.transpose(1, 2) if hasattr(output, "frames") else output.images
+
+
+class Holder(Protocol):
+    """Where a call finds its pipeline when its turn comes."""
+
+    def get(self, path: str, dtype: str) -> Any: ...
+    def holds(self, path: str, dtype: str) -> bool: ...
 
 
 @dataclass(frozen=True)
 class StockCall:
-    """A plain call with fixed prompts, for `measure_latency`."""
+    """A plain call with fixed prompts, for `measure_latency`; the pipeline is loaded when it is needed."""
 
-    pipeline: DiffusionPipeline
+    holder: Holder
     system: System
+    dtype: str
     prompts: tuple[str, ...]
 
     @property
     def images(self) -> int:
         return len(self.prompts)
 
+    def prepare(self) -> bool:
+        """Load the pipeline; tells whether it was not there before."""
+        known = self.holder.holds(self.system.path, self.dtype)
+        self.holder.get(self.system.path, self.dtype)
+        return not known
+
     def run(self) -> Tensor:
-        system = self.system
-        return plain_call(
-            self.pipeline, list(self.prompts), steps=system.steps, guidance=system.guidance, grid=system.grid
-        )
+        system, pipeline = self.system, self.holder.get(self.system.path, self.dtype)
+        return plain_call(pipeline, list(self.prompts), steps=system.steps, guidance=system.guidance, grid=system.grid)
 
 
 @contextmanager
@@ -156,7 +178,9 @@ def generate(
     batch_size: int = 64,
     grid: StepGrid = OWN_GRID,
 ) -> Tensor:
-    """Image i of prompt i: pixels [N, 3, H, W] in [0, 1], each a function of (pipeline, prompt, seed, index) alone.
+    """Sample i of prompt i, each a function of (pipeline, prompt, seed, index) alone.
+
+    Pixels are [N, 3, H, W] in [0, 1], of pipelines of videos [N, 3, T, H, W], in fp32 on the CPU.
 
     Initial latents are `sample_noise(seed, indices, ..., stream="latents")`; the noise between steps comes from one
     generator per image. The pipeline is left as it was found.
@@ -170,8 +194,8 @@ def generate(
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
     family = build_family(pipeline)
-    shape = family.latent_shape(pipeline, grid.height, grid.width)
-    size = family.call_arguments(pipeline, height=grid.height, width=grid.width)
+    shape = family.latent_shape(pipeline, grid.height, grid.width, frames=grid.frames)
+    size = family.call_arguments(pipeline, height=grid.height, width=grid.width, frames=grid.frames)
     name = type(pipeline.scheduler).__name__
     parts = []
     starts = range(0, len(prompts), batch_size)
@@ -186,18 +210,18 @@ def generate(
                 # For schedulers without a generator argument: right for a single image, and noticed for more.
                 torch.manual_seed(keys[0])
                 before = _global_random_state(pipeline.device)
-                images = pipeline(
+                output = pipeline(
                     **arguments,
                     latents=family.stock_latents(pipeline, latents),
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="pt",
                     **(grid.arguments() | size),
-                ).images
+                )
                 drawn = not torch.equal(before, _global_random_state(pipeline.device))
             if drawn and len(texts) > 1:
                 raise ValueError(
                     f"{name} draws from torch's global generator, so images would depend on the batch; use batch_size 1"
                 )
-            parts.append(images.float().cpu())
+            parts.append(_pixels_of(output).float().cpu())
     return torch.cat(parts)

@@ -1,6 +1,7 @@
 """Seconds per image of stock pipeline calls.
 
-Systems are timed in turns (A, B, C, A, B, C, ...), so that a change of the machine's load meets all of them alike.
+Systems are timed in turns (A, B, C, A, B, C, ...), so that a change of the machine's load meets all of them alike. One
+pipeline is in memory at a time: what has just been loaded is warmed up before it is timed.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from tqdm import tqdm
 
 
 class TimedCall(Protocol):
-    """One stock call of a pipeline that makes `images` images; `run` returns when it has started the last kernel."""
+    """One stock call of a pipeline that makes `images` images; `run` returns when it has started the last kernel.
+
+    `prepare` loads what the call needs, and tells whether that was loaded just now.
+    """
 
     @property
     def images(self) -> int: ...
+
+    def prepare(self) -> bool: ...
 
     def run(self) -> object: ...
 
 
 @dataclass(frozen=True)
 class TimingPlan:
-    """How to time: `repeats` turns after `warmup` untimed ones, batches of `batch_size`, `threads` CPU threads.
+    """How to time: `repeats` turns, `warmup` untimed calls of what was just loaded, batches of `batch_size`, `threads`
+    CPU threads.
 
     threads None keeps what torch has. Raises ValueError for less than one repeat, image or thread.
     """
@@ -74,16 +81,19 @@ def measure_latency(calls: Sequence[TimedCall], *, plan: TimingPlan, device: str
         raise ValueError("nothing to time; give at least one call")
     on_gpu = torch.device(device).type == "cuda"
     seconds: list[list[float]] = [[] for _ in calls]
-    with _thread_count(plan.threads), tqdm(total=(plan.warmup + plan.repeats) * len(calls), desc="timing") as bar:
-        for turn in range(plan.warmup + plan.repeats):
+    with _thread_count(plan.threads), tqdm(total=plan.repeats * len(calls), desc="timing") as bar:
+        for turn in range(plan.repeats):
             for call, times in zip(calls, seconds, strict=True):
+                loaded = call.prepare()
+                for _ in range(plan.warmup if loaded or turn == 0 else 0):
+                    call.run()
+                if on_gpu:
+                    torch.cuda.synchronize(device)
                 started = time.perf_counter()
                 call.run()
                 if on_gpu:
                     torch.cuda.synchronize(device)
-                elapsed = time.perf_counter() - started
-                if turn >= plan.warmup:
-                    times.append(elapsed / call.images)
+                times.append((time.perf_counter() - started) / call.images)
                 bar.update()
         threads = torch.get_num_threads()
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed as a package"
+
+
+def program_name() -> str:
+    """The program that runs, as one would type it: scripts/x.py below the working directory, else its name alone."""
+    path = Path(sys.argv[0])
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path.name
 
 
 def collect_provenance(program: str, *, arguments: Sequence[str], device: str = "cpu") -> Provenance:

@@ -1,4 +1,4 @@
-"""Puts measured figures into the exports they were measured on: `distillation.json` and the model card."""
+"""Puts measured figures into the exports they were measured on, when asked: `distillation.json` and the model card."""
 
 from __future__ import annotations
 
@@ -6,37 +6,30 @@ from pathlib import Path
 
 from fewstep.core.export.model_card import RECORD_FILE, Figure, add_figures
 from fewstep.evaluation.evaluate import Comparison
-from fewstep.evaluation.results import EvaluationResult, Spread
+from fewstep.evaluation.results import EvaluationResult, MeasureKind, Spread
+
+DIRECTIONS = {True: " (lower is better)", False: " (higher is better)", None: ""}
 
 
-def figures_of(results: tuple[EvaluationResult, ...]) -> list[Figure]:
+def figures_of(results: tuple[EvaluationResult, ...], kinds: tuple[MeasureKind, ...], reference: str) -> list[Figure]:
     """The figures of one pipeline, medians over generation seeds, each with the setting that it holds for."""
-    first = results[0]
+    first, found = results[0], []
     seeds = ", ".join(str(result.seed) for result in results)
     drawn = f"{first.steps} steps, guidance {first.guidance:g}, {first.samples} images, seed {seeds}"
-    count, split = first.fid.reference_samples, first.fid.reference_split
-    images = f"{count} images of {split}" if first.accuracy is None else f"{split} split of {count}"
-    reference = f"{images}, {first.fid.feature_extractor}"
-
-    def median(values: list[float]) -> float:
-        return round(Spread.of(values).median, 4)
-
-    figures = [
-        Figure(
-            "FID (lower is better)",
-            median([result.fid.value for result in results]),
-            f"{drawn}; {reference}; floor {first.fid.floor:.3f}",
-        )
-    ]
-    accuracies = [result.accuracy for result in results if result.accuracy is not None]
-    if accuracies:
-        setting = f"{drawn}; real images {accuracies[0].reference:.3f}"
-        figures.append(Figure("class accuracy (fraction)", median([one.value for one in accuracies]), setting))
-    diversities = [result.diversity for result in results if result.diversity is not None]
-    if diversities:
-        setting = f"{drawn}; real images {diversities[0].reference:.3f}"
-        figures.append(Figure("diversity within a class", median([one.value for one in diversities]), setting))
-    return figures
+    for kind in kinds:
+        values = [result.figures[kind.key].value for result in results if kind.key in result.figures]
+        if not values:
+            continue
+        one = first.figures[kind.key]
+        setting = [drawn, f"against {one.references} real images of {reference}" if one.references else "", one.source]
+        if one.low is not None and one.high is not None and len(results) == 1:
+            setting.append(f"95 % interval {one.low * kind.scale:.4g} to {one.high * kind.scale:.4g}")
+        if one.floor is not None:
+            setting.append(f"real images {one.floor * kind.scale:.4g}")
+        setting += one.warnings
+        value = round(Spread.of(values).median * kind.scale, 4)
+        found.append(Figure(kind.title + DIRECTIONS[kind.lower_is_better], value, "; ".join(filter(None, setting))))
+    return found
 
 
 def record_figures(comparison: Comparison) -> list[str]:
@@ -44,6 +37,6 @@ def record_figures(comparison: Comparison) -> list[str]:
     written = []
     for system, results in comparison.measured:
         if (Path(system.path) / RECORD_FILE).is_file():
-            add_figures(system.path, figures_of(results))
+            add_figures(system.path, figures_of(results, comparison.kinds, comparison.reference))
             written.append(system.path)
     return written

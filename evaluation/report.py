@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -14,9 +15,11 @@ from fewstep.core.training.sample_grid import save_grid
 from fewstep.evaluation.curves import Curve, choose_metrics
 from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.figures import curves_figure, grid_image, quality_figure
+from fewstep.evaluation.headline import best_rows, headline, short_table
+from fewstep.evaluation.notes import table_notes
 from fewstep.evaluation.provenance import Provenance
-from fewstep.evaluation.results import Spread
-from fewstep.evaluation.table import Table, results_table
+from fewstep.evaluation.results import EvaluationResult, Spread
+from fewstep.evaluation.table import Table, differences_table, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIGURE_FOLDER = "figures"
@@ -36,14 +39,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything that both the Markdown and the HTML page show."""
+    """Everything that both the Markdown and the HTML page show. `best` are rows of `short` to be marked."""
 
     title: str
+    headline: tuple[str, ...]
+    short: Table
+    best: tuple[int, ...]
     table: Table
+    differences: Table | None
     notes: tuple[str, ...]
     grid: tuple[Picture, ...]
     prompts: tuple[str, ...]
     grid_seed: int
+    extremes: tuple[Picture, ...]
     quality: Picture | None
     curves: Picture | None
     provenance: Provenance
@@ -58,71 +66,35 @@ class ReportFiles:
     html: Path
 
 
-def _reference_words(comparison: Comparison) -> tuple[str, str]:
-    """What the real images are called, and the note on the floor."""
-    samples, split = comparison.rows[0].results[0].fid.floor_samples, comparison.reference_split
-    if comparison.floor_of_halves:
-        return f"the folder {split}", (
-            f"FID floor: the two halves of the folder against each other, {samples} real images in the place of the "
-            f"generated ones and {comparison.reference_samples - samples} in that of the reference. Half as many "
-            "images make it higher than that of the whole folder, so a good generator may score below it."
-        )
-    return f"the {split} split", (
-        f"FID floor: {samples} real images of the other split in place of the generated ones. The "
-        "finite sample alone gives this much."
-    )
-
-
-def table_notes(comparison: Comparison) -> tuple[str, ...]:
-    """What a reader needs beside the numbers: sample counts, the floor, how speed was measured."""
-    first = comparison.rows[0].results[0]
-    source, floor = _reference_words(comparison)
-    notes = [
-        f"FID and KID: {first.samples} generated images per seed against {comparison.reference_samples} real "
-        f"images of {source}; features: {first.fid.feature_extractor}.",
-        floor,
-        f"KID: mean over {first.kid.subsets} sets of {first.kid.subset_size} images; unbiased, so it may be negative.",
-    ]
-    if comparison.reference_diversity is not None:
-        notes.append(
-            f"Accuracy: share of images that the classifier takes for the digit of the prompt. Diversity: mean feature "
-            f"distance of two images of one digit; real images have {comparison.reference_diversity:.2f}."
-        )
-    if any(len(row.results) > 1 for row in comparison.rows):
-        notes.append("Several seeds: median [smallest, largest].")
-    latency = comparison.rows[0].latency
-    if latency is not None:
-        notes.append(
-            f"Speed: plain pipeline calls, batch {latency.batch_size}, {latency.threads} CPU threads, "
-            f"{latency.device}; median of {latency.repeats} turns taken in alternation; speed-up against "
-            f"{comparison.rows[0].label()}."
-        )
-    if first.clip is not None:
-        notes.append(f"CLIP score: 100 times the cosine of image and prompt, weights {first.clip.weights}.")
-    return tuple(notes)
-
-
 def build_content(
     comparison: Comparison, *, provenance: Provenance, curves: Sequence[Curve] = (), title: str = "Evaluation"
 ) -> ReportContent:
-    """Table, notes and pictures of a comparison; `curves` of training runs are optional."""
+    """Tables, notes and pictures of a comparison; `curves` of training runs are optional."""
     grid = comparison.grid
-    strips = [("real images", grid.real), *zip(grid.names, grid.pixels, strict=True)]
-    quality = quality_figure(comparison.rows)
+    strips = [("real images", grid.real)] if grid.real is not None else []
+    strips += zip(grid.names, grid.pixels, strict=True)
+    quality = quality_figure(comparison.rows, comparison.kinds[0])
+    caption = f"{comparison.kinds[0].title} against seconds per image"
     metrics = choose_metrics(curves)
-    plotted = (
-        Picture("curves.png", _curve_caption(curves, metrics), curves_figure(curves, metrics=metrics))
-        if metrics
-        else None
-    )
+    plotted = None
+    if metrics:
+        plotted = Picture("curves.png", _curve_caption(curves, metrics), curves_figure(curves, metrics=metrics))
     return ReportContent(
         title=title,
+        headline=headline(comparison),
+        short=short_table(comparison),
+        best=best_rows(comparison),
         table=results_table(comparison),
+        differences=differences_table(comparison),
         notes=table_notes(comparison),
         grid=tuple(Picture(f"grid_{row}.png", name, grid_image(pixels)) for row, (name, pixels) in enumerate(strips)),
         prompts=grid.prompts,
         grid_seed=grid.seed,
-        quality=None if quality is None else Picture("quality.png", "FID against seconds per image", quality),
+        extremes=tuple(
+            Picture(f"extremes_{row}.png", one.caption, grid_image(one.pixels))
+            for row, one in enumerate(comparison.extremes)
+        ),
+        quality=None if quality is None else Picture("quality.png", caption, quality),
         curves=plotted,
         provenance=provenance,
     )
@@ -136,47 +108,57 @@ def _curve_caption(curves: Sequence[Curve], metrics: Sequence[str]) -> str:
 
 
 def json_text(comparison: Comparison, *, provenance: Provenance) -> str:
-    """The whole comparison without pixels: every result of every seed, and the spread of the main figures."""
+    """The whole comparison without pixels: each result, the spread over runs, and the differences to the baseline."""
 
     def spread(value: Spread | None) -> object:
         return None if value is None else asdict(value)
 
+    def result(one: EvaluationResult) -> dict[str, Any]:
+        figures = {key: asdict(figure) for key, figure in one.figures.items()}
+        return {"seed": one.seed, "samples": one.samples, "figures": figures}
+
     rows = [
         {
-            **asdict(row),
-            "summary": {
-                "fid": spread(row.fid()),
-                "kid": spread(row.kid()),
-                "accuracy": spread(row.accuracy()),
-                "diversity": spread(row.diversity()),
-                "clip": spread(row.clip()),
-            },
+            "name": row.name,
+            "steps": row.steps,
+            "guidance": row.guidance,
+            "call": row.call,
+            "results": [result(one) for one in row.results],
+            "latency": None if row.latency is None else asdict(row.latency),
+            "summary": {kind.key: spread(row.spread(kind.key)) for kind in comparison.kinds},
+            "minus_baseline": {key: {**asdict(value), "decided": value.decided} for key, value in differences.items()},
         }
-        for row in comparison.rows
+        for row, differences in zip(comparison.rows, comparison.differences, strict=True)
     ]
     content = {
-        "reference_split": comparison.reference_split,
-        "reference_samples": comparison.reference_samples,
-        "reference_accuracy": comparison.reference_accuracy,
-        "reference_diversity": comparison.reference_diversity,
+        "reference": comparison.reference,
+        "baseline": comparison.rows[comparison.baseline].label(),
+        "measures": [asdict(kind) for kind in comparison.kinds],
         "grid": {"prompts": comparison.grid.prompts, "seed": comparison.grid.seed, "names": comparison.grid.names},
+        "notes": table_notes(comparison),
         "rows": rows,
         "provenance": {**asdict(provenance), "versions": dict(provenance.versions)},
     }
     # Not a number is not JSON, and no figure of a report may be one.
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def markdown_text(content: ReportContent) -> str:
     """The report as Markdown; pictures are files in the folder figures/ beside it."""
-    lines = [f"# {content.title}", "", content.table.markdown(), ""]
-    lines += [f"- {note}" for note in content.notes]
+    lines = [f"# {content.title}", "", *(f"- {line}" for line in content.headline), ""]
+    lines += [content.table.markdown(), "", *(f"- {note}" for note in content.notes)]
+    if content.differences is not None:
+        lines += ["", "## Differences", "", content.differences.markdown()]
     if content.quality is not None:
         lines += ["", "## Quality and speed", "", _link(content.quality)]
     prompts = ", ".join(f"`{prompt}`" for prompt in content.prompts)
     lines += ["", "## Samples", "", f"Same prompts and noise in each row, seed {content.grid_seed}: {prompts}.", ""]
     for picture in content.grid:
         lines += [f"{picture.caption}  ", _link(picture), ""]
+    if content.extremes:
+        lines += ["## Best and worst samples", ""]
+        for picture in content.extremes:
+            lines += [f"{picture.caption}  ", _link(picture), ""]
     if content.curves is not None:
         lines += ["## Training", "", f"{content.curves.caption}.", "", _link(content.curves), ""]
     made = content.provenance
@@ -218,11 +200,16 @@ def write_report(
     (target / FIGURE_FOLDER).mkdir(parents=True, exist_ok=True)
     content = build_content(comparison, provenance=provenance, curves=curves, title=title)
     files = ReportFiles(target / "report.json", target / "report.md", target / "report.html")
-    for picture in (*content.grid, content.quality, content.curves):
+    for picture in (*content.grid, *content.extremes, content.quality, content.curves):
         if picture is not None:
             (target / FIGURE_FOLDER / picture.file).write_bytes(picture.png)
     grid = comparison.grid
-    save_grid([grid.real, *grid.pixels], target / FIGURE_FOLDER / "samples.png", labels=["real images", *grid.names])
+    rows, labels = list(grid.pixels), list(grid.names)
+    if grid.real is not None:
+        rows, labels = [grid.real, *rows], ["real images", *labels]
+    if len({row.shape[2:] for row in rows}) == 1:
+        # Pictures of several sizes make no one grid; each has its strip.
+        save_grid(rows, target / FIGURE_FOLDER / "samples.png", labels=labels)
     files.json.write_text(json_text(comparison, provenance=provenance), encoding="utf-8")
     files.markdown.write_text(markdown_text(content), encoding="utf-8")
     files.html.write_text(html_text(content), encoding="utf-8")

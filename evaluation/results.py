@@ -4,33 +4,79 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult
-from fewstep.evaluation.clip_score import ClipResult
-from fewstep.evaluation.fid import FidResult, KidResult
 from fewstep.evaluation.latency import LatencyResult
+from fewstep.evaluation.measures.resampling import Difference, Error, paired_difference
+
+# Below this many images distances of large features are for trying things out: their bias is as large as they are.
+FEW_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class MeasureKind:
+    """How a figure is shown: its title, digits behind the point, factor of the printed number, and which end is good.
+
+    `lower_is_better` None means that neither end is.
+    """
+
+    key: str
+    title: str
+    digits: int = 2
+    scale: float = 1.0
+    lower_is_better: bool | None = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure with what it takes to read it.
+
+    [low, high] is the 95 % interval of its expected value at these counts, None where it was not asked for or cannot be
+    had. `floor` is the same figure for real pictures in place of generated ones; `source` names features, protocol or
+    weights; `warnings` say what a reader must know before believing it.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    samples: int
+    source: str
+    references: int | None = None
+    floor: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Images from best to worst [N], and by what."""
+
+    order: tuple[int, ...]
+    by: str
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The figures of one pipeline at one step count with one seed; None stands for what the judge cannot tell."""
+    """The figures of one pipeline at one step count with one seed, by key, and the errors behind the intervals."""
 
     name: str
     steps: int
     guidance: float
     seed: int
     samples: int
-    fid: FidResult
-    kid: KidResult
-    accuracy: AccuracyResult | None
-    diversity: DiversityResult | None
-    clip: ClipResult | None = None
+    figures: dict[str, Measured]
+    errors: dict[str, Error] = field(default_factory=dict, repr=False)
+    ranking: Ranking | None = None
+
+    def value(self, key: str) -> float:
+        """The figure of that key. Raises ValueError when it was not measured."""
+        if key not in self.figures:
+            raise ValueError(f"{self.name} has no {key}; measured are {', '.join(self.figures)}")
+        return self.figures[key].value
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of `count` values, one per seed."""
+    """Median, smallest and largest of `count` values, one per training run or seed."""
 
     median: float
     minimum: float
@@ -45,46 +91,51 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
-def _spread_of_known(results: Sequence[AccuracyResult | DiversityResult | ClipResult | None]) -> Spread | None:
-    values = [result.value for result in results if result is not None]
-    return Spread.of(values) if values else None
-
-
 @dataclass(frozen=True)
 class ReportRow:
-    """One system at one step count: one result per seed, and its speed, which has no seed."""
+    """One system at one step count: one result per training run and seed, and its speed, which has no seed.
+
+    `call` says what else it is called with, such as a grid of its own; it is part of what tells rows apart.
+    """
 
     name: str
     steps: int
     guidance: float
     results: tuple[EvaluationResult, ...]
     latency: LatencyResult | None = None
+    call: str = ""
 
-    def fid(self) -> Spread:
-        return Spread.of([result.fid.value for result in self.results])
+    def spread(self, key: str) -> Spread | None:
+        """Over the results, or None where the measure is missing."""
+        values = [result.figures[key].value for result in self.results if key in result.figures]
+        return Spread.of(values) if values else None
 
-    def floor(self) -> Spread:
-        return Spread.of([result.fid.floor for result in self.results])
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The interval of the figure of a single result; several results are compared by `difference`."""
+        if len(self.results) != 1 or key not in self.results[0].figures:
+            return None
+        one = self.results[0].figures[key]
+        return None if one.low is None or one.high is None else (one.low, one.high)
 
-    def kid(self) -> Spread:
-        return Spread.of([result.kid.value for result in self.results])
-
-    def kid_floor(self) -> Spread:
-        return Spread.of([result.kid.floor for result in self.results])
-
-    def accuracy(self) -> Spread | None:
-        return _spread_of_known([result.accuracy for result in self.results])
-
-    def diversity(self) -> Spread | None:
-        return _spread_of_known([result.diversity for result in self.results])
-
-    def clip(self) -> Spread | None:
-        return _spread_of_known([result.clip for result in self.results])
+    def difference(self, other: ReportRow, key: str) -> Difference | None:
+        """This row minus `other`, in pairs; None where either lacks the measure or its repetitions, or where they have
+        other numbers of images."""
+        sides = [[result.errors[key] for result in row.results if key in result.errors] for row in (self, other)]
+        counts = {
+            result.figures[key].samples for row in (self, other) for result in row.results if key in result.errors
+        }
+        if any(len(found) != len(row.results) for found, row in zip(sides, (self, other), strict=True)):
+            return None
+        if len(counts) != 1:
+            return None
+        values = [[result.figures[key].value for result in row.results] for row in (self, other)]
+        return paired_difference(values[0], values[1], (sides[0], sides[1]))
 
     def guidance_text(self) -> str:
-        """What follows a name where there is guidance."""
-        return "" if self.guidance == 1.0 else f", guidance {self.guidance:g}"
+        """What follows a name where there is guidance or a call of its own."""
+        guided = "" if self.guidance == 1.0 else f", guidance {self.guidance:g}"
+        return guided + (f", {self.call}" if self.call else "")
 
     def label(self) -> str:
-        """Name, step count and guidance, for grids."""
+        """Name, step count, guidance and call, for grids."""
         return f"{self.name}, {self.steps} step{'' if self.steps == 1 else 's'}{self.guidance_text()}"

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fewstep.evaluation.samples.identity import stored_dtype
+
 RECORD_FILE = "distillation.json"
 MIN_SAMPLES = 20
+# Of real pictures on a page where nothing is drawn.
+SHOWN_SIDE = 256
+SPLITS = ("test", "train")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class StepGrid:
     """What a pipeline has to be called with: `sigmas` or `timesteps` of its steps, SanaSprintPipeline's angles, and the
-    size of its pictures in pixels where that is not its own; nothing is the usual case.
+    size of its pictures in pixels, and of its videos in frames, where that is not its own; nothing is the usual case.
     """
 
     sigmas: tuple[float, ...] | None = None
@@ -24,6 +32,7 @@ class StepGrid:
     width: int | None = None
     max_timesteps: float | None = None
     intermediate_timesteps: float | None = None
+    frames: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call."""
@@ -42,13 +51,22 @@ OWN_GRID = StepGrid()
 
 @dataclass(frozen=True)
 class System:
-    """A pipeline directory, how to call it, and its name in a report."""
+    """A pipeline directory, how to call it, and its name in a report.
+
+    `dtype` is the one its weights are stored in, in which it is judged. `training_guidance` is the guidance that a
+    student was distilled at, None where there is no record. `call` says in words what else it is called with. With
+    `pictures` the folder holds finished pictures, and nothing is drawn.
+    """
 
     name: str
     path: str
     steps: int
     guidance: float
     grid: StepGrid = OWN_GRID
+    dtype: str = "float32"
+    training_guidance: float | None = None
+    call: str = ""
+    pictures: bool = False
 
 
 def read_system(
@@ -80,8 +98,17 @@ def read_system(
         width=record.get("width"),
         max_timesteps=record.get("max_timesteps"),
         intermediate_timesteps=record.get("intermediate_timesteps") if fits else None,
+        frames=record.get("num_frames"),
     )
-    return System(name or folder.name, str(folder), int(chosen_steps), float(chosen_guidance), grid)
+    return System(
+        name or folder.name,
+        str(folder),
+        int(chosen_steps),
+        float(chosen_guidance),
+        grid,
+        dtype=record.get("dtype") or stored_dtype(folder),
+        training_guidance=record.get("training_guidance"),
+    )
 
 
 def require_pipeline(path: str | Path) -> None:
@@ -103,31 +130,59 @@ def require_samples(samples: int) -> None:
 
 @dataclass(frozen=True)
 class OwnReference:
-    """The user's file of prompts and folder of pictures, and the size in pixels at which the pictures are read."""
+    """The user's file of prompts, and a folder of pictures or an .npz file of their statistics, or None.
+
+    Pictures are read at their own size, or covered and cut to that of the samples with `cut`.
+    """
 
     prompts: str
-    images: str
+    images: str | None
     height: int
     width: int
+    cut: bool = False
+
+    def is_statistics(self) -> bool:
+        """Whether the reference is a file of statistics."""
+        return self.images is not None and Path(self.images).suffix == ".npz"
+
+
+def parse_split(reference: str | None) -> str | None:
+    """The split of "digits" or "digits:train", None for anything else. Raises ValueError for another split."""
+    name, _, split = (reference or "").partition(":")
+    # A folder of that name is the user's.
+    if name != "digits" or Path(str(reference)).exists():
+        return None
+    if split not in ("", *SPLITS):
+        raise ValueError(
+            f"reference is {reference!r}; the digits have {' and '.join(f'digits:{one}' for one in SPLITS)}"
+        )
+    return split or "test"
 
 
 def pick_reference(
-    split: str, systems: Sequence[System], *, prompts: str | None, images: str | None
+    reference: str | None, systems: Sequence[System], *, prompts: str | None, cut: bool = False
 ) -> str | OwnReference:
-    """The digits split where neither prompts nor pictures are given, else these, at the size that all systems draw.
+    """A split of the digits, or the user's prompts with pictures, statistics or nothing to compare with.
 
-    Raises ValueError when one is given without the other, or when systems draw different sizes.
+    Raises ValueError for missing prompts, for prompts beside the digits, when there is no such place, and when systems
+    draw different sizes.
     """
-    if prompts is None and images is None:
+    split = parse_split(reference)
+    if split is not None:
+        if prompts is not None:
+            raise ValueError(f"--prompts beside --reference {reference}, which brings its own prompts; leave one out")
         return split
-    if prompts is None or images is None:
-        given, missing = ("reference_images", "prompts") if prompts is None else ("prompts", "reference_images")
-        raise ValueError(f"--{given} without --{missing}; give both to judge your own model, or neither for the digits")
-    sizes = {picture_size(system) for system in systems}
-    if len(sizes) != 1:
-        raise ValueError(f"the pipelines draw pictures of {sorted(sizes)} pixels; judge those of one size at a time")
-    height, width = sizes.pop()
-    return OwnReference(prompts, images, height, width)
+    if prompts is None:
+        raise ValueError("give --prompts FILE, a prompt a line, or --reference digits for the embedded digits")
+    if reference is not None and not Path(reference).exists():
+        raise ValueError(f"there is no {reference}; --reference is a folder of pictures, an .npz file, or 'digits'")
+    sizes = {picture_size(system) for system in systems if not system.pictures}
+    if cut and len(sizes) != 1:
+        raise ValueError(
+            f"--reference_fit cut takes the size of the samples, and the pipelines draw {sorted(sizes) or 'nothing'}"
+        )
+    height, width = max(sizes) if sizes else (SHOWN_SIDE, SHOWN_SIDE)
+    return OwnReference(prompts, reference, height, width, cut)
 
 
 def picture_size(system: System) -> tuple[int, int]:
@@ -154,27 +209,74 @@ def picture_size(system: System) -> tuple[int, int]:
 
 
 def parse_systems(
-    pipelines: Sequence[str], *, steps: Sequence[int] | None = None, guidance: Sequence[float] | None = None
+    pipelines: Sequence[str],
+    *,
+    steps: Sequence[int] | None = None,
+    guidance: Sequence[float] | None = None,
+    grids: Sequence[str] | None = None,
 ) -> list[System]:
-    """Systems from "DIR" or "NAME=DIR"; steps and guidance are one for all, one each, or None (distillation.json).
+    """Systems from "DIR", "NAME=DIR", or hub ids in place of DIR, which are downloaded.
 
-    Raises ValueError for bad directories and for numbers that fit neither way.
+    Steps, guidance and grids are one for all, one each, or None (distillation.json); a grid is "own", or sigmas of all
+    steps such as "1,0.5". Raises ValueError for bad directories and for numbers that fit neither way.
     """
     count = len(pipelines)
     own_steps: Sequence[int | None] = [None] * count if steps is None else _one_each(steps, count, option="steps")
     own_guidance: Sequence[float | None] = (
         [None] * count if guidance is None else _one_each(guidance, count, option="guidance")
     )
+    own_grids = ["own"] * count if grids is None else _one_each(grids, count, option="grid")
     systems = []
-    for text, number, scale in zip(pipelines, own_steps, own_guidance, strict=True):
-        # A folder may have an equals sign in its own name.
-        name, separator, path = ("", "", "") if Path(text).is_dir() else text.partition("=")
-        place, label = (path, name) if separator else (text, None)
-        systems.append(read_system(place, name=label, steps=number, guidance=scale))
+    for text, number, scale, grid in zip(pipelines, own_steps, own_guidance, own_grids, strict=True):
+        label, place = _named(text)
+        system = read_system(find_pipeline(place), name=label or Path(place).name, steps=number, guidance=scale)
+        systems.append(system if grid == "own" else with_sigmas(system, grid))
     return systems
 
 
-Number = TypeVar("Number", int, float)
+def parse_pictures(folders: Sequence[str]) -> list[System]:
+    """Folders of finished pictures from "DIR" or "NAME=DIR". Raises ValueError when there is no such folder."""
+    systems = []
+    for text in folders:
+        label, place = _named(text)
+        if not Path(place).is_dir():
+            raise ValueError(f"there is no directory {place}; give a folder of pictures")
+        systems.append(System(label or Path(place).absolute().name, place, 0, 1.0, pictures=True))
+    return systems
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    """(name or None, place). A folder may have an equals sign in its own name."""
+    name, separator, path = ("", "", "") if Path(text).is_dir() else text.partition("=")
+    return (name, path) if separator else (None, text)
+
+
+def find_pipeline(place: str) -> str:
+    """A folder as it is, or the one into which a model of the hub was downloaded. Raises ValueError for neither."""
+    if Path(place).exists() or not HUB_ID.fullmatch(place):
+        return place
+    # The hub's client takes a second to import, and most evaluations do without it.
+    from fewstep.core.teacher_files import download_pipeline
+
+    return str(download_pipeline(place))
+
+
+def with_sigmas(system: System, text: str) -> System:
+    """The system called on a grid of its own. Raises ValueError unless sigmas fall and are one per step."""
+    try:
+        sigmas = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--grid is {text!r}; write sigmas such as 1,0.5, or own") from error
+    falling = all(high > low for high, low in itertools.pairwise(sigmas))
+    if len(sigmas) != system.steps or not falling or not sigmas[-1] > 0.0 or sigmas[0] > 1.0:
+        raise ValueError(
+            f"--grid {text} has {len(sigmas)} sigmas for {system.steps} steps of {system.name}; give one a step, "
+            "falling within (0, 1]"
+        )
+    return replace(system, grid=replace(system.grid, sigmas=sigmas), call=f"sigmas {text}")
+
+
+Number = TypeVar("Number", int, float, str)
 
 
 def _one_each(values: Sequence[Number], count: int, *, option: str) -> list[Number]:

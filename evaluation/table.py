@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fewstep.evaluation.evaluate import Comparison
-from fewstep.evaluation.results import ReportRow, Spread
+from fewstep.evaluation.measures.resampling import Difference
+from fewstep.evaluation.results import MeasureKind, ReportRow, Spread
+
+# Behind a figure of too few images, wherever it is shown.
+MARK = "!"
 
 
 @dataclass(frozen=True)
@@ -52,47 +56,81 @@ def spread_text(spread: Spread, *, digits: int, scale: float = 1.0) -> str:
     return f"{median} [{number(spread.minimum * scale, digits)}, {number(spread.maximum * scale, digits)}]"
 
 
+def cell(row: ReportRow, kind: MeasureKind) -> str:
+    """A figure with its interval where there is one run, with the range over runs where there are several."""
+    spread = row.spread(kind.key)
+    if spread is None:
+        return "-"
+    text, between = spread_text(spread, digits=kind.digits, scale=kind.scale), row.interval(kind.key)
+    if between is not None:
+        low, high = (number(value * kind.scale, kind.digits) for value in between)
+        text += f" [{low}, {high}]"
+    warned = any(result.figures[kind.key].warnings for result in row.results if kind.key in result.figures)
+    return f"{text} {MARK}" if warned else text
+
+
+def difference_text(difference: Difference, kind: MeasureKind) -> str:
+    """A difference with its sign and interval, and what it says: better, worse, or not told apart."""
+    value, low, high = (
+        f"{number_ * kind.scale:+.{kind.digits}f}" for number_ in (difference.value, difference.low, difference.high)
+    )
+    return f"{value} [{low}, {high}] {verdict(difference, kind)}"
+
+
+def verdict(difference: Difference, kind: MeasureKind) -> str:
+    """The word that an interval allows."""
+    if not difference.decided:
+        return "same within error"
+    if kind.lower_is_better is None:
+        return "lower" if difference.value < 0.0 else "higher"
+    return "better" if (difference.value < 0.0) == kind.lower_is_better else "worse"
+
+
 def seconds_text(seconds: float) -> str:
     """Seconds with three significant digits."""
     return f"{seconds:.3g}"
 
 
 def results_table(comparison: Comparison) -> Table:
-    """Real images first, then one row per system; speed-up is against the first system."""
-    has_clip = any(row.clip() is not None for row in comparison.rows)
+    """Real images first, then one row per system; speed-up is against the baseline."""
     has_speed = any(row.latency is not None for row in comparison.rows)
-    header = ["system", "steps", "guidance", "FID", "FID floor", "KID"]
-    header += [] if comparison.reference_accuracy is None else ["accuracy %", "diversity"]
-    header += ["CLIP score"] if has_clip else []
+    header = ["system", "steps", "guidance", *(kind.title for kind in comparison.kinds)]
     header += ["s / image", "speed-up"] if has_speed else []
     header += ["samples", "seeds"]
-    rows = [_real_row(comparison, has_clip=has_clip, has_speed=has_speed)]
-    rows += [_row(row, comparison.rows[0], has_clip=has_clip, has_speed=has_speed) for row in comparison.rows]
+    rows = [_real_row(comparison, has_speed=has_speed)]
+    rows += [_row(row, comparison, has_speed=has_speed) for row in comparison.rows]
     return Table(tuple(header), tuple(rows))
 
 
-def _real_row(comparison: Comparison, *, has_clip: bool, has_speed: bool) -> tuple[str, ...]:
-    """What other real images reach: the floor."""
-    first = comparison.rows[0]
-    cells = ["real images", "-", "-", number(first.floor().median, 2), "-"]
-    cells += [number(first.kid_floor().median, 3)]
-    if comparison.reference_accuracy is not None and comparison.reference_diversity is not None:
-        cells += [number(100.0 * comparison.reference_accuracy, 1), number(comparison.reference_diversity, 2)]
-    cells += ["-"] * (has_clip + 2 * has_speed)
-    return (*cells, str(first.results[0].fid.floor_samples), "-")
+def differences_table(comparison: Comparison) -> Table | None:
+    """Each row minus the baseline, in pairs; None without intervals."""
+    kinds = [kind for kind in comparison.kinds if any(kind.key in found for found in comparison.differences)]
+    if not kinds:
+        return None
+    rows = [
+        (row.label(), *(difference_text(found[kind.key], kind) if kind.key in found else "-" for kind in kinds))
+        for row, found in zip(comparison.rows, comparison.differences, strict=True)
+        if found
+    ]
+    return Table(("minus the baseline", *(kind.title for kind in kinds)), tuple(rows))
 
 
-def _row(row: ReportRow, first: ReportRow, *, has_clip: bool, has_speed: bool) -> tuple[str, ...]:
-    cells = [row.name, str(row.steps), f"{row.guidance:g}"]
-    cells += [spread_text(row.fid(), digits=2), number(row.floor().median, 2)]
-    cells += [spread_text(row.kid(), digits=3)]
-    accuracy, diversity, clip = row.accuracy(), row.diversity(), row.clip()
-    if accuracy is not None and diversity is not None:
-        cells += [spread_text(accuracy, digits=1, scale=100.0), spread_text(diversity, digits=2)]
-    if has_clip:
-        cells.append("-" if clip is None else spread_text(clip, digits=2))
+def _real_row(comparison: Comparison, *, has_speed: bool) -> tuple[str, ...]:
+    """What real images have in the place of generated ones: the floor, or the ceiling."""
+    first = comparison.rows[0].results[0]
+    cells = ["real images", "-", "-"]
+    for kind in comparison.kinds:
+        floor = first.figures[kind.key].floor if kind.key in first.figures else None
+        cells.append("-" if floor is None else number(floor * kind.scale, kind.digits))
+    return (*cells, *["-"] * (2 * has_speed + 2))
+
+
+def _row(row: ReportRow, comparison: Comparison, *, has_speed: bool) -> tuple[str, ...]:
+    name = row.name + (f", {row.call}" if row.call else "")
+    cells = [name, str(row.steps) if row.steps else "-", f"{row.guidance:g}" if row.steps else "-"]
+    cells += [cell(row, kind) for kind in comparison.kinds]
     if has_speed:
-        cells += _speed_cells(row, first)
+        cells += _speed_cells(row, comparison.rows[comparison.baseline])
     return (*cells, str(row.results[0].samples), seeds_text([result.seed for result in row.results]))
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     recipe = SanaRecipe(seed=arguments.seed, **chosen)
     pipeline, log = train_sana(recipe)
     save_sana(pipeline, arguments.output, recipe=recipe, log=log)
-    print(f"wrote {arguments.output}; measure it with scripts/evaluate_pipeline.py")
+    print(f"wrote {arguments.output}; measure it with scripts/evaluate_image.py")
 
 
 if __name__ == "__main__":

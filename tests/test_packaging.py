@@ -81,7 +81,7 @@ def top_folders(repository: Path) -> set[str]:
 def test_every_code_folder_is_packaged(repository: Path, repository_files: list[Path]) -> None:
     places = code_files(repository, repository_files)
     assert {place.split("/")[0] for place in places} == top_folders(repository)
-    assert len(top_folders(repository)) == 7
+    assert len(top_folders(repository)) == 8
     folders = {str(Path(place).parent) for place in places} - {"kernels"}
     assert all((repository / folder / "__init__.py").is_file() for folder in folders)
 

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from fewstep.embedded.digits.classifier import DigitFeatures, DigitsClassifier, load_classifier
 from fewstep.embedded.digits.images import PHRASINGS, balanced_prompt, caption, label_of_prompt, load_digits_split
-from fewstep.evaluation.accuracy import AccuracyResult, DiversityResult, class_accuracy, within_class_diversity
-from fewstep.evaluation.evaluate import Judge, build_judge, with_clip
-from fewstep.evaluation.fid import ReferenceFeatures, extract_features
-from fewstep.evaluation.inception import InceptionFeatures, load_inception_features
-from fewstep.evaluation.references import Reference
-from fewstep.evaluation.systems import OwnReference, require_samples
+from fewstep.evaluation.accuracy import PairDistances, class_accuracy
+from fewstep.evaluation.choice import WEIGHTS_OF, Choice, load_extractors, own_judge
+from fewstep.evaluation.judge import Judge
+from fewstep.evaluation.measures.features import Extractor, extract_features
+from fewstep.evaluation.references import Reference, ReferenceFeatures
+from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
+from fewstep.evaluation.systems import SPLITS, OwnReference, require_samples
 
-SPLITS = ("test", "train")
 # After so many indices `balanced_prompt` repeats: 10 digits, 4 turns of the stroke weight, all phrasings.
 DIGIT_PROMPTS = 40 * len(PHRASINGS)
+DEFAULT_METRICS = ("fid", "kid", "classes")
 
 
 @dataclass(frozen=True)
@@ -34,42 +35,48 @@ class DigitClasses:
     accuracy: float
     diversity: float
 
-    def score(
-        self, pixels: Tensor, features: Tensor, *, prompts: Sequence[str]
-    ) -> tuple[AccuracyResult, DiversityResult]:
-        """Scores of pixels [N, 3, 32, 32] and their features [N, D], which were drawn for `prompts`."""
-        labels = torch.tensor([label_of_prompt(prompt) for prompt in prompts])
-        accuracy, per_class = class_accuracy(self.classifier, pixels, labels=labels)
-        return (
-            AccuracyResult(accuracy, len(pixels), self.accuracy, tuple(per_class)),
-            DiversityResult(within_class_diversity(features, labels), self.diversity),
-        )
+    def labels(self, prompts: Sequence[str]) -> Tensor:
+        """The digit [N] that each prompt asks for."""
+        return torch.tensor([label_of_prompt(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def right(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """1 where the classifier sees that digit in the pixels [B, 3, 32, 32], else 0."""
+        return (self.classifier(pixels).argmax(dim=1) == labels).double()
 
 
-def digits_reference(
-    split: str, *, classifier: DigitsClassifier, extractor: DigitFeatures | InceptionFeatures
-) -> Reference:
-    """The digits of `split`, "test" or "train"; the other split measures the floor. Raises ValueError for another."""
+def digits_reference(split: str, *, classifier: DigitsClassifier, extractors: dict[str, Extractor]) -> Reference:
+    """The digits of `split`, "test" or "train"; the other split measures the floor. Raises ValueError for another.
+
+    The splits hold fixed shares of the digits, as the prompts do, so rows of a digit are exchangeable among themselves
+    alone: they are the strata of KID and of all intervals.
+    """
     if split not in SPLITS:
         raise ValueError(f"reference is {split!r}; use one of {', '.join(SPLITS)}")
     real = load_digits_split("test" if split == "test" else "train")
     other = load_digits_split("train" if split == "test" else "test")
-    rows = extract_features(extractor, real.pixels)
-    accuracy, _ = class_accuracy(classifier, real.pixels, labels=real.labels)
-    return Reference(
-        prompts=tuple(balanced_prompt(index) for index in range(DIGIT_PROMPTS)),
-        extractor=extractor,
-        real=ReferenceFeatures(
-            split=split,
-            features=rows,
+    compared = {}
+    for key, extractor in extractors.items():
+        compared[key] = ReferenceFeatures.of_features(
+            f"digits, {split} split",
+            extract_features(extractor, real.pixels),
+            source=extractor.name,
+            labels=real.labels,
             floor_pool=extract_features(extractor, other.pixels),
             floor_labels=other.labels,
-            feature_extractor=extractor.name,
-        ),
+        )
+    accuracy, _ = class_accuracy(classifier, real.pixels, labels=real.labels)
+    rows = compared["image"].features
+    assert rows is not None
+    return Reference(
+        f"digits, {split} split",
+        prompts=tuple(balanced_prompt(index) for index in range(DIGIT_PROMPTS)),
         # One column per digit, without a stroke weight.
         grid_prompts=tuple(caption(digit, weight=None, phrasing=0) for digit in range(10)),
         grid_pixels=torch.stack([real.pixels[real.labels == digit][0] for digit in range(10)]),
-        classes=DigitClasses(classifier, accuracy, within_class_diversity(rows, real.labels)),
+        extractors=extractors,
+        real=compared,
+        classes=DigitClasses(classifier, accuracy, PairDistances.of(rows, real.labels).mean()),
     )
 
 
@@ -77,19 +84,24 @@ def digits_judge(
     split: str,
     *,
     classifier: str | Path | DigitsClassifier,
-    inception: str | Path | None = None,
-    clip: str | Path | None = None,
-    clip_model: str | None = None,
+    choice: Choice | None = None,
+    scorers: tuple[Scorer, ...] = (),
 ) -> Judge:
     """A judge whose reference is the digits split "test" or "train".
 
-    `inception` and `clip` are local weights (see `load_inception_features` and `load_clip_scorer`): the first takes the
-    place of the classifier's features in FID, KID and diversity, the second adds the CLIP score.
+    Its pictures are compared by the classifier's features, or by Inception's where the choice brings their weights.
     Raises ValueError for another split, and for missing weights.
     """
+    chosen = Choice(DEFAULT_METRICS, repetitions=0) if choice is None else choice
     network = classifier if isinstance(classifier, DigitsClassifier) else load_classifier(classifier)
-    features = DigitFeatures(network) if inception is None else load_inception_features(inception)
-    return with_clip(Judge(digits_reference(split, classifier=network, extractor=features)), clip, model=clip_model)
+    # Diversity needs the features of pictures whether or not a distance does.
+    keys = dict.fromkeys(("image", *chosen.feature_keys()))
+    wanted = [key for key in keys if key != "image" or WEIGHTS_OF["image"] in chosen.weights]
+    extractors = load_extractors(chosen, keys=wanted)
+    extractors.setdefault("image", DigitFeatures(network))
+    reference = digits_reference(split, classifier=network, extractors=extractors)
+    require_prompts(scorers, reference.prompts)
+    return Judge(reference, chosen.metrics, scorers, chosen.repetitions)
 
 
 def evaluation_prompts(samples: int) -> list[str]:
@@ -102,17 +114,12 @@ def evaluation_prompts(samples: int) -> list[str]:
 
 
 def judge_of(
-    real: str | OwnReference,
-    *,
-    classifier: str | Path,
-    inception: str | Path | None = None,
-    clip: str | Path | None = None,
-    clip_model: str | None = None,
+    real: str | OwnReference, choice: Choice, *, classifier: str | Path, scorers: tuple[Scorer, ...] = ()
 ) -> Judge:
     """A judge by the user's own pictures where they are given, else by a split of the digits.
 
-    Raises ValueError as `build_judge` and `digits_judge`.
+    Raises ValueError as `own_judge` and `digits_judge`.
     """
     if isinstance(real, OwnReference):
-        return build_judge(real, inception=inception, clip=clip, clip_model=clip_model)
-    return digits_judge(real, classifier=classifier, inception=inception, clip=clip, clip_model=clip_model)
+        return own_judge(real, choice, scorers=scorers)
+    return digits_judge(real, classifier=classifier, choice=choice, scorers=scorers)

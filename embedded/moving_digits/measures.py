@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.embedded.digits.images import label_of_prompt
 from fewstep.embedded.moving_digits.clips import CLIP_FRAMES, direction_of_prompt, speed_of_prompt
 from fewstep.embedded.moving_digits.judges import ClipJudge, FrameJudge, VideoJudges, clip_logits, frames_of
-from fewstep.evaluation.fid import frechet_inception_distance
+from fewstep.evaluation.measures.statistics import feature_distance
 
 FEATURE_BATCH = 512
 # Sum over a frame; a digit has about forty.
@@ -142,7 +142,7 @@ def measure_clips(
     by_frame = judges.frame.head(features.float())
     right = (by_frame.argmax(dim=-1) == digits[:, None]).double()
     cuts = segments(pixels.shape[2], parts)
-    distances = [frechet_inception_distance(features[:, cut].flatten(0, 1), reference.frame_features) for cut in cuts]
+    distances = [feature_distance(features[:, cut].flatten(0, 1), reference.frame_features) for cut in cuts]
 
     def fraction(hits: Tensor) -> float:
         return hits.double().mean().item()
@@ -156,8 +156,8 @@ def measure_clips(
         black_frames=fraction(~light_centres(pixels)[1]),
         motion=motion_amount(pixels),
         reference_motion=reference.motion,
-        frame_distance=frechet_inception_distance(features.flatten(0, 1), reference.frame_features),
-        clip_distance=frechet_inception_distance(clip_features(judges.clip, pixels), reference.clip_features),
+        frame_distance=feature_distance(features.flatten(0, 1), reference.frame_features),
+        clip_distance=feature_distance(clip_features(judges.clip, pixels), reference.clip_features),
         segment_accuracy=tuple(fraction(right[:, cut]) for cut in cuts),
         segment_distance=tuple(distances),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from studies.dmd import LAUNCH, TEACHER, record_training, show_and_run
+from studies.dmd import LAUNCH, TEACHER, judge_digits, record_training, show_and_run
 
 METHODS = ("dcm", "ect", "scm", "rcm", "meanflow", "imf", "alphaflow", "dmf", "anyflow", "sana_sprint")
 NOT_EXPORTED = ("dmf",)
@@ -86,10 +86,8 @@ def evaluation_rows(folder: Path, methods: Sequence[str], seeds: Sequence[int]) 
 
 def evaluate(folder: Path, methods: Sequence[str], seeds: Sequence[int], *, samples: int, output: Path) -> None:
     """Judge all students that export beside their teachers; the report goes to `output`."""
-    rows = evaluation_rows(folder, methods, seeds)
-    pipelines = [f"--pipeline={name}" for name, _, _ in rows]
-    calls = ["--steps", *(str(steps) for _, steps, _ in rows), "--guidance", *(f"{scale:g}" for _, _, scale in rows)]
+    rows = [(name, steps, f"{scale:g}", "own") for name, steps, scale in evaluation_rows(folder, methods, seeds)]
     curves = [f"--run={run_directory(folder, method, seeds[0])}" for method in methods]
-    size = ["--samples", str(samples), "--batch_size", "125", "--timing_repeats", "1"]
-    show_and_run("scripts/evaluate_pipeline.py", *pipelines, *calls, *curves, *size, "--output", str(output))
+    size = ["--samples", str(samples), "--batch_size", "125", "--timing_repeats", "5"]
+    judge_digits(rows, [*curves, *size], samples=folder / "samples", output=output)
     record_training([run_directory(folder, method, seed) for method in methods for seed in seeds], output=output)

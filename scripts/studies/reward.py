@@ -27,8 +27,9 @@ from fewstep.dmd.reward.scorers import ScorerChoice, make_scorer
 from fewstep.dmd.reward.sections import DirectConfig
 from fewstep.embedded.digits.reference import digits_judge, evaluation_prompts
 from fewstep.evaluation.curves import Curve
-from fewstep.evaluation.evaluate import Judge, judge_pixels
+from fewstep.evaluation.evaluate import judge_pixels
 from fewstep.evaluation.figures import curves_figure, trade_off_figure
+from fewstep.evaluation.judge import Judge
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.total import score_all
 from fewstep.evaluation.systems import System
@@ -131,9 +132,7 @@ def judged(run: Path, checkpoint: str, *, judge: Judge, scorers: Sequence[Scorer
     means = score_all(scorers, pixels, prompts, chunk=BATCH).means()
     system = System(run.name, str(run), BASE_STEPS, 1.0)
     result = judge_pixels(judge, pixels, prompts=prompts, system=system, seed=0)
-    assert result.accuracy is not None
-    assert result.diversity is not None
-    return (*means.values(), result.fid.value, result.accuracy.value, result.diversity.value)
+    return (*means.values(), *(result.value(key) for key in ("fid", "accuracy", "diversity")))
 
 
 def evaluate(

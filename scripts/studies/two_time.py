@@ -1,6 +1,6 @@
 """Judges students that have no export on the embedded digits, from the samples that this package draws itself.
 
-Prompts, initial latents, judge and figures are those of `scripts/evaluate_pipeline.py`; speed is not measured.
+Prompts, initial latents, judge and figures are those of `scripts/evaluate_image.py`; speed is not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.embedded.digits.reference import digits_judge, evaluation_prompts
-from fewstep.evaluation.evaluate import Judge, judge_pixels
+from fewstep.evaluation.evaluate import judge_pixels
+from fewstep.evaluation.judge import Judge
 from fewstep.evaluation.results import EvaluationResult
 from fewstep.evaluation.systems import System
 
@@ -37,7 +38,7 @@ def sample_run(run: Path, prompts: Sequence[str], *, steps: int, seed: int) -> T
     """
     settings = read_settings(run)
     if settings.sampler == "sde":
-        raise ValueError(f"{run} has a student that re-noises ('sde'); export it and use scripts/evaluate_pipeline.py")
+        raise ValueError(f"{run} has a student that re-noises ('sde'); export it and use scripts/evaluate_image.py")
     loaded = load_run_student(run, settings)
     student = Student(loaded.student.denoiser, step_grid(steps, shift=settings.shift), settings.sampler)
     unique = list(dict.fromkeys(prompts))
@@ -65,15 +66,21 @@ def judge_run(
     return results
 
 
+def _figures(result: EvaluationResult) -> dict[str, object]:
+    return {key: asdict(figure) for key, figure in result.figures.items()}
+
+
 def write_results(
     runs: Sequence[Path], steps: Sequence[int], *, name: str, samples: int, output: Path, reference: str = "test"
 ) -> Path:
     """Judge runs of one recipe and write `sampled_here.json` into the report's folder; returns its path."""
     judge = digits_judge(reference, classifier=CLASSIFIER)
-    found = {
-        run.name: [asdict(result) for result in judge_run(run, steps, name=name, samples=samples, seed=0, judge=judge)]
-        for run in runs
-    }
+    found = {}
+    for run in runs:
+        results = judge_run(run, steps, name=name, samples=samples, seed=0, judge=judge)
+        found[run.name] = [
+            {"steps": one.steps, "seed": one.seed, "samples": one.samples, "figures": _figures(one)} for one in results
+        ]
     output.mkdir(parents=True, exist_ok=True)
     file = output / RECORD_FILE
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewstep.embedded.digits.images import load_digits_split
-from fewstep.evaluation.accuracy import class_accuracy, within_class_diversity
+from fewstep.evaluation.accuracy import PairDistances, class_accuracy
 
 
 def test_accuracy_counts_wrong_labels(trained) -> None:
@@ -25,8 +25,12 @@ def test_diversity_is_the_mean_distance_within_classes() -> None:
     features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [10.0, 0.0], [99.0, 99.0]])
     labels = torch.tensor([0, 0, 0, 1, 2])
     # Class 0 has distances 5, 0 and 5; classes 1 and 2 have one image each.
-    assert within_class_diversity(features, labels) == pytest.approx(10.0 / 3.0)
+    found = PairDistances.of(features, labels)
+    assert found.mean() == pytest.approx(10.0 / 3.0)
+    # The second image twice: pairs (0, 1), (0, 1), (0, 2), (1, 2), (1, 2), and no pair of it with itself.
+    twice = torch.tensor([[1.0, 2.0, 1.0, 1.0, 1.0]])
+    assert found.means(twice).item() == pytest.approx(4 * 5.0 / 5)
     collapsed = torch.arange(3.0)[labels, None].expand(-1, 2)
-    assert within_class_diversity(collapsed, labels) == 0.0
+    assert PairDistances.of(collapsed, labels).mean() == 0.0
     with pytest.raises(ValueError, match="no class has two"):
-        within_class_diversity(features[2:], labels[2:])
+        PairDistances.of(features[2:], labels[2:])

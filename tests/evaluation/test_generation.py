@@ -180,7 +180,17 @@ def test_step_grid_reaches_the_pipeline() -> None:
     generate(pipeline, ["x"], indices=[0], seed=0, steps=3, guidance=1.0, grid=grid)
     assert calls == pytest.approx([1000.0, 700.0, 200.0])
     calls.clear()
-    call = StockCall(pipeline, System("s", "", 3, 1.0, grid), ("x", "y"))
+
+    class Held:
+        def get(self, path: str, dtype: str) -> Any:
+            assert (path, dtype) == ("folder", "float32")
+            return pipeline
+
+        def holds(self, path: str, dtype: str) -> bool:
+            return True
+
+    call = StockCall(Held(), System("s", "folder", 3, 1.0, grid), "float32", ("x", "y"))
+    assert call.prepare() is False
     assert call.run().shape == (2, 3, 16, 16)
     assert call.images == 2
     assert calls == pytest.approx([1000.0, 700.0, 200.0])

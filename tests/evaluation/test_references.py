@@ -1,8 +1,6 @@
 """Judging with the user's own prompts and pictures: no classifier, and a floor from the halves of the folder."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +9,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fewstep.core.media.pictures import find_pictures
 from fewstep.embedded.digits.images import balanced_prompt
 from fewstep.embedded.digits.reference import DIGIT_PROMPTS
-from fewstep.evaluation.evaluate import Comparison, Judge, build_judge, compare
-from fewstep.evaluation.fid import FeatureStatistics, extract_features
+from fewstep.evaluation.choice import Choice, own_judge
+from fewstep.evaluation.evaluate import Comparison, compare
 from fewstep.evaluation.generation import generate, load_pipeline
+from fewstep.evaluation.judge import Judge
 from fewstep.evaluation.latency import TimingPlan
+from fewstep.evaluation.measures.features import extract_features
+from fewstep.evaluation.measures.statistics import feature_distance
+from fewstep.evaluation.notes import table_notes
 from fewstep.evaluation.provenance import Provenance
 from fewstep.evaluation.record import figures_of
-from fewstep.evaluation.references import folder_reference, list_pictures
-from fewstep.evaluation.report import table_notes, write_report
+from fewstep.evaluation.references import own_reference
+from fewstep.evaluation.report import write_report
+from fewstep.evaluation.samples.pipelines import Sampling
 from fewstep.evaluation.systems import OwnReference, System, pick_reference, picture_size, read_system
 from fewstep.evaluation.table import results_table
 from tests.tiny_pipelines import PIXELS, build_sd3, build_sd15, build_sdxl, save_pipeline
@@ -33,10 +37,18 @@ class ColourFeatures(nn.Module):
     """Means and deviations of the three channels, [B, 6]."""
 
     num_features = 6
-    name = "colours, 6 features"
+    any_size = True
+    name, digest = "colours, 6 features", ""
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return torch.cat([pixels.mean(dim=(2, 3)), pixels.std(dim=(2, 3))], dim=1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def resize(self, pixels: Tensor) -> Tensor:
+        return pixels if pixels.shape[-2:] == (PIXELS, PIXELS) else nn.functional.interpolate(pixels, (PIXELS, PIXELS))
+
+    def forward(self, resized: Tensor) -> Tensor:
+        return torch.cat([resized.mean(dim=(2, 3)), resized.std(dim=(2, 3))], dim=1) * self.one
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +78,20 @@ def sd3_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(pictures, prompt_file) -> Judge:
-    own = OwnReference(str(prompt_file), str(pictures), PIXELS, PIXELS)
-    return Judge(folder_reference(own, extractor=ColourFeatures()))
+def judge(pictures, prompt_file, tmp_path_factory) -> Judge:
+    own = OwnReference(str(prompt_file), str(pictures), PIXELS, PIXELS, cut=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        reference = own_reference(own, extractors={"image": ColourFeatures()})
+    return Judge(reference, ("fid", "kid"), repetitions=10)
 
 
 @pytest.fixture(scope="module")
-def found(judge, sd3_folder) -> Comparison:
-    return compare([System("tiny", str(sd3_folder), 2, 1.0)], judge=judge, samples=30, seeds=[0, 1])
-
-
-def distance(first: Tensor, second: Tensor) -> float:
-    """The closed form, which is not what computes the reported figures."""
-    both = [FeatureStatistics.from_features(rows, split="", feature_extractor="") for rows in (first, second)]
-    return both[0].distance(both[1])
+def found(judge, sd3_folder, tmp_path_factory) -> Comparison:
+    sampling = Sampling(tmp_path_factory.mktemp("samples"), 30, (0, 1))
+    comparison = compare([System("tiny", str(sd3_folder), 2, 1.0)], judge=judge, sampling=sampling)
+    assert comparison is not None
+    return comparison
 
 
 def expected_features(pictures: Path) -> Tensor:
@@ -91,27 +103,27 @@ def expected_features(pictures: Path) -> Tensor:
 
 def test_fid_and_floor_are_those_of_the_folder(found, judge, pictures, sd3_folder) -> None:
     real = expected_features(pictures)
-    assert judge.reference.real.features.shape == (PICTURES, 6)
-    assert (judge.reference.real.features - real).abs().max() < 1e-6
+    own = judge.reference.real["image"]
+    assert own.features.shape == (PICTURES, 6)
+    assert (own.features - real).abs().max() < 1e-6
     prompts = [PROMPTS[index % 12] for index in range(30)]
     pixels = generate(load_pipeline(sd3_folder), prompts, indices=range(30), seed=1, steps=2, guidance=1.0)
-    fid = found.rows[0].results[1].fid
-    drawn = extract_features(ColourFeatures(), pixels)
-    assert fid.value == pytest.approx(distance(drawn, judge.reference.real.features), rel=1e-6)
-    floor = distance(judge.reference.real.features[0::2], judge.reference.real.features[1::2])
+    fid = found.rows[0].results[1].figures["fid"]
+    # Samples are stored with 8 bits.
+    drawn = extract_features(ColourFeatures(), (pixels * 255.0).round() / 255.0)
+    assert fid.value == pytest.approx(feature_distance(drawn, own.features), rel=1e-4)
+    floor = feature_distance(own.features[0::2], own.features[1::2])
     assert floor > 0.001
     assert fid.floor == pytest.approx(floor, rel=1e-6)
-    assert (fid.samples, fid.reference_samples, fid.floor_samples, fid.seed) == (30, 24, 12, 1)
-    assert (fid.reference_split, fid.feature_extractor) == ("photos", "colours, 6 features")
-    kid = found.rows[0].results[1].kid
-    assert (kid.subset_size, kid.reference_samples) == (12, 24)
-    assert found.rows[0].results[0].fid.floor == fid.floor
+    assert (fid.samples, fid.references, fid.source) == (30, 24, "colours, 6 features")
+    assert (found.reference, found.floor_of_halves) == ("photos", True)
+    assert found.rows[0].results[0].figures["fid"].floor == fid.floor
 
 
 def test_there_is_no_classifier(found) -> None:
-    assert (found.reference_accuracy, found.reference_diversity) == (None, None)
-    assert [(one.accuracy, one.diversity, one.clip) for one in found.rows[0].results] == [(None, None, None)] * 2
-    assert (found.rows[0].accuracy(), found.rows[0].diversity()) == (None, None)
+    assert [kind.key for kind in found.kinds] == ["fid", "kid"]
+    assert [sorted(one.figures) for one in found.rows[0].results] == [["fid", "kid"]] * 2
+    assert found.rows[0].spread("accuracy") is None
 
 
 def test_grid_shows_ten_prompts_and_pictures(found, judge) -> None:
@@ -123,18 +135,16 @@ def test_grid_shows_ten_prompts_and_pictures(found, judge) -> None:
 
 def test_table_and_notes(found) -> None:
     table = results_table(found)
-    assert table.header == ("system", "steps", "guidance", "FID", "FID floor", "KID", "samples", "seeds")
-    fid = found.rows[0].results[0].fid
-    floor = f"{fid.floor:.2f}"
+    assert table.header == ("system", "steps", "guidance", "FID", "KID", "samples", "seeds")
+    floor = found.rows[0].results[0].figures["fid"].floor
     assert [row[0] for row in table.rows] == ["real images", "tiny"]
-    assert (table.rows[0][3], table.rows[0][4], table.rows[0][6]) == (floor, "-", "12")
-    assert (table.rows[1][4], table.rows[1][6], table.rows[1][7]) == (floor, "30", "0, 1")
+    assert (table.rows[0][3], table.rows[1][5], table.rows[1][6]) == (f"{floor:.2f}", "30", "0, 1")
+    # Thirty images are marked wherever they are shown.
+    assert table.rows[1][3].endswith(" !")
     notes = table_notes(found)
-    assert notes[0] == (
-        "FID and KID: 30 generated images per seed against 24 real images of the folder photos; "
-        "features: colours, 6 features."
-    )
-    assert notes[1].count("the two halves of the folder against each other, 12 real images") == 1
+    assert notes[0] == ("30 generated images per seed against 24 real images of photos; features: colours, 6 features.")
+    assert notes[1].count("the two halves of the folder against each other") == 1
+    assert notes[-1] == "! 30 images, fewer than 2000: for trying out, not for publishing."
     assert sum("Accuracy" in note for note in notes) == 0
 
 
@@ -142,23 +152,51 @@ def test_report_and_figures_of_an_export(found, tmp_path) -> None:
     made = Provenance("python x", "2026-01-02", "3.11.0", (("torch", "2.15"),), "Some CPU", 2)
     files = write_report(tmp_path, found, provenance=made)
     content = json.loads(files.json.read_text())
-    assert (content["reference_split"], content["reference_accuracy"]) == ("photos", None)
-    assert (content["rows"][0]["summary"]["accuracy"], content["rows"][0]["results"][0]["diversity"]) == (None, None)
-    assert files.html.read_text().count("data:image/png") == 2
+    assert (content["reference"], [one["key"] for one in content["measures"]]) == ("photos", ["fid", "kid"])
+    assert content["rows"][0]["results"][0]["figures"]["fid"]["warnings"][0].startswith("30 images, fewer than 2000")
+    # The grid, real pictures above it, and the best and the worst samples.
+    assert files.html.read_text().count("data:image/png") == 3
     results = found.rows[0].results
-    (figure,) = figures_of(results)
-    assert figure.value == pytest.approx((results[0].fid.value + results[1].fid.value) / 2, abs=1e-4)
+    figure, _ = figures_of(results, found.kinds, found.reference)
+    assert figure.name == "FID (lower is better)"
+    assert figure.value == pytest.approx((results[0].value("fid") + results[1].value("fid")) / 2, abs=1e-4)
     assert figure.setting == (
-        "2 steps, guidance 1, 30 images, seed 0, 1; 24 images of photos, colours, 6 features; "
-        f"floor {results[0].fid.floor:.3f}"
+        "2 steps, guidance 1, 30 images, seed 0, 1; against 24 real images of photos; colours, 6 features; "
+        f"real images {results[0].figures['fid'].floor:.4g}; "
+        "30 images, fewer than 2000: for trying out, not for publishing"
     )
 
 
-def test_speed_is_timed_with_own_prompts(judge, sd3_folder) -> None:
+def test_speed_is_timed_with_own_prompts(judge, sd3_folder, tmp_path) -> None:
     plan = TimingPlan(repeats=1, warmup=0, batch_size=2)
-    row = compare([System("tiny", str(sd3_folder), 1, 1.0)], judge=judge, samples=20, timing=plan).rows[0]
+    sampling = Sampling(tmp_path, 20)
+    comparison = compare([System("tiny", str(sd3_folder), 1, 1.0)], judge=judge, sampling=sampling, timing=plan)
+    assert comparison is not None
+    row = comparison.rows[0]
     assert row.latency is not None
     assert row.latency.batch_size == 2
+
+
+def test_statistics_alone_are_a_reference(pictures, prompt_file, sd3_folder, tmp_path) -> None:
+    """mu and sigma of another package: FID and its interval, over images alone; what needs pictures is refused."""
+    real = expected_features(pictures)
+    np.savez(tmp_path / "photos.npz", mu=real.mean(dim=0).numpy(), sigma=torch.cov(real.T.double()).numpy())
+    own = OwnReference(str(prompt_file), str(tmp_path / "photos.npz"), PIXELS, PIXELS)
+    reference = own_reference(own, extractors={"image": ColourFeatures()})
+    sampling = Sampling(tmp_path / "samples", 30)
+    comparison = compare(
+        [System("tiny", str(sd3_folder), 2, 1.0)], judge=Judge(reference, ("fid",), repetitions=10), sampling=sampling
+    )
+    assert comparison is not None
+    fid = comparison.rows[0].results[0].figures["fid"]
+    assert (fid.references, fid.floor) == (None, None)
+    assert fid.low is not None
+    assert fid.low < fid.value
+    assert comparison.grid.real is None
+    made = Provenance("python x", "2026-01-02", "3.11.0", (("torch", "2.15"),), "Some CPU", 2)
+    assert write_report(tmp_path / "report", comparison, provenance=made).html.stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"metric 'kid' needs pictures; photos\.npz holds their mean and covariance"):
+        Judge(reference, ("kid",))
 
 
 def test_digit_prompts_repeat_where_the_reference_does() -> None:
@@ -186,46 +224,57 @@ def test_size_in_the_record_is_the_size_that_is_drawn(tmp_path) -> None:
     pipeline = load_pipeline(folder)
     pixels = generate(pipeline, ["a"], indices=[0], seed=0, steps=1, guidance=1.0, grid=system.grid)
     assert pixels.shape == (1, 3, 24, 32)
-    own = pick_reference("test", [system], prompts="p", images="i")
-    assert own == OwnReference("p", "i", 24, 32)
-    with pytest.raises(ValueError, match=r"pictures of \[\(16, 16\), \(24, 32\)\] pixels"):
-        pick_reference("test", [system, System("y", str(folder), 1, 1.0)], prompts="p", images="i")
-    assert pick_reference("train", [system], prompts=None, images=None) == "train"
+    (tmp_path / "photos").mkdir()
+    place = str(tmp_path / "photos")
+    assert pick_reference(place, [system], prompts="p", cut=True) == OwnReference("p", place, 24, 32, cut=True)
+    other = System("y", str(folder), 1, 1.0)
+    with pytest.raises(ValueError, match=r"the pipelines draw \[\(16, 16\), \(24, 32\)\]"):
+        pick_reference(place, [system, other], prompts="p", cut=True)
+    assert pick_reference(place, [system, other], prompts="p") == OwnReference("p", place, 24, 32)
+    assert pick_reference("digits:train", [system], prompts=None) == "train"
+    assert pick_reference("digits", [system], prompts=None) == "test"
+    for given, message in (
+        (("digits:valid", None), "the digits have digits:test and digits:train"),
+        (("digits", "p"), "brings its own prompts"),
+        (("nowhere", "p"), "there is no nowhere"),
+        ((None, None), "give --prompts FILE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pick_reference(given[0], [system], prompts=given[1])
 
 
 def test_bad_folders_and_prompts_are_errors(pictures, prompt_file, tmp_path) -> None:
-    for number, path in enumerate(list_pictures(pictures)[:7]):
-        (tmp_path / f"{number}.jpg").write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"holds 7 pictures .* use at least 8"):
-        list_pictures(tmp_path)
+    extractors = {"image": ColourFeatures()}
+    for number, path in enumerate(find_pictures(pictures)[:7]):
+        (tmp_path / f"{number}.png").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"holds 7 pictures; use at least 8"):
+        own_reference(OwnReference(str(prompt_file), str(tmp_path), 16, 16), extractors=extractors)
     (tmp_path / "8.webp").write_text("no picture", encoding="ascii")
     with pytest.raises(ValueError, match=r"8\.webp is no whole picture"):
-        folder_reference(OwnReference(str(prompt_file), str(tmp_path), 16, 16), extractor=ColourFeatures())
-    with pytest.raises(ValueError, match="there is no directory"):
-        list_pictures(tmp_path / "nowhere")
+        own_reference(OwnReference(str(prompt_file), str(tmp_path), 16, 16), extractors=extractors)
     with pytest.raises(ValueError, match=r"prompt file .* does not exist"):
-        folder_reference(OwnReference("nowhere", str(pictures), 16, 16), extractor=ColourFeatures())
-    with pytest.raises(ValueError, match="give --inception FILE"):
-        build_judge(OwnReference(str(prompt_file), str(pictures), 16, 16))
+        own_reference(OwnReference("nowhere", str(pictures), 16, 16), extractors=extractors)
     with pytest.raises(ValueError, match="does not tell its picture size"):
         picture_size(System("x", str(tmp_path), 1, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("--prompts",), "--prompts without --reference_images; give both"),
-        (("--reference_images",), "--reference_images without --prompts; give both"),
-        (("--prompts", "--reference_images"), "give --inception FILE"),
-    ],
-)
-def test_command_line_errors(given, message, repository, sd3_folder, prompt_file, pictures, tmp_path) -> None:
-    values = {"--prompts": str(prompt_file), "--reference_images": str(pictures)}
-    own = [text for option in given for text in (option, values[option])]
-    arguments = ["--pipeline", str(sd3_folder), "--steps", "1", "--guidance", "1", "--output", str(tmp_path / "report")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate_pipeline.py", *arguments, *own])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(repository / "scripts" / "evaluate_pipeline.py"), run_name="__main__")
-    assert str(stopped.value).count(message) == 1
-    assert not (tmp_path / "report").exists()
+def test_a_choice_is_checked_before_anything_is_read(pictures, prompt_file, tmp_path) -> None:
+    own = OwnReference(str(prompt_file), str(pictures), 16, 16)
+    for metrics, message in (
+        (("fid", "kid"), "fid, kid of your own pictures needs --weights inception=PATH"),
+        (("fd_dinov2",), "--weights dinov2=PATH"),
+        (("cmmd",), "--weights clip_vision=PATH"),
+        ((), "no metric compares with it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own_judge(own, Choice(metrics))
+    with pytest.raises(ValueError, match="fid compares with real pictures; give --reference"):
+        own_judge(OwnReference(str(prompt_file), None, 16, 16), Choice(("fid",)))
+    with pytest.raises(ValueError, match="metric 'sharpness' is unknown; known are fid"):
+        Choice(("sharpness",))
+    with pytest.raises(ValueError, match="protocol is 'mine'"):
+        Choice(("fid",), protocol="mine")
+    with pytest.raises(ValueError, match="--weights names 'x'"):
+        Choice(("fid",), {"x": str(tmp_path)})
+    with pytest.raises(ValueError, match="there is no such file or folder; it is weights-inception"):
+        Choice(("fid",), {"inception": "nowhere"})

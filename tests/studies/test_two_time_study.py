@@ -81,7 +81,7 @@ def test_a_run_without_export_is_judged(repository: Path, tmp_path: Path, monkey
     file = write_results([tmp_path / "dmf"], (1, 2), name="dmf", samples=20, output=tmp_path / "report")
     results = json.loads(file.read_text(encoding="utf-8"))["dmf"]
     assert [result["steps"] for result in results] == [1, 2]
-    assert all(result["samples"] == 20 and result["fid"]["value"] > 0 for result in results)
+    assert all(result["samples"] == 20 and result["figures"]["fid"]["value"] > 0 for result in results)
     # After one step the student is still the teacher, whose blurred means are classified well.
     assert results[1]["accuracy"]["value"] > 0.5
 

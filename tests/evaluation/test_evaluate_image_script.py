@@ -1,0 +1,112 @@
+"""The command line in its own process: help is quick, bad input fails with a sentence, a run writes a report."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path("scripts") / "evaluate_image.py"
+
+
+def run(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_help_is_quick(repository) -> None:
+    started = time.monotonic()
+    done = run(repository, "--help")
+    assert time.monotonic() - started < 2.0
+    assert done.returncode == 0
+    assert done.stdout.count("--pipeline") >= 1
+
+
+@pytest.mark.slow
+def test_report_of_two_systems(
+    repository, pipeline_folder, export_folder, classifier_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    card = (export_folder / "distillation.json").read_bytes()
+    arguments = [
+        *("--pipeline", f"teacher={pipeline_folder}", "--pipeline", f"teacher={pipeline_folder}"),
+        *("--pipeline", f"student={export_folder}", "--steps", "3", "2", "2", "--guidance", "2", "1", "1"),
+        *("--grid", "own", "1,0.5", "own", "--samples", "20", "--seed", "0", "1", "--reference", "digits"),
+        *("--classifier", str(classifier_folder), "--output", str(tmp_path / "report"), "--repetitions", "10"),
+        *(
+            "--timing_repeats",
+            "1",
+            "--threads",
+            "1",
+            "--scorer",
+            f"digit_log_probability={classifier_folder}",
+            "--baseline",
+            "1",
+        ),
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate_image.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(repository / SCRIPT), run_name="__main__")
+    assert stopped.value.code is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in (lines[0], *lines[2:6])] == ["system", "real", "teacher", "teacher,", "student"]
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [(row["name"], row["steps"], row["call"], len(row["results"])) for row in content["rows"]] == [
+        ("teacher", 3, "", 2),
+        ("teacher", 2, "sigmas 1,0.5", 2),
+        ("student", 2, "", 2),
+    ]
+    assert content["baseline"] == "teacher, 2 steps, sigmas 1,0.5"
+    assert [one["key"] for one in content["measures"]] == [
+        "fid",
+        "kid",
+        "accuracy",
+        "diversity",
+        "digit_log_probability",
+    ]
+    assert content["rows"][2]["minus_baseline"]["digit_log_probability"]["low"] < 9.0
+    assert content["rows"][0]["latency"]["threads"] == 1
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    # An evaluation writes into what it judges only when it is asked to.
+    assert (export_folder / "distillation.json").read_bytes() == card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pipeline", "nowhere"), "there is no directory nowhere"),
+        (("--pipeline", "docs"), "no diffusers pipeline"),
+        (("--pipeline", "docs", "--samples", "0"), "samples is 0"),
+        ((), "nothing to judge: give --pipeline DIR, or --pictures DIR"),
+        (("--pictures", "nowhere"), "there is no directory nowhere"),
+        (("--pictures", "assets"), "give --prompts FILE, a prompt a line, or --reference digits"),
+        (("--pictures", "assets", "--reference", "digits:valid"), "the digits have digits:test and digits:train"),
+        (("--pictures", "assets", "--reference", "digits", "--metrics", "fid,sharp"), "metric 'sharp' is unknown"),
+        (("--pictures", "assets", "--reference", "digits", "--weights", "x"), "--weights is NAME=PATH"),
+        (("--pictures", "assets", "--reference", "digits", "--weights", "x=y"), "--weights names 'x'"),
+        (("--pictures", "assets", "--reference", "digits", "--scorer", "sharp"), "scorer is 'sharp'; use one of"),
+        (("--pictures", "assets", "--reference", "digits", "--scorer", "{name: 3}"), "has no name"),
+        (("--pictures", "assets", "--reference", "digits", "--baseline", "1"), "there are 1 systems"),
+        (("--pictures", "assets", "--reference", "digits", "--protocol", "own"), "protocol is 'own'"),
+        (("--pictures", "assets", "--reference", "assets", "--prompts", "README.md"), "needs --weights inception=PATH"),
+    ],
+)
+def test_bad_input_fails_with_a_sentence(repository, tmp_path, capsys, arguments, message) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        patch.setattr(sys, "argv", ["evaluate_image.py", *arguments, "--output", str(tmp_path / "report")])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(repository / SCRIPT), run_name="__main__")
+    text = str(stopped.value.code)
+    assert text.startswith("error: ")
+    assert text.count(message) == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_errors_leave_the_process_with_a_sentence(repository, tmp_path) -> None:
+    done = run(repository, "--pipeline", "nowhere", "--output", tmp_path / "report")
+    assert done.returncode == 1
+    assert done.stderr.count("there is no directory nowhere") == 1
+    assert done.stderr.count("Traceback") == 0
