@@ -12,7 +12,7 @@ LIMIT_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-quick lint demo teacher benchmark clean
+.PHONY: help setup test test-quick lint demo vbench-env teacher benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ lint: $(STAMP) ## ruff check, ruff format --check, pyright
 
 demo: $(STAMP) ## distil the embedded teacher on this machine and open the result with stock diffusers
 	$(LIMIT_THREADS) $(BIN)/python scripts/demo.py
+
+vbench-env: ## make .venv-vbench, VBench's own environment for scripts/evaluate_video.py score
+	@test -x .venv-vbench/bin/python || $(PYTHON) -m venv .venv-vbench
+	.venv-vbench/bin/python -m pip install --quiet -r evaluation/vbench/requirements.txt
+	@.venv-vbench/bin/python -c 'import importlib.util as u, pathlib; print("--vbench_root", pathlib.Path(u.find_spec("vbench").origin).parent)'
 
 teacher: $(STAMP) ## train the embedded digits teacher again
 	$(LIMIT_THREADS) $(BIN)/python scripts/make_digits_teacher.py

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_METRICS = {"digits": "fid,kid,classes", "pictures": "fid,kid,prc", "statistics": "fid", "nothing": ""}
 
 
-def parser(classifier: str | None = None) -> argparse.ArgumentParser:
+def image_parser(classifier: str | None = None) -> argparse.ArgumentParser:
     """The options, without any slow import. `classifier` is where the digits' one is if that is not told."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     found = argparse.ArgumentParser(description=(__doc__ or "").strip(), formatter_class=formatter)
@@ -144,7 +144,7 @@ def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, 
     if "clip" in places:
         places["clip_score"] = places.pop("clip")
     asked = [name for name in named if name in SCORERS]
-    entries = [_entry(text) for text in options.scorer]
+    entries = [scorer_entry(text) for text in options.scorer]
     entries += [{"name": name} for name in asked if name not in {entry["name"] for entry in entries}]
     for entry in entries:
         own = places.pop(entry["name"], None)
@@ -158,10 +158,11 @@ def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, 
     metrics = tuple(name for name in named if name not in SCORERS)
     more = {"device": options.device, "repetitions": options.repetitions, "workers": options.workers}
     choice = Choice(metrics, places, options.protocol, **more)
-    return choice, _load_scorers(entries, options.device)
+    return choice, load_scorer_entries(entries, options.device)
 
 
-def _load_scorers(entries: Sequence[dict[str, Any]], device: str) -> tuple[Scorer, ...]:
+def load_scorer_entries(entries: Sequence[dict[str, Any]], device: str) -> tuple[Scorer, ...]:
+    """Scorers of such entries, loaded. Raises ValueError for unknown keys and missing weights."""
     import torch
 
     from fewstep.dmd.reward.scorers import load_scorers
@@ -177,7 +178,7 @@ def _load_scorers(entries: Sequence[dict[str, Any]], device: str) -> tuple[Score
     return load_scorers([ScorerConfig(**entry) for entry in entries], device=torch.device(device))
 
 
-def _entry(text: str) -> dict[str, Any]:
+def scorer_entry(text: str) -> dict[str, Any]:
     """A scorer from NAME, NAME=WEIGHTS, or a YAML mapping with a name."""
     if text.lstrip().startswith("{"):
         import yaml
@@ -217,5 +218,5 @@ def _processes() -> dict[str, Any]:
 
 def evaluate_image(classifier: str | None = None) -> None:
     """The command, as it is typed; ends the process."""
-    options = parser(classifier).parse_args()
+    options = image_parser(classifier).parse_args()
     sys.exit(run(options, sys.argv[1:]))

@@ -205,7 +205,7 @@ def compare(
     return Comparison(
         rows=rows,
         kinds=judge.kinds(),
-        differences=_differences(rows, judge.kinds(), first),
+        differences=row_differences(rows, judge.kinds(), first),
         baseline=first,
         grid=grid,
         reference=reference.name,
@@ -243,7 +243,7 @@ def _group(
     return [(system, tuple(own)) for system, own in groups.values()]
 
 
-def _differences(
+def row_differences(
     rows: Sequence[ReportRow], kinds: Sequence[MeasureKind], baseline: int
 ) -> tuple[dict[str, Difference], ...]:
     found = []

@@ -55,6 +55,7 @@ class ReportContent:
     quality: Picture | None
     curves: Picture | None
     provenance: Provenance
+    curves_title: str = "Training"
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,14 @@ class ReportFiles:
 
 
 def build_content(
-    comparison: Comparison, *, provenance: Provenance, curves: Sequence[Curve] = (), title: str = "Evaluation"
+    comparison: Comparison,
+    *,
+    provenance: Provenance,
+    curves: Sequence[Curve] = (),
+    title: str = "Evaluation",
+    curves_title: str = "Training",
 ) -> ReportContent:
-    """Tables, notes and pictures of a comparison; `curves` of training runs are optional."""
+    """Tables, notes and pictures of a comparison; `curves` of training runs, or of videos over time, are optional."""
     grid = comparison.grid
     strips = [("real images", grid.real)] if grid.real is not None else []
     strips += zip(grid.names, grid.pixels, strict=True)
@@ -97,6 +103,7 @@ def build_content(
         quality=None if quality is None else Picture("quality.png", caption, quality),
         curves=plotted,
         provenance=provenance,
+        curves_title=curves_title,
     )
 
 
@@ -104,7 +111,7 @@ def _curve_caption(curves: Sequence[Curve], metrics: Sequence[str]) -> str:
     runs = list(dict.fromkeys(curve.run for curve in curves))
     left_out = len({curve.metric for curve in curves}) - len(metrics)
     rest = f"; {left_out} more metrics stand in metrics.jsonl" if left_out else ""
-    return f"Training metrics over steps of {', '.join(runs)}{rest}"
+    return f"Over steps, of {', '.join(runs)}{rest}"
 
 
 def json_text(comparison: Comparison, *, provenance: Provenance) -> str:
@@ -160,7 +167,7 @@ def markdown_text(content: ReportContent) -> str:
         for picture in content.extremes:
             lines += [f"{picture.caption}  ", _link(picture), ""]
     if content.curves is not None:
-        lines += ["## Training", "", f"{content.curves.caption}.", "", _link(content.curves), ""]
+        lines += [f"## {content.curves_title}", "", f"{content.curves.caption}.", "", _link(content.curves), ""]
     made = content.provenance
     versions = ", ".join(f"{package} {version}" for package, version in made.versions)
     lines += ["## How this was made", "", "```", made.command, "```", ""]
@@ -191,6 +198,7 @@ def write_report(
     provenance: Provenance,
     curves: Sequence[Curve] = (),
     title: str = "Evaluation",
+    curves_title: str = "Training",
 ) -> ReportFiles:
     """Write report.json, report.md, report.html and figures/*.png into `folder`, which is made if it is missing.
 
@@ -198,7 +206,8 @@ def write_report(
     """
     target = Path(folder)
     (target / FIGURE_FOLDER).mkdir(parents=True, exist_ok=True)
-    content = build_content(comparison, provenance=provenance, curves=curves, title=title)
+    words = {"title": title, "curves_title": curves_title}
+    content = build_content(comparison, provenance=provenance, curves=curves, **words)
     files = ReportFiles(target / "report.json", target / "report.md", target / "report.html")
     for picture in (*content.grid, *content.extremes, content.quality, content.curves):
         if picture is not None:

@@ -228,7 +228,7 @@ def parse_systems(
     own_grids = ["own"] * count if grids is None else _one_each(grids, count, option="grid")
     systems = []
     for text, number, scale, grid in zip(pipelines, own_steps, own_guidance, own_grids, strict=True):
-        label, place = _named(text)
+        label, place = named_place(text)
         system = read_system(find_pipeline(place), name=label or Path(place).name, steps=number, guidance=scale)
         systems.append(system if grid == "own" else with_sigmas(system, grid))
     return systems
@@ -238,14 +238,14 @@ def parse_pictures(folders: Sequence[str]) -> list[System]:
     """Folders of finished pictures from "DIR" or "NAME=DIR". Raises ValueError when there is no such folder."""
     systems = []
     for text in folders:
-        label, place = _named(text)
+        label, place = named_place(text)
         if not Path(place).is_dir():
             raise ValueError(f"there is no directory {place}; give a folder of pictures")
         systems.append(System(label or Path(place).absolute().name, place, 0, 1.0, pictures=True))
     return systems
 
 
-def _named(text: str) -> tuple[str | None, str]:
+def named_place(text: str) -> tuple[str | None, str]:
     """(name or None, place). A folder may have an equals sign in its own name."""
     name, separator, path = ("", "", "") if Path(text).is_dir() else text.partition("=")
     return (name, path) if separator else (None, text)

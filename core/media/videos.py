@@ -50,15 +50,6 @@ def read_video(path: str | Path, *, frames: int, height: int, width: int, every:
     raise ValueError(f"{path} has {found} frames; {frames} frames, one of {every}, need {needed}")
 
 
-def read_whole_video(path: str | Path) -> Tensor:
-    """All frames [3, F, H, W] in [0, 1] at their own size. Raises ValueError for none, and for sizes that differ."""
-    frames = [np.asarray(picture) for picture in iterate_frames(path)]
-    sizes = {frame.shape for frame in frames}
-    if len(sizes) != 1:
-        raise ValueError(f"{path} has {len(frames)} frames of {len(sizes)} sizes; a video has one size")
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 255.0
-
-
 def iterate_frames(path: str | Path) -> Iterator[Image.Image]:
     """The frames of a video as RGB pictures, one after the other. Raises ValueError when it cannot be read."""
     place = Path(path)

@@ -63,12 +63,12 @@ def load_dinov2(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype =
     """
     from transformers import Dinov2Model
 
-    network: Any = _load(Dinov2Model, folder, dtype=dtype)
+    network: Any = load_network(Dinov2Model, folder, dtype=dtype)
     return Embedding(
         network,
         lambda found: found.last_hidden_state[:, 0],
         name=f"DINOv2, {network.config.hidden_size} features, bicubic to {DINO_SIDE}",
-        digest=_digest(folder),
+        digest=weights_digest(folder),
         side=DINO_SIDE,
         num_features=network.config.hidden_size,
         normalisation=(IMAGENET_MEAN, IMAGENET_STD),
@@ -82,20 +82,21 @@ def load_clip_vision(folder: str | Path, *, device: str = "cpu", dtype: torch.dt
     """
     from transformers import CLIPVisionModelWithProjection
 
-    network: Any = _load(CLIPVisionModelWithProjection, folder, dtype=dtype)
+    network: Any = load_network(CLIPVisionModelWithProjection, folder, dtype=dtype)
     side = network.config.image_size
     return Embedding(
         network,
         lambda found: F.normalize(found.image_embeds.float(), dim=-1),
         name=f"CLIP at {side} pixels, {network.config.projection_dim} features",
-        digest=_digest(folder),
+        digest=weights_digest(folder),
         side=side,
         num_features=network.config.projection_dim,
         normalisation=(CLIP_MEAN, CLIP_STD),
     ).to(device)
 
 
-def _load(kind: Any, folder: str | Path, *, dtype: torch.dtype) -> nn.Module:
+def load_network(kind: Any, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of transformers, every weight of which is in the folder. Raises ValueError when one is not."""
     place = Path(folder)
     if not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ValueError(
@@ -112,7 +113,8 @@ def _load(kind: Any, folder: str | Path, *, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def _digest(folder: str | Path) -> str:
+def weights_digest(folder: str | Path) -> str:
+    """The digest of all .safetensors of a folder."""
     total = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,26 +116,34 @@ class SampleStore:
 
     def require(self, count: int) -> list[Sample]:
         """Samples 0 ... count - 1. Raises ValueError when some are missing."""
+        return self.require_indices(range(count))
+
+    def require_indices(self, indices: Sequence[int]) -> list[Sample]:
+        """The samples of these indices. Raises ValueError when some are missing."""
         found = self.samples()
-        missing = [index for index in range(count) if index not in found]
+        missing = [index for index in indices if index not in found]
         if missing:
             raise ValueError(
-                f"{self.folder} lacks {len(missing)} of {count} samples (the first is {missing[0]}); draw them "
+                f"{self.folder} lacks {len(missing)} of {len(indices)} samples (the first is {missing[0]}); draw them "
                 "first, by the same command"
             )
-        return [found[index] for index in range(count)]
+        return [found[index] for index in indices]
 
     def path(self, index: int) -> Path:
         """Where sample `index` lies."""
         suffix = ".png" if self.plan.kind == "pictures" else ".mp4"
         return self.folder / f"{index // PER_FOLDER:04d}" / f"{index:06d}{suffix}"
 
-    def add(self, index: int, prompt: str, pixels: Tensor, *, rank: int = 0) -> None:
-        """Write a picture [3, H, W] or a film [3, T, H, W] in [0, 1], and then its line."""
+    def add(self, index: int, prompt: str, pixels: Tensor | Iterable[np.ndarray], *, rank: int = 0) -> None:
+        """Write a picture [3, H, W] or a film [3, T, H, W] in [0, 1], and then its line.
+
+        A film may also come as uint8 frames [H, W, 3] one by one, so that its length does not matter to memory.
+        """
         target = self.path(index)
         target.parent.mkdir(parents=True, exist_ok=True)
-        bytes_ = to_bytes(pixels)
+        bytes_ = to_bytes(pixels) if isinstance(pixels, Tensor) else pixels
         if self.plan.kind == "pictures":
+            assert isinstance(bytes_, np.ndarray)
             partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
             Image.fromarray(bytes_).save(partial, format="PNG", compress_level=PNG_LEVEL)
             partial.replace(target)

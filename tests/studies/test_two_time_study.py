@@ -83,7 +83,7 @@ def test_a_run_without_export_is_judged(repository: Path, tmp_path: Path, monkey
     assert [result["steps"] for result in results] == [1, 2]
     assert all(result["samples"] == 20 and result["figures"]["fid"]["value"] > 0 for result in results)
     # After one step the student is still the teacher, whose blurred means are classified well.
-    assert results[1]["accuracy"]["value"] > 0.5
+    assert results[1]["figures"]["accuracy"]["value"] > 0.5
 
 
 def test_steps_of_the_study() -> None:

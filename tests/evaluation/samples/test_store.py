@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from fewstep.core.media.videos import read_whole_video
 from fewstep.evaluation.samples.draw import fill, missing_blocks
 from fewstep.evaluation.samples.store import MANIFEST, SamplePlan, SampleStore, prompts_digest
+from tests.core.media.test_videos import read_whole_video
 
 PROMPTS = ("a", "b", "c")
 PLAN = SamplePlan("tiny", "mark", {"steps": 2, "guidance": 1.0}, "float32", 0, prompts_digest(PROMPTS))

@@ -1,0 +1,152 @@
+"""Figures and tables of the documents, out of the records that they are of.
+
+A document has marks, which no reader of the page sees:
+
+    FID <!--=dmd_1_fid-->0.87<!--/--> at one step           a figure of docs/figures.yaml
+    <!--table dmd-->                                        a table of it, which goes on to the end mark
+    <!--/table-->
+
+What stands between the marks is written by `python scripts/update_documents.py`, and a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FIGURES = "docs/figures.yaml"
+VALUE = re.compile(r"<!--=(?P<name>\w+)-->(?P<text>.*?)<!--/-->")
+TABLE = re.compile(r"<!--table (?P<name>\w+)-->\n(?P<text>.*?)<!--/table-->", re.DOTALL)
+STEP = re.compile(r"(?P<key>[\w-]+)?(?:\[(?P<choice>[^\]]*)\])?")
+VERDICTS = {True: "better", False: "worse"}
+
+
+def documents(root: Path) -> list[Path]:
+    """The pages that may have marks."""
+    found = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "assets").rglob("README.md")]
+    return [path for path in sorted(found) if "<!--=" in path.read_text(encoding="utf-8") or _has_table(path)]
+
+
+def _has_table(path: Path) -> bool:
+    return "<!--table " in path.read_text(encoding="utf-8")
+
+
+def updated(root: Path, text: str) -> str:
+    """A document with every mark filled from its record.
+
+    Raises ValueError for a mark that docs/figures.yaml does not know, and for a record that lacks what it names.
+    """
+    known = yaml.safe_load((root / FIGURES).read_text(encoding="utf-8"))
+
+    def value(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known["figures"]:
+            raise ValueError(f"{FIGURES} has no figure {name!r}")
+        return f"<!--={name}-->{figure_text(root, known['figures'][name])}<!--/-->"
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known["tables"]:
+            raise ValueError(f"{FIGURES} has no table {name!r}")
+        choice = known["tables"][name]
+        return f"<!--table {name}-->\n{TABLES[choice['kind']](root, choice)}\n<!--/table-->"
+
+    return TABLE.sub(table, VALUE.sub(value, text))
+
+
+def figure_text(root: Path, choice: Mapping[str, Any]) -> str:
+    """A figure as text: `path` in the record `file`, over another path with `over`, times `scale`, in `format`."""
+    found = lookup(root, choice["file"], choice["path"])
+    if "over" in choice:
+        found = found / lookup(root, choice["file"], choice["over"])
+    if isinstance(found, str):
+        return found
+    return format(found * choice.get("scale", 1), choice.get("format", "g"))
+
+
+@cache
+def _record(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lookup(root: Path, file: str, path: str) -> Any:
+    """What a record holds at a path such as rows[name=student,steps=1].summary.fid.median; [0] picks by place.
+
+    Raises ValueError that says where the path ends.
+    """
+    found = _record(root / file)
+    # Brackets may hold dots.
+    for part in re.split(r"\.(?![^\[]*\])", path):
+        match = STEP.fullmatch(part)
+        assert match is not None, part
+        try:
+            if match["key"] is not None:
+                found = found[int(match["key"])] if isinstance(found, list) else found[match["key"]]
+            if match["choice"] is not None:
+                found = _chosen(found, match["choice"])
+        except (KeyError, IndexError, StopIteration) as error:
+            raise ValueError(f"{file} has nothing at {part!r} of {path!r}") from error
+    return found
+
+
+def _chosen(rows: list[Any], choice: str) -> Any:
+    if choice.isdigit():
+        return rows[int(choice)]
+    wanted = [pair.partition("=")[::2] for pair in choice.split(";")]
+    return next(row for row in rows if all(str(row[key]) == value for key, value in wanted))
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """A system and how it is called."""
+    parts = [row["name"]]
+    parts += [] if row["guidance"] == 1 else [f"guidance {row['guidance']:g}"]
+    parts += [row["call"].replace("sigmas ", "grid ").replace(",", ", ")] if row["call"] else []
+    return ", ".join(parts)
+
+
+def _students(root: Path, choice: Mapping[str, Any]) -> str:
+    """Rows of an evaluation: calls, first measures, the difference to the baseline, speed."""
+    content = _record(root / choice["file"])
+    rows = content["rows"]
+    base = next(row for row in rows if not row["minus_baseline"])
+    real = rows[0]["results"][0]["figures"]
+    head = f"| system | calls | FID (real {real['fid']['floor']:.2f}) | minus {row_name(base)}, {base['steps']} steps |"
+    head += (
+        f" right % (real {100 * real['accuracy']['floor']:.1f}) | diversity (real {real['diversity']['floor']:.2f}) |"
+    )
+    lines = [head + " s / image | speed-up |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        calls = f"{row['steps']}{'' if row['guidance'] == 1 else ' x 2'}"
+        name = row_name(row)
+        cells = [f"**{name}**" if len(row["results"]) > 1 else name, calls, _cell(row, "fid", ".2f")]
+        cells += [_difference(row), _cell(row, "accuracy", ".1f", 100), _cell(row, "diversity", ".2f")]
+        seconds = row["latency"]["seconds_per_image"]
+        cells += [f"{seconds:.3f}", f"{base['latency']['seconds_per_image'] / seconds:.1f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], key: str, digits: str, scale: float = 1) -> str:
+    spread = row["summary"][key]
+    if spread["count"] > 1:
+        low, high = spread["minimum"], spread["maximum"]
+    else:
+        low, high = (row["results"][0]["figures"][key][end] for end in ("low", "high"))
+    return f"{format(spread['median'] * scale, digits)} [{format(low * scale, digits)}, {format(high * scale, digits)}]"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    found = row["minus_baseline"].get("fid")
+    if found is None:
+        return "baseline"
+    word = VERDICTS[found["value"] < 0] if found["decided"] else "same"
+    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] {word}"
+
+
+TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {"students": _students}
