@@ -118,7 +118,7 @@ def _causal_source(call: VideoCall, folder: str, *, seed: int, prompts: Sequence
 
         def frames_of(text: str, index: int) -> Iterable[np.ndarray]:
             own = shared_integer(seed, index, "video", 2**31)
-            session = pipeline.open(text, seed=own, **size)
+            session = pipeline.open(text, seed=own, height=size["height"], width=size["width"])
             for output in session.stream(chunks):
                 yield from output.images()
 
