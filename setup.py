@@ -13,6 +13,8 @@ setup(
         f"fewstep.{name}"
         for folder in FOLDERS
         for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
-    ],
-    package_dir={f"fewstep.{folder}": folder for folder in FOLDERS},
+    ]
+    # Configurations are files alone, and installed so that `--config NAME` finds them.
+    + ["fewstep.configs"],
+    package_dir={f"fewstep.{folder}": folder for folder in (*FOLDERS, "configs")},
 )

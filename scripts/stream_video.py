@@ -1,56 +1,7 @@
 """Stream a video of an exported causal student to a file: python scripts/stream_video.py --model runs/x/export
 --prompt "a seven moving left slowly" --chunks 20 --switch 12:"a three moving up slowly" --output seven.gif"""
 
-import argparse
-import sys
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, help="directory of scripts/export_causal_video.py")
-    add("--prompt", required=True, help="what to begin with")
-    add("--chunks", type=int, default=20, help="length of the video in chunks")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--switch", action="append", default=[], metavar="CHUNK:PROMPT", help="another prompt from a chunk on")
-    add("--mode", choices=("recache", "cross_only", "hard"), default="recache", help="what a switch does to the past")
-    add("--actions", nargs="+", help="of a steered student: one name per chunk, the last one repeats")
-    add("--image", help="picture file to begin with")
-    add("--output", default="stream.gif", help=".gif, or .mp4 with fewstep[video]")
-    add("--scale", type=int, default=1, help="enlarge each pixel, for small videos")
-    add("--pipelined", action="store_true", help="decode a chunk while the next one is generated")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the arithmetic")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    import torch
-
-    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, write_video
-    from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
-    from fewstep.causal_video.stream.speed import timed
-    from fewstep.core.media.pictures import read_picture
-
-    try:
-        check_video_path(options.output)
-        switches = [parse_switch(text) for text in options.switch]
-        pipe = CausalVideoPipeline.from_pretrained(
-            options.model, device=options.device, dtype=getattr(torch, options.dtype)
-        )
-        picture = None if options.image is None else read_picture(options.image, *pipe.pixel_size())
-        session = pipe.open(options.prompt, image=picture, seed=options.seed)
-        for chunk, prompt in switches:
-            session.set_prompt(prompt, options.mode, at_chunk=chunk)
-        actions = hold_last(options.actions, options.chunks)
-        outputs, speed = timed(session.stream(options.chunks, actions, pipelined=options.pipelined))
-        images = [image for output in outputs for image in output.images()]
-        write_video(images, options.output, rate=pipe.defaults.frames_per_second, scale=options.scale)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"{options.output}: {len(images)} frames in {len(outputs)} chunks; {speed.text()}")
-
+from fewstep.commands.stream import stream_video
 
 if __name__ == "__main__":
-    main()
+    stream_video(__doc__ or "")

@@ -157,7 +157,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, repository: Path,
     top = {place.split("/")[1] for place in code} | {"kernels"}
     assert {name for name in names if name.endswith("py.typed")} == {f"fewstep/{folder}/py.typed" for folder in top}
     assert {name.split("/")[0] for name in names} == {"fewstep"}
-    assert {name.split("/")[1] for name in names} == top
+    assert {name.split("/")[1] for name in names} == top | {"configs"}
+    configs = {
+        f"fewstep/{path.relative_to(repository).as_posix()}" for path in repository_files if path.suffix == ".yaml"
+    }
+    assert {name for name in names if "/configs/" in name} == {name for name in configs if "/configs/" in name}
+    assert "fewstep/evaluation/vbench/requirements.txt" in names
     templates = [
         f"fewstep/{path.relative_to(repository).as_posix()}"
         for path in repository_files
