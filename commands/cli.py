@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from fewstep.commands.draw_suite import draw_suite
 from fewstep.commands.evaluate_image import evaluate_image
 from fewstep.commands.evaluate_video import evaluate_video
 from fewstep.commands.export import export_causal_video, export_network_folder, export_pipeline
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "export network": ("a network of a run as a folder to start from", export_network_folder),
     "evaluate image": ("judge pipelines or pictures, and write a page", evaluate_image),
     "evaluate video": ("draw, measure, and score videos with VBench", evaluate_video),
+    "evaluate suite": ("pictures for GenEval, DPG-Bench or T2I-CompBench", draw_suite),
     "stream": ("a video of a causal student, to a file", stream_video),
     "configs": ("list the configurations for --config NAME", _list_configs),
 }

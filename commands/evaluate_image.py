@@ -124,7 +124,7 @@ def prepared(options: argparse.Namespace, systems: Sequence[System]) -> tuple[Ju
 
     folder, seeds = Path(options.samples_folder or Path(options.output) / "samples"), tuple(options.seed)
     drawn = {"batch_size": options.batch_size, "device": options.device, "dtype": options.dtype}
-    return judge, Sampling(folder, options.samples, seeds, **drawn, **_processes())
+    return judge, Sampling(folder, options.samples, seeds, **drawn, **this_process())
 
 
 def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, ...]]:
@@ -208,7 +208,7 @@ def _save_statistics(judge: Judge, path: str) -> None:
     real.statistics.save(path)
 
 
-def _processes() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     """This process among those of `accelerate launch`."""
     from accelerate import PartialState
 

@@ -109,6 +109,7 @@ def quality_figure(rows: Sequence[ReportRow], kind: MeasureKind) -> bytes | None
     axes.margins(x=0.15, y=0.2)
     # Beside the axes, where twelve systems hide no point.
     axes.legend(fontsize=8, labelcolor=INK, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     direction = {True: ", lower is better", False: ", higher is better", None: ""}[kind.lower_is_better]
     style_axes(axes, x="seconds per image (log scale)", y=f"{kind.title}{direction}")

@@ -215,7 +215,7 @@ class _Figures:
 
     def error(self, replicates: Tensor, real: ReferenceFeatures, rows: tuple[Tensor, Tensor | None]) -> Error:
         """That of a distance, with the influence of each row."""
-        return Error(replicates, *rows, self.images, self.draws(real).references)
+        return Error.of_distance(replicates, rows, self.draws(real))
 
     def pair(self, metric: str) -> tuple[Tensor, ReferenceFeatures]:
         key = FEATURES[metric]

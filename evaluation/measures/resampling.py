@@ -135,7 +135,7 @@ class Error:
 
     `replicates` [R] are its values in the repetitions. Of a distance, which is a square and no mean, `of_images` [N]
     and `of_references` [M] say how much each row moves it (its influence: N times the derivative in the row's weight),
-    with the populations that the rows are drawn from.
+    with the populations that the rows are drawn from; `linear` [R] is what the influences make of the repetitions.
     """
 
     replicates: Tensor
@@ -143,15 +143,26 @@ class Error:
     of_references: Tensor | None = None
     images: Population | None = None
     references: Population | None = None
+    linear: Tensor | None = None
+
+    @classmethod
+    def of_distance(cls, replicates: Tensor, rows: tuple[Tensor, Tensor | None], draws: Draws) -> Error:
+        """That of a distance with the influences of its rows, from the draws that made the replicates."""
+        of_images, of_references = rows
+        linear = (draws.image_counts() - 1.0) @ of_images / len(of_images)
+        if of_references is not None and draws.references is not None:
+            linear = linear + (draws.reference_counts() - 1.0) @ of_references / len(of_references)
+        return cls(replicates, of_images, of_references, draws.images, draws.references, linear)
 
     def variance(self) -> float:
         """The variance of the figure over samples of these sizes.
 
-        Of a mean it is that of the repetitions, B. A squared distance d^2 of sets whose means err by e has the variance
+        Of a mean it is that of the repetitions. A squared distance d^2 of sets whose means err by e has the variance
         4 d^2 e^2 + 2 e^4 (times constants of the dimension), but repetitions start from the measured distance, which is
-        already too far apart by e^2: B = 4 d^2 e^2 + 6 e^4, three times too much where two sets are of one law. The
-        linear part, L, has 4 d^2 e^2 + 4 e^4. So 2 L - B is right in both cases; it is kept between B / 3 and B, which
-        are its ends. Our own derivation; the simulated coverage of it is a test.
+        already too far apart by e^2: theirs is 4 d^2 e^2 + 6 e^4, three times too much where two sets are of one law.
+        Of it the linear part L has 4 d^2 e^2 + 4 e^4, which the influences give in closed form, and the rest Q, what
+        repetitions have beyond their linear part, 2 e^4. So L - Q is right near and far; it is at least L / 2, which it
+        is where the sets are of one law. Our own derivation; the simulated coverage of it is a test.
 
         Raises ValueError for fewer than two repetitions.
         """
@@ -160,12 +171,13 @@ class Error:
         if not bool(self.replicates.isfinite().all()):
             raise ValueError("a repetition is not a finite number: a measure is broken for the rows that it drew")
         repeated = self.replicates.double().var().item()
-        if self.of_images is None or self.images is None:
+        if self.of_images is None or self.images is None or self.linear is None:
             return repeated
         linear = self.images.variance_of_mean(self.of_images)
         if self.of_references is not None and self.references is not None:
             linear += self.references.variance_of_mean(self.of_references)
-        return min(repeated, max(2.0 * linear - repeated, repeated / 3.0))
+        rest = (self.replicates.double() - self.linear).var().item()
+        return max(linear - rest, linear / 2.0)
 
     @classmethod
     def of_difference(cls, first: Sequence[Error], second: Sequence[Error]) -> Error:
@@ -181,6 +193,7 @@ class Error:
             minus(one.of_references, other.of_references),
             one.images,
             one.references,
+            minus(one.linear, other.linear),
         )
 
     @classmethod
@@ -192,7 +205,8 @@ class Error:
         head = errors[0]
         replicates = torch.stack([one.replicates for one in errors]).mean(dim=0)
         rows = mean([one.of_images for one in errors]), mean([one.of_references for one in errors])
-        return cls(replicates, *rows, head.images, head.references)
+        linear = mean([one.linear for one in errors])
+        return cls(replicates, *rows, head.images, head.references, linear)
 
 
 def interval_of(value: float, error: Error, *, low: float = -math.inf, high: float = math.inf) -> Interval:

@@ -125,8 +125,8 @@ def _video_distance(judge: FilmJudge, films: Films, images: Population) -> tuple
     features = clip_features(judge.extractor, films.files, frames=judge.frames)
     real = judge.reference
     draws = Draws(images, Population(len(real)), judge.repetitions)
-    influences = distance_influences(features, real)
-    error = Error(distance_replicates(features, real, draws), *influences, images, draws.references)
+    rows = distance_influences(features, real)
+    error = Error.of_distance(distance_replicates(features, real, draws), rows, draws)
     value = feature_distance(features, real)
     between = interval_of(value, error, low=0.0)
     warnings = ()

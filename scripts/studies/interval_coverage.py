@@ -26,19 +26,21 @@ from fewstep.evaluation.provenance import collect_provenance
 SIZE, IMAGES, PICTURES, REPETITIONS = 16, 500, 500, 200
 # Shifts of the two systems' features from those of real pictures: far apart, near, equal, and both of the real law.
 CASES = {"far": (0.4, 0.1), "near": (0.15, 0.1), "equal": (0.2, 0.2), "real": (0.0, 0.0)}
+# Normal features, and features with the heavy tails of a cube.
+LAWS = ("normal", "heavy tails")
 TRUTH_SEED = 1_000_000
 
 Measure = Callable[[Tensor, Tensor], float]
 
 
-def simulated(shifts: tuple[float, float], seed: int) -> tuple[list[Tensor], Tensor]:
-    """Features of two systems that share a part of their noise, and of real pictures, not Gaussian."""
+def simulated(law: str, shifts: tuple[float, float], seed: int) -> tuple[list[Tensor], Tensor]:
+    """Features of two systems that share a part of their noise, and of real pictures."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> Tensor:
-        # Of a heavier tail, and correlated along the features.
+        # Correlated along the features.
         normal = torch.randn(count, SIZE, generator=generator).cumsum(dim=1) / SIZE**0.5
-        return normal + 0.3 * normal**3 / 3
+        return normal if law == "normal" else normal + 0.3 * normal**3 / 3
 
     reference, shared = draw(PICTURES), draw(IMAGES)
     own = [draw(IMAGES) for _ in shifts]
@@ -51,20 +53,22 @@ def errors_of(measure: str, side: Tensor, reference: Tensor, draws: Draws) -> Er
         rows, replicates = distance_influences(side, reference), distance_replicates(side, reference, draws)
     else:
         rows, replicates = kid_influences(side, reference), kid_replicates(side, reference, draws)
-    return Error(replicates, *rows, draws.images, draws.references)
+    return Error.of_distance(replicates, rows, draws)
 
 
-def coverage(measure: str, shifts: tuple[float, float], *, trials: int, truth_trials: int) -> dict[str, float]:
+def coverage(
+    measure: str, law: str, shifts: tuple[float, float], *, trials: int, truth_trials: int
+) -> dict[str, float]:
     """Shares of trials whose interval holds the truth: of ours, and of repetitions alone."""
     function: Measure = feature_distance if measure == "fid" else kernel_inception_distance
     truth = 0.0
     if shifts[0] != shifts[1]:
-        found = (simulated(shifts, TRUTH_SEED + trial) for trial in range(truth_trials))
+        found = (simulated(law, shifts, TRUTH_SEED + trial) for trial in range(truth_trials))
         truth = statistics.fmean(function(sides[0], real) - function(sides[1], real) for sides, real in found)
     hits, plain = 0, 0
     widths = []
-    for trial in tqdm(range(trials), desc=f"{measure} {shifts}"):
-        sides, reference = simulated(shifts, trial)
+    for trial in tqdm(range(trials), desc=f"{measure} {law} {shifts}"):
+        sides, reference = simulated(law, shifts, trial)
         draws = Draws(Population(IMAGES), Population(PICTURES), REPETITIONS, seed=trial)
         values = [[function(side, reference)] for side in sides]
         errors = [[errors_of(measure, side, reference, draws)] for side in sides]
@@ -85,11 +89,12 @@ def main() -> None:
     parser.add_argument("--output", default="assets/benchmarks/interval_coverage.json")
     options = parser.parse_args()
     found = {
-        measure: {
-            name: coverage(measure, shifts, trials=options.trials, truth_trials=options.truth_trials)
+        f"{measure}, {law}": {
+            name: coverage(measure, law, shifts, trials=options.trials, truth_trials=options.truth_trials)
             for name, shifts in CASES.items()
         }
         for measure in ("fid", "kid")
+        for law in LAWS
     }
     made = collect_provenance("scripts/studies/interval_coverage.py", arguments=sys.argv[1:])
     sizes = {"features": SIZE, "images": IMAGES, "references": PICTURES, "repetitions": REPETITIONS}

@@ -73,6 +73,42 @@ def test_report_of_two_systems(
     assert (export_folder / "distillation.json").read_bytes() == card
 
 
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(repository, pipeline_folder, classifier_folder, tmp_path) -> None:
+    """The same pictures to the byte, and the same figures."""
+    common = [
+        *(
+            "--pipeline",
+            str(pipeline_folder),
+            "--steps",
+            "1",
+            "--guidance",
+            "1",
+            "--samples",
+            "40",
+            "--batch_size",
+            "8",
+        ),
+        *("--reference", "digits", "--classifier", str(classifier_folder), "--timing_repeats", "0"),
+    ]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    found = []
+    for start in ([], launch):
+        output = tmp_path / f"out{len(found)}"
+        command = [sys.executable, *start, str(SCRIPT), *common, "--output", str(output)]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=170)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (store,) = [path for path in (output / "samples").iterdir() if "_grid" not in path.name]
+        digests = {
+            one["file"]: one["sha256"] for one in map(json.loads, (store / "manifest.jsonl").read_text().splitlines())
+        }
+        figures = json.loads((output / "report.json").read_text())["rows"][0]["results"][0]["figures"]
+        found.append((digests, figures))
+    assert len(found[0][0]) == 40
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

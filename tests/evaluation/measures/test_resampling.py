@@ -111,12 +111,12 @@ def simulated(drifts: tuple[float, float], seed: int) -> tuple[list[Tensor], Ten
 
 def fid_error(generated: Tensor, reference: Tensor, draws: Draws) -> Error:
     rows = distance_influences(generated, reference)
-    return Error(distance_replicates(generated, reference, draws), *rows, draws.images, draws.references)
+    return Error.of_distance(distance_replicates(generated, reference, draws), rows, draws)
 
 
 def kid_error(generated: Tensor, reference: Tensor, draws: Draws) -> Error:
     rows = kid_influences(generated, reference)
-    return Error(kid_replicates(generated, reference, draws), *rows, draws.images, draws.references)
+    return Error.of_distance(kid_replicates(generated, reference, draws), rows, draws)
 
 
 @pytest.mark.slow
