@@ -75,6 +75,8 @@ class RunConfig:
     """Print the resolved configuration, step grid, parameters and memory, make one step on fake data and exit."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the trained networks; weights, losses and EMA stay in fp32."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow", "none"], ...] = ("tensorboard",)
+    """What shows metrics and sample grids beside metrics.jsonl: a list, or [none]. Prompts are not sent as text."""
     max_seconds: float | None = None
     """Save and stop cleanly after this many seconds of this start; empty is no limit."""
 
@@ -90,8 +92,17 @@ class RunConfig:
                 f"batch_size: given {self.batch_size}, which is not divisible by gradient_accumulation "
                 f"{self.gradient_accumulation}; change one of them"
             )
+        if not self.trackers or len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers: given {list(self.trackers)}, allowed is a list of different ones, or [none]")
+        if "none" in self.trackers and len(self.trackers) > 1:
+            raise ValueError(f"trackers: given {list(self.trackers)}, and none stands alone")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds: given {self.max_seconds}, allowed is a number > 0 or null")
+
+    @property
+    def shown_by(self) -> tuple[str, ...]:
+        """The trackers, without the word for no tracker."""
+        return tuple(name for name in self.trackers if name != "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The one reader and the one writer of videos: folders of numbered pictures, animations, and files such as mp4.
 
-Files other than animations go through imageio-ffmpeg, which `pip install 'fewstep[video]'` brings.
+Files other than animations go through imageio-ffmpeg, an extra of this package (`video`).
 
 Shapes: videos [3, F, H, W] in [0, 1], frames uint8 [H, W, 3].
 """
@@ -22,7 +22,7 @@ from fewstep.core.media.pictures import as_rgb, find_pictures, fit_picture, open
 FILM_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 ANIMATION_SUFFIXES = (".gif", ".png", ".webp", ".apng")
 VIDEO_SUFFIXES = (*FILM_SUFFIXES, *ANIMATION_SUFFIXES)
-NEEDS_FFMPEG = "needs imageio-ffmpeg: pip install 'fewstep[video]'"
+NEEDS_FFMPEG = "needs imageio-ffmpeg: pip install imageio-ffmpeg"
 
 
 def require_ffmpeg(path: str | Path) -> None:

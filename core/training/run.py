@@ -121,6 +121,7 @@ class Run(Generic[C]):
         # The start is looked at before any step, so that a wrong teacher or prompt is seen at once.
         if trainer.step == 0:
             watch.begin()
+            self._show_samples()
         while not trainer.should_stop():
             self._step_finished = False
             yield trainer.step
@@ -128,9 +129,14 @@ class Run(Generic[C]):
                 raise RuntimeError(f"step {trainer.step} was not finished; call finish_step once in each step")
             if trainer.sample_due:
                 watch.save_samples()
+                self._show_samples()
             if trainer.checkpoint_due:
                 trainer.save(watch.state())
         self.exit_code = trainer.finish(watch.state())
+
+    def _show_samples(self) -> None:
+        if self.trainer.is_main:
+            self.directory.show_samples(self.trainer.step)
 
     def finish_step(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Count the step and record its metrics."""
@@ -171,7 +177,8 @@ def open_run(config: C) -> Iterator[Run[C]]:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             # A protocol cannot say that these are dataclasses.
             config = replace(config, run=replace(config.run, directory=folder, resume=None))  # pyright: ignore[reportArgumentType]
-        directory = RunDirectory(Path(config.run.directory), resume=config.run.resume)
+        run = config.run
+        directory = RunDirectory(Path(run.directory), resume=run.resume, trackers=run.shown_by)
         trainer = Trainer(config.run, directory)
         stack.callback(trainer.close)
         yield Run(config, trainer, directory, dry=dry, stack=stack)

@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration
 environment.json  versions, device and threads of the last start
 metrics.jsonl     one record per logged step, steps ascending, each once
-tensorboard/      the same numbers for TensorBoard
+tensorboard/      the same numbers, and the grids, for TensorBoard, where it is among run.trackers
 samples/          grids of samples
 checkpoint-N/     complete checkpoints after N steps
 """
@@ -13,17 +13,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fewstep.core.config import save_resolved
 from fewstep.core.training.checkpoint import find_resume, list_checkpoints, set_aside_newer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from fewstep.core.training.trackers import Trackers
 
 CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE = "config.yaml", "environment.json", "metrics.jsonl"
 _PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -39,7 +37,9 @@ class RunDirectory:
             run for a directory that has its own.
     """
 
-    def __init__(self, path: str | Path, *, resume: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, resume: str | None = None, trackers: Sequence[str] = ("tensorboard",)
+    ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run directory {self.path} is a file; choose another directory")
@@ -57,8 +57,7 @@ class RunDirectory:
             )
         self.samples = self.path / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)
-        self._tensorboard: SummaryWriter | None = None
-        self._purge_step: int | None = None
+        self.trackers = Trackers(trackers, self.path)
 
     def write_config(self, config: Any) -> Path:
         """Keep the resolved configuration, a dataclass, as a file that reads back to an equal one."""
@@ -91,7 +90,7 @@ class RunDirectory:
             replacement = path.with_name(f".{METRICS_FILE}.partial")
             replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             replacement.replace(path)
-        self._purge_step = step + 1
+        self.trackers.begin(step)
         return set_aside_newer(self.path, step)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -106,19 +105,17 @@ class RunDirectory:
             file.write(json.dumps({name: _finite_or_word(value) for name, value in record.items()}) + "\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand numbers to TensorBoard; its writer starts at the first call."""
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the first process needs it
+        """Hand numbers to the trackers, which start at the first call."""
+        self.trackers.scalars(step, values)
 
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+    def show_samples(self, step: int) -> None:
+        """Hand the grid of samples after `step` steps to the trackers."""
+        if self.sample_path(step).is_file():
+            self.trackers.picture(step, self.sample_path(step))
 
     def close(self) -> None:
         """Flush and close what is open."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        self.trackers.close()
 
     def _is_kept(self, line: str, number: int, lines: list[str], step: int) -> bool:
         try:

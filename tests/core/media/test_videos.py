@@ -73,7 +73,7 @@ def test_broken_films_are_named(tmp_path: Path) -> None:
 
 def test_without_ffmpeg_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs imageio-ffmpeg: pip install 'fewstep\[video\]'"):
+    with pytest.raises(ValueError, match="needs imageio-ffmpeg: pip install imageio-ffmpeg"):
         write_film(moving_square(1), tmp_path / "a.mp4", rate=8)
 
 
