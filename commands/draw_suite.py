@@ -20,7 +20,7 @@ def _options(about: str) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=16, help="images per call")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", help="None: as the weights are stored")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="None: as the weights are stored")
     return parser.parse_args()
 
 
@@ -33,7 +33,10 @@ def draw_suite(about: str = "") -> None:
 
         suite = read_suite(options.suite, options.prompts, count=options.count)
         system = read_system(find_pipeline(options.pipeline), steps=options.steps, guidance=options.guidance)
-        from fewstep.commands.evaluate_image import this_process
+        from fewstep.commands.evaluate_image import require_device, require_folder, this_process
+
+        require_folder(options.output)
+        require_device(options.device)
         from fewstep.evaluation.samples.pipelines import Sampling, draw_stores
 
         folder, count = Path(options.output), len(suite.asked)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.scorers.scorer import Scorer
     from fewstep.evaluation.systems import System
 
+DTYPES = ("float32", "bfloat16", "float16")
 # Where nothing is asked for: what can be had of digits, of real pictures, and of a file of statistics.
 DEFAULT_METRICS = {"digits": "fid,kid,classes", "pictures": "fid,kid,prc", "statistics": "fid", "nothing": ""}
 
@@ -50,7 +51,7 @@ def image_parser(classifier: str | None = None) -> argparse.ArgumentParser:
     add("--classifier", default=classifier, help="folder of the digits classifier, for --reference digits")
     add("--batch_size", type=int, default=16, help="images per call")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", help="float32, bfloat16 or float16; None: as the weights are stored")
+    add("--dtype", choices=DTYPES, help="None: as the weights are stored")
     add("--workers", type=int, default=0, help="processes that read pictures")
     add("--timing_repeats", type=int, default=5, help="timed calls per system; 0 leaves speed out")
     add("--timing_batch", type=int, default=1, help="images per timed call")
@@ -93,15 +94,19 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> str | None:
 
 
 def chosen_systems(options: argparse.Namespace) -> list[System]:
-    """Pipelines and folders of pictures, in the order of the command line. Raises ValueError."""
+    """Pipelines, and then folders of pictures, each in the order of the command line. Raises ValueError."""
     from fewstep.evaluation import systems
 
     systems.require_samples(options.samples)
+    require_folder(options.output)
+    if len(set(options.seed)) < len(options.seed) or not all(0 <= seed < 2**63 for seed in options.seed):
+        raise ValueError(f"--seed is {options.seed}; give different ones from 0 on")
     if not options.pipeline and not options.pictures:
         raise ValueError("nothing to judge: give --pipeline DIR, or --pictures DIR")
     found = systems.parse_systems(
         options.pipeline, steps=options.steps, guidance=options.guidance, grids=options.grid
     ) + systems.parse_pictures(options.pictures)
+    systems.require_names(found)
     if not 0 <= options.baseline < len(found):
         raise ValueError(f"--baseline is {options.baseline}, and there are {len(found)} systems, counted from 0")
     return found
@@ -109,6 +114,7 @@ def chosen_systems(options: argparse.Namespace) -> list[System]:
 
 def prepared(options: argparse.Namespace, systems: Sequence[System]) -> tuple[Judge, Sampling]:
     """The judge with its references read, and how samples are drawn. Raises ValueError."""
+    require_device(options.device)
     from fewstep.evaluation.systems import pick_reference
 
     real = pick_reference(options.reference, systems, prompts=options.prompts, cut=options.reference_fit == "cut")
@@ -125,6 +131,25 @@ def prepared(options: argparse.Namespace, systems: Sequence[System]) -> tuple[Ju
     folder, seeds = Path(options.samples_folder or Path(options.output) / "samples"), tuple(options.seed)
     drawn = {"batch_size": options.batch_size, "device": options.device, "dtype": options.dtype}
     return judge, Sampling(folder, options.samples, seeds, **drawn, **this_process())
+
+
+def require_folder(output: str) -> None:
+    """Raises ValueError when something that is no folder is where one is to be written."""
+    for place in (Path(output), *Path(output).parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{place} is a file; name a folder for --output")
+            return
+
+
+def require_device(device: str) -> None:
+    """Raises ValueError for a device that torch does not know or does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, ...]]:
@@ -150,6 +175,9 @@ def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, 
         own = places.pop(entry["name"], None)
         if own is not None:
             entry.setdefault("weights", own)
+    twice = [entry["name"] for entry in entries]
+    if len(set(twice)) < len(twice) or len(set(named)) < len(named):
+        raise ValueError(f"a measure is named twice in {[*named, *twice]}; give each once")
     if not names and not entries:
         raise ValueError("nothing to measure: give --metrics, or --scorer")
     for name in places:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fewstep.commands.draw_videos import VideoSource
     from fewstep.evaluation.vbench.suite import Suite
 
+PER_PROMPT = 100
 NO_VBENCH = "give --prompts FILE, or --vbench_root DIR for VBench's own"
 
 
@@ -55,7 +56,7 @@ def _sample_options(stage: argparse.ArgumentParser) -> None:
     add("--rate", type=int, help="frames per second; None: the export's, or 16")
     add("--batch_size", type=int, default=1)
     add("--device", default="cpu", help="cpu or cuda")
-    add("--dtype", help="None: as the weights are stored")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="None: as the weights are stored")
 
 
 def _score_options(stage: argparse.ArgumentParser) -> None:
@@ -101,9 +102,14 @@ def _measure_options(stage: argparse.ArgumentParser) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Draw what is missing of the store, by all processes, and write the folder for VBench. Raises ValueError."""
+    from fewstep.commands.evaluate_image import require_device, require_folder
     from fewstep.core.media.videos import require_ffmpeg
 
     require_ffmpeg("a store of videos")
+    require_folder(options.output)
+    require_device(options.device)
+    if options.rate is not None and options.rate < 1:
+        raise ValueError(f"--rate is {options.rate}; use at least 1 frame per second")
     suite, videos, texts = _asked(options)
     source = _source(options, list(texts.values()))
     from accelerate import PartialState
@@ -148,7 +154,10 @@ def _asked(options: argparse.Namespace) -> tuple[Suite | None, list[Any], dict[s
         prompts = list(dict.fromkeys(read_prompts(options.prompts)))
         texts = read_extended(options.extended, prompts)
         pairs = enumerate(prompts)
-        videos = [Video(p, n, place * options.count + n) for place, p in pairs for n in range(options.count)]
+        if options.count > PER_PROMPT:
+            raise ValueError(f"count is {options.count}; at most {PER_PROMPT} videos a prompt")
+        # A fixed stride, so that a video is the same whatever the count.
+        videos = [Video(p, n, place * PER_PROMPT + n) for place, p in pairs for n in range(options.count)]
         return None, videos, texts
     suite = Suite.read(options.vbench_root)
     dimensions = parse_dimensions(options.dimensions)
@@ -204,13 +213,17 @@ def measure(options: argparse.Namespace) -> None:
     """Judge films and write a page. Raises ValueError."""
     import torch
 
-    from fewstep.commands.evaluate_image import load_scorer_entries, scorer_entry
+    from fewstep.commands.evaluate_image import load_scorer_entries, require_device, require_folder, scorer_entry
     from fewstep.core.media.videos import VIDEO_SUFFIXES
     from fewstep.evaluation import provenance, report, table
     from fewstep.evaluation.scorers.frames import FrameScore
     from fewstep.evaluation.systems import named_place
     from fewstep.evaluation.video import features, judge
 
+    require_folder(options.output)
+    require_device(options.device)
+    if options.repetitions < 2:
+        raise ValueError(f"--repetitions is {options.repetitions}; use at least 2 (200 is usual)")
     pairs = [named_place(text) for text in options.videos]
     films = [judge.Films.read(name or Path(place).absolute().name, place) for name, place in pairs]
     scorers = load_scorer_entries([scorer_entry(text) for text in options.scorer], options.device)

@@ -91,6 +91,7 @@ def judge_store(
 ) -> EvaluationResult:
     """Judge the first `count` samples of a store; features are kept beside it. Raises ValueError for missing ones."""
     samples = store.require(count)
+    store.require_unchanged(samples)
     files = _Files(
         [store.folder / one.file for one in samples],
         [one.prompt for one in samples],

@@ -159,7 +159,7 @@ def judge_material(judge: Judge, material: Material, *, system: System, seed: in
     """All figures of one set of samples. `seed` is the one they were drawn with."""
     figures, errors = _Figures(judge, material, seed=seed).all()
     head = (system.name, system.steps, system.guidance, seed, len(material.prompts))
-    return EvaluationResult(*head, figures, errors, rank_images(judge, material))
+    return EvaluationResult(*head, figures, errors, rank_images(judge, material), system.path)
 
 
 def rank_images(judge: Judge, material: Material) -> Ranking | None:

@@ -205,6 +205,8 @@ def write_report(
     figures/samples.png holds all rows of the sample grid with their names, for a page of one's own.
     """
     target = Path(folder)
+    # Before anything is written: a figure that is no number leaves an earlier page as it was.
+    data = json_text(comparison, provenance=provenance)
     (target / FIGURE_FOLDER).mkdir(parents=True, exist_ok=True)
     words = {"title": title, "curves_title": curves_title}
     content = build_content(comparison, provenance=provenance, curves=curves, **words)
@@ -219,7 +221,7 @@ def write_report(
     if len({row.shape[2:] for row in rows}) == 1:
         # Pictures of several sizes make no one grid; each has its strip.
         save_grid(rows, target / FIGURE_FOLDER / "samples.png", labels=labels)
-    files.json.write_text(json_text(comparison, provenance=provenance), encoding="utf-8")
+    files.json.write_text(data, encoding="utf-8")
     files.markdown.write_text(markdown_text(content), encoding="utf-8")
     files.html.write_text(html_text(content), encoding="utf-8")
     return files

@@ -66,6 +66,7 @@ class EvaluationResult:
     figures: dict[str, Measured]
     errors: dict[str, Error] = field(default_factory=dict, repr=False)
     ranking: Ranking | None = None
+    run: str = ""
 
     def value(self, key: str) -> float:
         """The figure of that key. Raises ValueError when it was not measured."""
@@ -128,8 +129,16 @@ class ReportRow:
             return None
         if len(counts) != 1:
             return None
-        values = [[result.figures[key].value for result in row.results] for row in (self, other)]
-        return paired_difference(values[0], values[1], (sides[0], sides[1]))
+        (values, errors), (others, other_errors) = (row._by_run(key) for row in (self, other))
+        return paired_difference(values, others, (errors, other_errors))
+
+    def _by_run(self, key: str) -> tuple[list[float], list[Error]]:
+        """The mean of the figure over the seeds of each training run, and its error."""
+        runs: dict[str, list[EvaluationResult]] = {}
+        for result in self.results:
+            runs.setdefault(result.run, []).append(result)
+        values = [statistics.fmean(one.figures[key].value for one in own) for own in runs.values()]
+        return values, [Error.of_mean([one.errors[key] for one in own]) for own in runs.values()]
 
     def guidance_text(self) -> str:
         """What follows a name where there is guidance or a call of its own."""

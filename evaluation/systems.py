@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fewstep.core.media.pictures import find_pictures
 from fewstep.evaluation.samples.identity import stored_dtype
 
 RECORD_FILE = "distillation.json"
@@ -86,8 +88,8 @@ def read_system(
     if chosen_steps is None or chosen_guidance is None:
         missing = "steps" if chosen_steps is None else "guidance"
         raise ValueError(f"{folder} has no {RECORD_FILE} that tells its {missing}; give --{missing}")
-    if chosen_steps < 1:
-        raise ValueError(f"steps is {chosen_steps}; use at least 1")
+    if chosen_steps < 1 or not math.isfinite(chosen_guidance):
+        raise ValueError(f"steps is {chosen_steps} and guidance {chosen_guidance}; use at least 1, and a finite number")
     # Times belong to the step count they were written for.
     fits = chosen_steps == own_steps
     sigmas, timesteps = (record.get(key) if fits else None for key in ("sigmas", "timesteps"))
@@ -241,8 +243,29 @@ def parse_pictures(folders: Sequence[str]) -> list[System]:
         label, place = named_place(text)
         if not Path(place).is_dir():
             raise ValueError(f"there is no directory {place}; give a folder of pictures")
+        # Empty folders and unreadable kinds are seen before anything is drawn.
+        require_samples(len(find_pictures(place)))
         systems.append(System(label or Path(place).absolute().name, place, 0, 1.0, pictures=True))
     return systems
+
+
+def require_names(systems: Sequence[System]) -> None:
+    """Systems of one name, steps, guidance and call are training runs of one recipe, and so are other pipelines.
+
+    Raises ValueError for one that comes twice, for folders of pictures of one name, and for different pipelines whose
+    folders merely have the same name.
+    """
+    seen: dict[tuple[str, int, float, str], list[System]] = {}
+    for system in systems:
+        seen.setdefault((system.name, system.steps, system.guidance, system.call), []).append(system)
+    for (name, *_), same in seen.items():
+        paths = {str(Path(one.path).resolve()) for one in same}
+        if len(paths) < len(same):
+            raise ValueError(f"{name} is given twice with the same call; give it once")
+        if len(same) > 1 and (same[0].pictures or any(name == Path(one.path).name for one in same)):
+            raise ValueError(
+                f"{len(same)} systems are called {name}; write NAME=DIR, with one name for runs of one recipe alone"
+            )
 
 
 def named_place(text: str) -> tuple[str | None, str]:

@@ -45,7 +45,7 @@ class Table:
 
 
 def number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def spread_text(spread: Spread, *, digits: int, scale: float = 1.0) -> str:
@@ -71,9 +71,9 @@ def cell(row: ReportRow, kind: MeasureKind) -> str:
 
 def difference_text(difference: Difference, kind: MeasureKind) -> str:
     """A difference with its sign and interval, and what it says: better, worse, or not told apart."""
-    value, low, high = (
-        f"{number_ * kind.scale:+.{kind.digits}f}" for number_ in (difference.value, difference.low, difference.high)
-    )
+    ends = (difference.value, difference.low, difference.high)
+    # Plus zero, so that a small negative number is not printed as minus nothing.
+    value, low, high = (f"{round(end * kind.scale, kind.digits) + 0.0:+.{kind.digits}f}" for end in ends)
     return f"{value} [{low}, {high}] {verdict(difference, kind)}"
 
 

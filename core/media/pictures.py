@@ -114,8 +114,12 @@ def find_pictures(folder: str | Path) -> list[Path]:
     if not place.is_dir():
         raise ValueError(f"there is no directory {place}; give a folder of pictures")
     found: list[Path] = []
+    seen = {os.path.realpath(place)}
     for parent, folders, names in os.walk(place, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A link to a folder above would come again and again.
+        ways = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, way in ways.items() if way not in seen]
+        seen |= set(ways.values())
         for name in names:
             suffix = Path(name).suffix.lower()
             # Copies from other systems bring files such as ._name.png, which are no pictures.

@@ -182,7 +182,7 @@ class Error:
     @classmethod
     def of_difference(cls, first: Sequence[Error], second: Sequence[Error]) -> Error:
         """That of the mean over `first` minus the mean over `second`, from the same draws of the same rows."""
-        one, other = cls._mean(first), cls._mean(second)
+        one, other = cls.of_mean(first), cls.of_mean(second)
 
         def minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else a - b
@@ -197,7 +197,9 @@ class Error:
         )
 
     @classmethod
-    def _mean(cls, errors: Sequence[Error]) -> Error:
+    def of_mean(cls, errors: Sequence[Error]) -> Error:
+        """That of the mean of figures of the same draws."""
+
         def mean(parts: Sequence[Tensor | None]) -> Tensor | None:
             known = [part for part in parts if part is not None]
             return torch.stack(known).mean(dim=0) if len(known) == len(errors) else None

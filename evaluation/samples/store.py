@@ -54,12 +54,13 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished sample: its place in the store, its prompt, and the digest of its file."""
+    """A finished sample: its place in the store, its prompt, and digest and length of its file."""
 
     index: int
     file: str
     prompt: str
     sha256: str
+    length: int
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -77,7 +78,7 @@ class SampleStore:
         self.folder, self.plan = Path(folder), plan
         file = self.folder / STORE_FILE
         if file.is_file():
-            self._require_same(json.loads(file.read_text(encoding="utf-8")))
+            self._require_same(_read_plan(file))
         elif self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files and no {STORE_FILE}; name a new folder for samples")
         else:
@@ -89,7 +90,7 @@ class SampleStore:
         file = Path(folder) / STORE_FILE
         if not file.is_file():
             raise ValueError(f"{folder} is no store of samples: it has no {STORE_FILE}")
-        return cls(folder, SamplePlan(**json.loads(file.read_text(encoding="utf-8"))))
+        return cls(folder, SamplePlan(**_read_plan(file)))
 
     def _require_same(self, known: dict[str, Any]) -> None:
         own = json.loads(json.dumps(asdict(self.plan)))
@@ -101,7 +102,7 @@ class SampleStore:
                 )
 
     def samples(self) -> dict[int, Sample]:
-        """All finished samples by index whose files are there."""
+        """All finished samples by index whose files are there, and as long as they were."""
         found: dict[int, Sample] = {}
         for manifest in sorted(self.folder.glob("manifest*.jsonl")):
             for line in manifest.read_text(encoding="utf-8").split("\n"):
@@ -110,7 +111,8 @@ class SampleStore:
                 except (ValueError, TypeError):
                     # An empty line, or the last one of a process that was killed in the middle of it.
                     continue
-                if (self.folder / sample.file).is_file():
+                file = self.folder / sample.file
+                if file.is_file() and file.stat().st_size == sample.length:
                     found[sample.index] = sample
         return found
 
@@ -128,6 +130,16 @@ class SampleStore:
                 "first, by the same command"
             )
         return [found[index] for index in indices]
+
+    def require_unchanged(self, samples: Sequence[Sample]) -> None:
+        """Raises ValueError for a file that is another one than was drawn."""
+        for sample in samples:
+            with (self.folder / sample.file).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != sample.sha256:
+                    raise ValueError(
+                        f"{self.folder / sample.file} was changed after it was drawn; delete it, and the same command "
+                        "draws it again"
+                    )
 
     def path(self, index: int) -> Path:
         """Where sample `index` lies."""
@@ -152,7 +164,8 @@ class SampleStore:
             write_film(bytes_, target, rate=self.plan.rate)
         with target.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        line = json.dumps(asdict(Sample(index, str(target.relative_to(self.folder)), prompt, digest)))
+        place, length = str(target.relative_to(self.folder)), target.stat().st_size
+        line = json.dumps(asdict(Sample(index, place, prompt, digest, length)))
         with (self.folder / f"manifest.{rank}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(("" if stream.tell() == 0 else "\n") + line)
 
@@ -163,6 +176,17 @@ class SampleStore:
         write_text(self.folder / MANIFEST, lines)
         for part in self.folder.glob("manifest.*.jsonl"):
             part.unlink()
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        SamplePlan(**known)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} says no longer what the samples beside it are ({error}); remove that folder"
+        ) from error
+    return known
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:

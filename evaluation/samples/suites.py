@@ -6,6 +6,7 @@ Their judges run elsewhere, in environments of their own; what they need is prom
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,14 +62,18 @@ def read_suite(kind: str, place: str | Path, *, count: int | None = None) -> Pic
 
 
 def write_suite(suite: PictureSuite, store: SampleStore, output: str | Path) -> Path:
-    """Write the benchmark's folder; pictures that are there are kept. Raises ValueError for missing samples."""
-    target = Path(output)
+    """Write the benchmark's folder anew, in place of an earlier one. Raises ValueError for missing samples."""
+    final = Path(output)
     samples = store.require(len(suite.asked))
     files = [store.folder / sample.file for sample in samples]
+    target = final.with_name(f".{final.name}.draft")
+    shutil.rmtree(target, ignore_errors=True)
     for number, (prompt, record) in enumerate(zip(suite.prompts, suite.records, strict=True)):
         own = files[number * suite.count : (number + 1) * suite.count]
         SUITES[suite.kind][1](target, number, prompt, record, own)
-    return target
+    shutil.rmtree(final, ignore_errors=True)
+    target.rename(final)
+    return final
 
 
 def _read_geneval(place: Path) -> list[tuple[str, Any]]:
@@ -102,11 +107,8 @@ def _write_dpg(target: Path, number: int, prompt: str, record: Any, files: Seque
     tiles = [np.asarray(open_picture(file)) for file in files]
     grid = np.concatenate([np.concatenate(tiles[:2], axis=1), np.concatenate(tiles[2:], axis=1)], axis=0)
     file = target / f"{record}.png"
-    if not file.is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        Image.fromarray(grid).save(partial, format="PNG")
-        partial.replace(file)
+    target.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).save(file, format="PNG")
 
 
 def _read_compbench(place: Path) -> list[tuple[str, Any]]:
@@ -128,8 +130,6 @@ def _write_compbench(target: Path, number: int, prompt: str, record: Any, files:
 
 def _copy(source: Path, target: Path) -> None:
     """A second name of the same file; a copy where the file system has none."""
-    if target.is_file():
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.hardlink_to(source.resolve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def read_results(folder: str | Path) -> dict[str, Scored]:
             for name, (raw, videos) in json.loads(file.read_text(encoding="utf-8")).items():
                 if name not in DIMENSIONS:
                     raise ValueError(f"the dimension {name!r} is unknown")
+                if not math.isfinite(float(raw)):
+                    raise ValueError(f"the score of {name} is {raw}")
                 found[name] = _scored(float(raw), videos)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is no result of VBench: {error}") from error

@@ -35,7 +35,7 @@ def result(name: str, steps: int, *, seed: int, fid: float, noise: float = 0.1) 
         "diversity": Measured(4.0, 3.9, 4.1, 500, "digits", floor=4.5),
     }
     errors = {key: Error(figure.value + noise * NOISE) for key, figure in figures.items()}
-    return EvaluationResult(name, steps, 1.0, seed, 500, figures, errors)
+    return EvaluationResult(name, steps, 1.0, seed, 500, figures, errors, run=f"runs/{seed}")
 
 
 def latency(seconds: float) -> LatencyResult:
@@ -206,3 +206,19 @@ def test_provenance_names_hardware_and_no_host() -> None:
     assert len(made.hardware) > 2
     assert dict(made.versions)["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert platform.node() not in (made.hardware, made.command)
+
+
+def test_seeds_of_one_run_are_paired_and_no_training_runs() -> None:
+    """Two seeds of each of two students: the difference is within seeds, and their distance between seeds is no
+    spread.
+    """
+    rows = []
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        own = [result(name, 1, seed=seed, fid=2.0 + 10.0 * seed + shift, noise=0.01) for seed in (0, 1)]
+        same = tuple(EvaluationResult(name, 1, 1.0, one.seed, 500, one.figures, one.errors, run=name) for one in own)
+        rows.append(ReportRow(name, 1, 1.0, same))
+    difference = rows[1].difference(rows[0], "fid")
+    assert difference is not None
+    assert difference.value == pytest.approx(0.5)
+    assert difference.decided
+    assert difference.high - difference.low < 0.1

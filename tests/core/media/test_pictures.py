@@ -156,3 +156,9 @@ def test_the_middle_is_kept() -> None:
     picture = fit_picture(Image.fromarray(wide), 4, 4)
     assert picture.shape == (3, 4, 4)
     assert float(picture.min()) == 1.0
+
+
+def test_links_to_folders_above_are_not_walked_again(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert [path.name for path in find_pictures(tmp_path)] == ["a.png"]

@@ -144,3 +144,18 @@ def test_videos_are_films(tmp_path: Path) -> None:
     store.add(7, "a", clip)
     assert store.path(7).name == "000007.mp4"
     assert (read_whole_video(store.path(7)) - clip).abs().max() < 0.03
+
+
+def test_files_that_were_changed_are_seen(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path / "s", PLAN)
+    fill(store, draw, PROMPTS, 3, batch_size=1)
+    whole = store.path(1).read_bytes()
+    store.path(1).write_bytes(whole[:-4])
+    assert sorted(store.samples()) == [0, 2]
+    store.path(1).write_bytes(whole[:-1] + b"x")
+    samples = store.require(3)
+    with pytest.raises(ValueError, match=r"000001\.png was changed after it was drawn; delete it"):
+        store.require_unchanged(samples)
+    (tmp_path / "s" / "store.json").write_text("{")
+    with pytest.raises(ValueError, match=r"store\.json says no longer what the samples"):
+        SampleStore.open(tmp_path / "s")

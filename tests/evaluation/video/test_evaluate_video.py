@@ -18,6 +18,8 @@ from tests.evaluation.vbench.suite_files import write_suite
 from tests.tiny_videos import build_video_pipeline
 
 SIZE = ("--height", "32", "--width", "32")
+# Of two videos of each of three prompts, which have places for a hundred.
+PLACES = (0, 1, 100, 101, 200, 201)
 
 
 def call(*arguments: object) -> str | int | None:
@@ -67,7 +69,7 @@ def stores(stock: Path, causal: Path, prompts: Path, tmp_path_factory: pytest.Te
 def test_stock_pipelines_and_causal_students_fill_stores(stores: dict[str, Path], causal: Path) -> None:
     for name, frames in (("stock", 9), ("causal", 1 + 8 + 8)):
         store = SampleStore.open(stores[name])
-        samples = store.require(6)
+        samples = store.require_indices(PLACES)
         assert [one.prompt for one in samples] == ["a cat", "a cat", "a dog", "a dog", "a cow", "a cow"]
         films = [list(iterate_frames(store.folder / one.file)) for one in samples]
         assert [len(film) for film in films] == [frames] * 6
@@ -77,9 +79,9 @@ def test_stock_pipelines_and_causal_students_fill_stores(stores: dict[str, Path]
     assert plan.call["chunk_starts"] == [0, 1, 9]
     # A stream of the same seed is the same video.
     pipeline = CausalVideoPipeline.from_pretrained(causal)
-    seed = draw_videos.shared_integer(0, 3, "video", 2**31)
+    seed = draw_videos.shared_integer(0, 101, "video", 2**31)
     chunks = [output.images() for output in pipeline.stream("a dog", chunks=3, seed=seed)]
-    film = list(iterate_frames(stores["causal"] / SampleStore.open(stores["causal"]).require(6)[3].file))
+    film = list(iterate_frames(stores["causal"] / SampleStore.open(stores["causal"]).require_indices(PLACES)[3].file))
     shown = torch.tensor([picture.getpixel((5, 5)) for picture in film]).float()
     expected = torch.cat([torch.from_numpy(part[:, 5, 5].copy()) for part in chunks]).float()
     assert (shown - expected).abs().mean() < 12.0
@@ -93,7 +95,7 @@ def test_a_resume_makes_nothing_twice(stock: Path, prompts: Path, tmp_path: Path
     store = SampleStore.open(tmp_path / "store")
     before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*.mp4")}
     assert len(before) == 3
-    store.path(1).unlink()
+    store.path(100).unlink()
     assert call(*arguments) is None
     after = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*.mp4")}
     assert [after[path] == before[path] for path in sorted(before)] == [True, False, True]
