@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.core.media.pictures import natural_order, open_picture
-from fewstep.evaluation.samples.atomic import write_text
+from fewstep.evaluation.samples.atomic import link_file, write_text
 from fewstep.evaluation.samples.store import SampleStore
 
 LONGEST_NAME = 255
@@ -92,7 +92,7 @@ def _write_geneval(target: Path, number: int, prompt: str, record: Any, files: S
     folder = target / f"{number:05d}"
     write_text(folder / "metadata.jsonl", json.dumps(record) + "\n")
     for place, file in enumerate(files):
-        _copy(file, folder / "samples" / f"{place:04d}.png")
+        link_file(file, folder / "samples" / f"{place:04d}.png")
 
 
 def _read_dpg(place: Path) -> list[tuple[str, Any]]:
@@ -125,18 +125,7 @@ def _read_compbench(place: Path) -> list[tuple[str, Any]]:
 def _write_compbench(target: Path, number: int, prompt: str, record: Any, files: Sequence[Path]) -> None:
     """samples/PROMPT_000000.png, numbered through all prompts."""
     for place, file in enumerate(files):
-        _copy(file, target / "samples" / f"{prompt}_{number * len(files) + place:06d}.png")
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A second name of the same file; a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_bytes(source.read_bytes())
-        partial.replace(target)
+        link_file(file, target / "samples" / f"{prompt}_{number * len(files) + place:06d}.png")
 
 
 Reader = Callable[[Path], list[tuple[str, Any]]]

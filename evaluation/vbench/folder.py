@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fewstep.evaluation.samples.atomic import write_text
+from fewstep.evaluation.samples.atomic import link_file, write_text
 from fewstep.evaluation.samples.store import SampleStore
 from fewstep.evaluation.vbench.suite import Video
 
@@ -32,7 +31,7 @@ def write_folder(store: SampleStore, videos: Sequence[Video], *, extended: Mappi
     for video, sample in zip(videos, samples, strict=True):
         target, source = output / video.name, (store.folder / sample.file).resolve()
         if not target.exists():
-            _link(source, target)
+            link_file(source, target)
         record = {
             "file": video.name,
             "prompt": video.prompt,
@@ -45,16 +44,6 @@ def write_folder(store: SampleStore, videos: Sequence[Video], *, extended: Mappi
         lines.append(json.dumps(record) + "\n")
     write_text(output.parent / f"{output.name}.{MANIFEST}", "".join(lines))
     return output
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name of the same file; a copy where the file system has none."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_bytes(source.read_bytes())
-        os.replace(partial, target)
 
 
 def missing_videos(folder: Path, videos: Sequence[Video]) -> list[str]:
