@@ -17,15 +17,12 @@ from fewstep.evaluation.measures.frechet import (
     LEAST_OF_LINE,
     distance_at_infinity,
     distance_influences,
-    distance_replicates,
 )
 from fewstep.evaluation.measures.kernel import (
     clip_maximum_mean_discrepancy,
     cmmd_influences,
-    cmmd_replicates,
     kernel_inception_distance,
     kid_influences,
-    kid_replicates,
 )
 from fewstep.evaluation.measures.neighbours import density_coverage, nearest_distance, precision_recall
 from fewstep.evaluation.measures.resampling import Draws, Error, Population, interval_of, proportion_interval
@@ -213,9 +210,9 @@ class _Figures:
             pictures = Population(len(real.features), strata=real.labels)
         return Draws(self.images, pictures, self.judge.repetitions if count is None else count, self.judge.seed)
 
-    def error(self, replicates: Tensor, real: ReferenceFeatures, rows: tuple[Tensor, Tensor | None]) -> Error:
-        """That of a distance, with the influence of each row."""
-        return Error.of_distance(replicates, rows, self.draws(real))
+    def error(self, real: ReferenceFeatures, rows: tuple[Tensor, Tensor | None]) -> Error:
+        """That of a distance, from the influence of each row."""
+        return Error.of_distance(rows, self.draws(real))
 
     def pair(self, metric: str) -> tuple[Tensor, ReferenceFeatures]:
         key = FEATURES[metric]
@@ -239,8 +236,7 @@ class _Figures:
         target = real.statistics if real.features is None else real.features
         found = None
         if self.judge.repetitions:
-            rows = distance_influences(generated, target)
-            found = self.error(distance_replicates(generated, target, self.draws(real)), real, rows)
+            found = self.error(real, distance_influences(generated, target))
         self.put(metric, own.distance(real.statistics), found, real=real, floor=self.floor(real, feature_distance))
 
     def at_infinity(self) -> None:
@@ -260,8 +256,7 @@ class _Figures:
         strata = self.strata(real)
         found = None
         if self.judge.repetitions:
-            rows = kid_influences(generated, real.features, strata=strata)
-            found = self.error(kid_replicates(generated, real.features, self.draws(real), strata=strata), real, rows)
+            found = self.error(real, kid_influences(generated, real.features, strata=strata))
         value = kernel_inception_distance(generated, real.features, strata=strata)
         self.put("kid", value, found, real=real, floor=self.kid_floor(real))
 
@@ -277,8 +272,7 @@ class _Figures:
         assert real.features is not None
         found = None
         if self.judge.repetitions:
-            rows = cmmd_influences(generated, real.features)
-            found = self.error(cmmd_replicates(generated, real.features, self.draws(real)), real, rows)
+            found = self.error(real, cmmd_influences(generated, real.features))
         value = clip_maximum_mean_discrepancy(generated, real.features)
         self.put("cmmd", value, found, real=real, floor=self.floor(real, clip_maximum_mean_discrepancy))
 

@@ -1,6 +1,6 @@
-"""Frechet distances of features: FID and FD-DINOv2, their repetitions, and what remains at infinitely many images.
+"""Frechet distances of features: FID and FD-DINOv2, their errors, and what remains at infinitely many images.
 
-Shapes: generated features [N, D], reference features [M, D], replicates [R].
+Shapes: generated features [N, D], reference features [M, D].
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.measures.resampling import Draws
 from fewstep.evaluation.measures.statistics import CHUNK, FeatureStatistics, frechet_distance, require_features
 
 # Of the line through FID over 1 / N (arXiv:1911.07023, section 4): its number of points, and the smallest N over the
@@ -16,55 +15,6 @@ from fewstep.evaluation.measures.statistics import CHUNK, FeatureStatistics, fre
 LINE_POINTS = 15
 LINE_START, PER_FEATURE = 0.1, 2.4
 LEAST_OF_LINE = 40
-
-
-def distance_replicates(generated: Tensor, reference: FeatureStatistics | Tensor, draws: Draws) -> Tensor:
-    """The Frechet distance in each repetition [R].
-
-    References that are statistics alone (an .npz file) stay as they are: their own uncertainty is then left out.
-    """
-    fixed = None if isinstance(reference, Tensor) else _Root.of_statistics(reference.mean, reference.covariance)
-    found = []
-    for number in range(draws.count):
-        rows = draws.reference_rows(number)
-        if fixed is None:
-            assert isinstance(reference, Tensor)
-            own = _Root.of_features(reference, rows)
-        else:
-            own = fixed
-        one = FeatureStatistics.from_features(generated, source="", rows=draws.image_rows(number))
-        found.append(own.distance(one))
-    return torch.tensor(found, dtype=torch.float64)
-
-
-class _Root:
-    """A factor F [k, D] of a covariance F^T F, which gives tr (A B)^(1/2) as a sum over eigenvalues of F B F^T."""
-
-    def __init__(self, mean: Tensor, factor: Tensor, trace: float) -> None:
-        self.mean, self.factor, self.trace = mean, factor, trace
-
-    @classmethod
-    def of_statistics(cls, mean: Tensor, covariance: Tensor) -> _Root:
-        values, vectors = torch.linalg.eigh(covariance.double())
-        factor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
-        return cls(mean.double(), factor, covariance.trace().item())
-
-    @classmethod
-    def of_features(cls, features: Tensor, rows: Tensor | None) -> _Root:
-        if rows is not None and len(rows) >= features.shape[1]:
-            one = FeatureStatistics.from_features(features, source="", rows=rows)
-            return cls.of_statistics(one.mean, one.covariance)
-        chosen = (features if rows is None else features[rows]).double()
-        mean = chosen.mean(dim=0)
-        # Fewer pictures than features: they are the factor themselves, and the smaller matrix.
-        factor = (chosen - mean) / (len(chosen) - 1) ** 0.5
-        return cls(mean, factor, factor.square().sum().item())
-
-    def distance(self, other: FeatureStatistics) -> float:
-        inner = self.factor @ other.covariance @ self.factor.T
-        cross = torch.linalg.eigvalsh(inner).clamp(min=0.0).sqrt().sum().item()
-        moved = (self.mean - other.mean).square().sum().item()
-        return moved + self.trace + other.covariance.trace().item() - 2.0 * cross
 
 
 def distance_influences(generated: Tensor, reference: FeatureStatistics | Tensor) -> tuple[Tensor, Tensor | None]:

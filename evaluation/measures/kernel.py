@@ -1,9 +1,9 @@
 """Kernel distances of features: KID, unbiased also for sets that are balanced over classes, and CMMD.
 
 Both are a mean of a kernel over pairs, computed in blocks of rows, so memory does not grow with the square of the
-images. Repetitions are weights on the rows: a picture drawn twice must not count as a pair with itself.
+images.
 
-Shapes: generated [N, D], reference [M, D], weights [R, N] and [R, M] (how often a row counts), values [R].
+Shapes: generated [N, D], reference [M, D].
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.measures.resampling import Draws
 from fewstep.evaluation.measures.statistics import require_features
 
 BLOCK = 1024
@@ -46,15 +45,14 @@ def kernel_inception_distance(
     Without labels the value is that of one subset of all images; packages that average subsets of 1,000 estimate the
     same with more noise. Raises ValueError for fewer than two rows, or two of a label.
     """
-    weights = tuple(torch.ones(1, len(side), dtype=torch.float64) for side in (generated, reference))
-    return _kid(generated, reference, weights, strata)[0].item()
-
-
-def kid_replicates(
-    generated: Tensor, reference: Tensor, draws: Draws, *, strata: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """KID in each repetition [R]."""
-    return _kid(generated, reference, (draws.image_counts(), draws.reference_counts()), strata)
+    for side in (generated, reference):
+        require_features(side, least=2)
+    labels = (None, None) if strata is None else strata
+    return (
+        _mean_of_other_pairs(generated, labels[0])
+        + _mean_of_other_pairs(reference, labels[1])
+        - 2.0 * _pair_sum(generated, reference, polynomial_kernel) / (len(generated) * len(reference))
+    )
 
 
 def kid_influences(
@@ -96,64 +94,32 @@ def _influences(own: Tensor, other: Tensor, labels: Tensor | None, kernel: Kerne
     return values - values.mean()
 
 
-def _kid(
-    generated: Tensor, reference: Tensor, weights: tuple[Tensor, ...], strata: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    for side in (generated, reference):
-        require_features(side, least=2)
-    first, second = weights
-    labels = (None, None) if strata is None else strata
-    cross = _pair_sums(generated, reference, first, second, polynomial_kernel)
-    cross /= first.sum(dim=1) * second.sum(dim=1)
-    return (
-        _mean_of_other_pairs(generated, first, labels[0])
-        + _mean_of_other_pairs(reference, second, labels[1])
-        - 2.0 * cross
-    )
-
-
-def _mean_of_other_pairs(features: Tensor, weights: Tensor, labels: Tensor | None) -> Tensor:
-    """Mean kernel of two different rows [R]; with labels, as two independent draws would have it."""
+def _mean_of_other_pairs(features: Tensor, labels: Tensor | None) -> float:
+    """Mean kernel of two different rows; with labels, as two independent draws would have it."""
+    count = len(features)
     if labels is None:
-        return _other_pairs(features, weights)[0]
-    whole = _pair_sums(features, features, weights, weights, polynomial_kernel)
-    total = weights.sum(dim=1)
-    result = whole / total**2
+        return (_pair_sum(features, features, polynomial_kernel) - _own_sum(features)) / (count * (count - 1))
+    result = _pair_sum(features, features, polynomial_kernel) / count**2
     for label in labels.unique():
-        mine = labels == label
-        if int(mine.sum()) < 2:
+        rows = features[labels == label]
+        if len(rows) < 2:
             raise ValueError(f"label {int(label)} has one picture; a set balanced over labels needs two of each")
-        mean, inside = _other_pairs(features[mine], weights[:, mine])
-        share = weights[:, mine].sum(dim=1) / total
         # Pairs of one label: out as they are counted above, with each picture and itself, and in as different ones.
-        result += share**2 * mean - inside / total**2
+        whole = _pair_sum(rows, rows, polynomial_kernel)
+        mean = (whole - _own_sum(rows)) / (len(rows) * (len(rows) - 1))
+        result += (len(rows) / count) ** 2 * mean - whole / count**2
     return result
 
 
-def _other_pairs(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean kernel over pairs of different rows, sum over all pairs), each [R]."""
-    whole = _pair_sums(features, features, weights, weights, polynomial_kernel)
-    own = (features.double().square().sum(dim=1) / features.shape[1] + 1.0).to(weights.device) ** 3
-    squares = weights.square()
-    pairs = weights.sum(dim=1) ** 2 - squares.sum(dim=1)
-    mean = (whole - squares @ own) / pairs
-    if bool((pairs == 0.0).any()):
-        # A draw that leaves one picture of a few has no pair: it counts with those of all.
-        every = _other_pairs(features, torch.ones(1, len(features), dtype=torch.float64))[0]
-        mean = torch.where(pairs == 0.0, every, mean)
-    return mean, whole
+def _own_sum(features: Tensor) -> float:
+    """The kernel of each row with itself, summed."""
+    return ((features.double().square().sum(dim=1) / features.shape[1] + 1.0) ** 3).sum().item()
 
 
-def _pair_sums(first: Tensor, second: Tensor, left: Tensor, right: Tensor, kernel: Kernel) -> Tensor:
-    """sum_ij left_i right_j k(x_i, y_j) for each row of weights [R], in blocks of rows."""
-    device = first.device
-    left, right = left.to(device), right.to(device)
+def _pair_sum(first: Tensor, second: Tensor, kernel: Kernel) -> float:
+    """The kernel summed over all pairs, in blocks of rows."""
     other = second.double()
-    total = torch.zeros(len(left), dtype=torch.float64, device=device)
-    for start in range(0, len(first), BLOCK):
-        block = kernel(first[start : start + BLOCK].double(), other)
-        total += ((left[:, start : start + BLOCK] @ block) * right).sum(dim=1)
-    return total.cpu()
+    return sum(kernel(block.double(), other).sum().item() for block in first.split(BLOCK))
 
 
 def clip_maximum_mean_discrepancy(generated: Tensor, reference: Tensor) -> float:
@@ -162,20 +128,9 @@ def clip_maximum_mean_discrepancy(generated: Tensor, reference: Tensor) -> float
     Embeddings are unit vectors [N, D], [M, D]. As the released code has it, each picture also pairs with itself, so the
     value is never negative and a little too high for small sets; the paper's Eq. 5 leaves these pairs out.
     """
-    weights = (torch.ones(1, len(generated), dtype=torch.float64), torch.ones(1, len(reference), dtype=torch.float64))
-    return _cmmd(generated, reference, weights)[0].item()
 
+    def mean(first: Tensor, second: Tensor) -> float:
+        return _pair_sum(first, second, gaussian_kernel) / (len(first) * len(second))
 
-def cmmd_replicates(generated: Tensor, reference: Tensor, draws: Draws) -> Tensor:
-    """CMMD in each repetition [R]."""
-    return _cmmd(generated, reference, (draws.image_counts(), draws.reference_counts()))
-
-
-def _cmmd(generated: Tensor, reference: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    sides, totals = (generated, reference), [side.sum(dim=1) for side in weights]
-
-    def mean(i: int, j: int) -> Tensor:
-        sums = _pair_sums(sides[i], sides[j], weights[i], weights[j], gaussian_kernel)
-        return sums / (totals[i] * totals[j])
-
-    return CMMD_SCALE * (mean(0, 0) + mean(1, 1) - 2.0 * mean(0, 1))
+    own = mean(generated, generated) + mean(reference, reference)
+    return CMMD_SCALE * (own - 2.0 * mean(generated, reference))

@@ -19,7 +19,7 @@ from fewstep.core.media.videos import VIDEO_SUFFIXES, iterate_frames
 from fewstep.core.training.sample_grid import ROW_FRAMES
 from fewstep.evaluation.curves import Curve
 from fewstep.evaluation.evaluate import Comparison, SampleGrid, row_differences
-from fewstep.evaluation.measures.frechet import distance_influences, distance_replicates
+from fewstep.evaluation.measures.frechet import distance_influences
 from fewstep.evaluation.measures.resampling import Draws, Error, Population, interval_of
 from fewstep.evaluation.measures.statistics import feature_distance
 from fewstep.evaluation.results import EvaluationResult, Measured, MeasureKind, ReportRow
@@ -125,8 +125,7 @@ def _video_distance(judge: FilmJudge, films: Films, images: Population) -> tuple
     features = clip_features(judge.extractor, films.files, frames=judge.frames)
     real = judge.reference
     draws = Draws(images, Population(len(real)), judge.repetitions)
-    rows = distance_influences(features, real)
-    error = Error.of_distance(distance_replicates(features, real, draws), rows, draws)
+    error = Error.of_distance(distance_influences(features, real), draws)
     value = feature_distance(features, real)
     between = interval_of(value, error, low=0.0)
     warnings = ()

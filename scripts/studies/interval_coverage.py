@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluation.measures.frechet import distance_influences, distance_replicates
-from fewstep.evaluation.measures.kernel import kernel_inception_distance, kid_influences, kid_replicates
+from fewstep.evaluation.measures.frechet import distance_influences
+from fewstep.evaluation.measures.kernel import kernel_inception_distance, kid_influences
 from fewstep.evaluation.measures.resampling import Draws, Error, Population, paired_difference
 from fewstep.evaluation.measures.statistics import feature_distance
 from fewstep.evaluation.provenance import collect_provenance
@@ -49,11 +49,18 @@ def simulated(law: str, shifts: tuple[float, float], seed: int) -> tuple[list[Te
 
 def errors_of(measure: str, side: Tensor, reference: Tensor, draws: Draws) -> Error:
     """The error of a measure as an evaluation has it."""
-    if measure == "fid":
-        rows, replicates = distance_influences(side, reference), distance_replicates(side, reference, draws)
-    else:
-        rows, replicates = kid_influences(side, reference), kid_replicates(side, reference, draws)
-    return Error.of_distance(replicates, rows, draws)
+    influences = distance_influences if measure == "fid" else kid_influences
+    return Error.of_distance(influences(side, reference), draws)
+
+
+def repeated(function: Measure, side: Tensor, reference: Tensor, draws: Draws) -> Error:
+    """The plain bootstrap, for comparison: the measure of drawn rows. Of KID pairs of a row with itself are in it."""
+    values = []
+    for number in range(draws.count):
+        rows = draws.reference_rows(number)
+        assert rows is not None
+        values.append(function(side[draws.image_rows(number)], reference[rows]))
+    return Error(torch.tensor(values, dtype=torch.float64))
 
 
 def coverage(
@@ -73,10 +80,10 @@ def coverage(
         values = [[function(side, reference)] for side in sides]
         errors = [[errors_of(measure, side, reference, draws)] for side in sides]
         ours = paired_difference(values[0], values[1], (errors[0], errors[1]))
-        alone = [[Error(one[0].replicates)] for one in errors]
-        repeated = paired_difference(values[0], values[1], (alone[0], alone[1]))
+        alone = [[repeated(function, side, reference, draws)] for side in sides]
+        drawn = paired_difference(values[0], values[1], (alone[0], alone[1]))
         hits += ours.low <= truth <= ours.high
-        plain += repeated.low <= truth <= repeated.high
+        plain += drawn.low <= truth <= drawn.high
         widths.append(ours.high - ours.low)
     share = {"ours": hits / trials, "repetitions_alone": plain / trials}
     return {**share, "truth": truth, "median_width": statistics.median(widths), "trials": trials}

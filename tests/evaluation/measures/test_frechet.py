@@ -15,8 +15,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fewstep.evaluation.measures import statistics
-from fewstep.evaluation.measures.frechet import distance_at_infinity, distance_replicates
-from fewstep.evaluation.measures.resampling import Draws, Population
+from fewstep.evaluation.measures.frechet import distance_at_infinity
 from fewstep.evaluation.measures.statistics import FeatureStatistics, feature_distance, frechet_distance
 
 
@@ -108,22 +107,6 @@ def test_fid_of_gaussian_samples_approaches_the_closed_form() -> None:
     generated = torch.randn(50_000, 3, dtype=torch.float64) * 2.0 + 1.0
     reference = torch.randn(50_000, 3, dtype=torch.float64)
     assert feature_distance(generated, reference) == pytest.approx(3.0 + 3.0, rel=0.03)
-
-
-@pytest.mark.parametrize("pictures", [200, 12])
-def test_repetitions_are_distances_of_the_drawn_rows(pictures: int) -> None:
-    """Also with fewer reference pictures than features, where another factor is taken."""
-    generated, reference = torch.randn(90, 20) + 0.3, torch.randn(pictures, 20)
-    draws = Draws(Population(90), Population(pictures), count=4, seed=5)
-    found = distance_replicates(generated, reference, draws)
-    expected = [
-        feature_distance(generated[draws.image_rows(one)], reference[draws.reference_rows(one)]) for one in range(4)
-    ]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
-    assert len(found.unique()) == 4
-    fixed = FeatureStatistics.from_features(reference, source="")
-    still = distance_replicates(generated, fixed, Draws(Population(90), None, count=2, seed=5))
-    assert still[1].item() == pytest.approx(feature_distance(generated[draws.image_rows(1)], reference), rel=1e-7)
 
 
 def test_the_line_ends_at_infinitely_many_images() -> None:
