@@ -14,7 +14,7 @@ def _export_pipeline_options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=FORMATTER)
     add = parser.add_argument
     add("--run", required=True, help="run directory")
-    add("--checkpoint", default="latest", help="latest, the name of a checkpoint of the run, or a path")
+    add("--checkpoint", default="latest", help="latest, best, the name of a checkpoint of the run, or a path")
     add("--weights", choices=("ema", "live"), default="ema", help="moving average, or the weights of the last step")
     add("--output", help="directory to write; default: export in the run directory")
     add("--steps", type=int, help="of the exported sampler, for consistency students; default: the run's")
@@ -54,7 +54,7 @@ def _export_causal_video_options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=FORMATTER)
     add = parser.add_argument
     add("--run", required=True, help="run directory of scripts/train_causal_video.py")
-    add("--checkpoint", default="latest", help="latest, the name of a checkpoint of the run, or a path")
+    add("--checkpoint", default="latest", help="latest, best, the name of a checkpoint of the run, or a path")
     add("--weights", choices=("ema", "live"), default="ema", help="moving average, or the weights of the last step")
     add("--output", help="directory to write; default: export in the run directory")
     add("--steps", type=int, nargs="+", help="network calls of each chunk, such as 4 2; default: the run's")
@@ -106,7 +106,7 @@ def _export_network_folder_options(about: str) -> argparse.Namespace:
     add = parser.add_argument
     add("--run", required=True, help="run directory")
     add("--role", choices=("student", "student_live", "fake_score"), default="student", help="student: its average")
-    add("--checkpoint", default="latest", help="latest, the name of a checkpoint of the run, or a path")
+    add("--checkpoint", default="latest", help="latest, best, the name of a checkpoint of the run, or a path")
     add("--output", required=True, help="folder to create")
     add("--dtype", choices=DTYPES, default="float32", help="of the network's file")
     return parser.parse_args()

@@ -24,6 +24,7 @@ from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
 from fewstep.core.settings import FakeScoreConfig, GridStudentConfig, SampleDataConfig, TeacherConfig
 from fewstep.dmd.config import MatchingConfig
+from fewstep.evaluation.validation import ValidationConfig
 
 FlowMapSettings: TypeAlias = MeanflowConfig | ImfConfig | AlphaflowConfig | DmfConfig | AnyflowConfig
 MethodSettings: TypeAlias = ScmConfig | DcmConfig | EctConfig | PairsConfig | FlowMapSettings | SprintConfig | McmConfig
@@ -99,6 +100,8 @@ class ConsistencyConfig:
     """dcm of motion and a discriminator of frames, for teachers of videos."""
     pairs: PairsConfig | None = None
     """Regression on the teacher's samples of given noise."""
+    validation: ValidationConfig | None = None
+    """Measures while it trains, and the best weights kept; leave it out for none."""
     matching: ConsistencyMatchingConfig | None = None
     """Distribution matching beside scm, dcm or anyflow; needs the section fake_score."""
     fake_score: FakeScoreConfig | None = None

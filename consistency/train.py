@@ -48,6 +48,7 @@ from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import matching_at
+from fewstep.dmd.validation import build_validation, check_validation, watched
 
 
 def train_consistency(config: ConsistencyConfig) -> int:
@@ -61,12 +62,15 @@ def train_consistency(config: ConsistencyConfig) -> int:
     Raises:
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
     """
+    check_validation(config.validation)
     data = ConsistencyData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer)
+        validation = build_validation(config.validation, config.data, setup, trainer)
         setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
+        watch = watched(watch, validation)
         notes = (partial(describe_run, config, setup, trainer), partial(check_tangent, config, setup, trainer))
         for _ in run.steps(watch, *notes, beside=config.student_settings.save):
             run.finish_step(train_step(config, setup, trainer))

@@ -18,6 +18,7 @@ from fewstep.core.settings import (
     TimeLawConfig,
 )
 from fewstep.evaluation.scorers.settings import ScorerListConfig
+from fewstep.evaluation.validation import ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +292,8 @@ class DmdConfig:
     """The gradient of a reward beside it; leave it out for none."""
     noised_data: NoisedDataConfig | None = None
     """Noised real data as the student's input; leave it out for backward simulation (DMD2)."""
+    validation: ValidationConfig | None = None
+    """Measures while it trains, and the best weights kept; leave it out for none."""
 
     def __post_init__(self) -> None:
         require_one_method(self)

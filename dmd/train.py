@@ -22,6 +22,7 @@ from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
 from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
+from fewstep.dmd.validation import build_validation, check_validation, watched
 from fewstep.evaluation.scorers.failure import keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
@@ -51,12 +52,15 @@ def train_dmd(config: DmdConfig, *, scorers: Sequence[Scorer] | None = None) -> 
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
         RewardError: a scorer failed; the step's start is saved first.
     """
+    check_validation(config.validation)
     data = DmdData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         setup = build_setup(config, data, trainer, scorers=scorers)
+        validation = build_validation(config.validation, config.data, setup, trainer)
         setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
+        watch = watched(watch, validation)
         for _ in run.steps(watch, partial(describe_run, config, setup, trainer), beside=config.student_settings.save):
             with keeping_failures(run):
                 run.finish_step(train_step(config, setup, trainer))

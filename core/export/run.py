@@ -24,6 +24,7 @@ from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.settings import ModelSource
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.training.best import best_checkpoint
 from fewstep.core.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from fewstep.core.two_time import add_second_time
 from fewstep.core.weights import EMA_FILE, LIVE_FILE
@@ -58,7 +59,7 @@ def export_run(
 
     Args:
         run: run directory with student.json and checkpoints.
-        checkpoint: "latest", the name of a checkpoint of this run, or a path.
+        checkpoint: "latest", "best" by the run's validation, the name of a checkpoint of this run, or a path.
         weights: the moving average or the live weights.
         output: directory to create; by default "export" in the run directory.
         steps: of the exported sampler, if not the run's; for consistency students, which are trained at all times.
@@ -171,8 +172,14 @@ def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettin
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """A checkpoint of a run by name, by path, or the latest. Raises ValueError that names those there are."""
+    """A checkpoint of a run by name, by path, the latest, or its best weights. Raises ValueError that names those there
+    are."""
     known = ", ".join(path.name for path in list_checkpoints(run)) or "none"
+    if checkpoint == "best":
+        found = best_checkpoint(run)
+        if found is None:
+            raise ValueError(f"{run} holds no best weights: a run with the section validation keeps them; use latest")
+        return found
     if checkpoint == "latest":
         found = latest_checkpoint(run)
         if found is None:

@@ -33,6 +33,7 @@ from fewstep.dmd.reward.sections import (
 from fewstep.dmd.reward.sections import DecayConfig as DecayConfig
 from fewstep.evaluation.scorers.settings import ScorerConfig as ScorerConfig
 from fewstep.evaluation.scorers.settings import ScorerListConfig, read_scorer
+from fewstep.evaluation.validation import ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +192,8 @@ class RewardRunConfig:
     rollout."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What is measured beside the reward."""
+    validation: ValidationConfig | None = None
+    """Measures while it trains, and the best weights kept; leave it out for none."""
     rtdmd: RtdmdConfig | None = None
     """RTDMD."""
     gndm: GndmConfig | None = None

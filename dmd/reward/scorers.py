@@ -1,4 +1,7 @@
-"""The one table of scorers: from a name in a configuration or on a command line to the scorer with its weights."""
+"""The one table of scorers: from a name in a configuration or on a command line to the scorer with its weights.
+
+And the judge of a validation, which may hold samples against the embedded digits.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from fewstep.embedded.digits.held_out_classifier import load_held_out
+from fewstep.embedded.digits.reference import judge_of
 from fewstep.embedded.digits.scorers import Slant, StrokeWeight, load_digit_log_probability
 from fewstep.embedded.moving_digits.scorers import ClipLight, ClipMotionError, load_clip_digit, load_clip_motion
+from fewstep.evaluation.choice import Choice
+from fewstep.evaluation.judge import Judge
 from fewstep.evaluation.scorers.clip import load_aesthetic, load_clip_score, load_hpsv2, load_pickscore
 from fewstep.evaluation.scorers.frames import FrameScore
 from fewstep.evaluation.scorers.prefix import PrefixedScorer
 from fewstep.evaluation.scorers.remote import RemoteScorer
 from fewstep.evaluation.scorers.scorer import Scorer
 from fewstep.evaluation.scorers.settings import ScorerConfig
+from fewstep.evaluation.systems import SHOWN_SIDE, OwnReference, parse_split
+from fewstep.evaluation.validation import ValidationConfig
 
 SHIPPED_JUDGES = "a folder of judges as weights, such as assets/digits_video/judges"
 
@@ -169,3 +177,15 @@ def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device, video
             raise ValueError(f"scorer {entry.name} cannot be reached: {error}") from error
         found.append(scorer if entry.prompt_prefix is None else PrefixedScorer(scorer, entry.prompt_prefix))
     return tuple(FrameScore(each) if videos and not each.card.needs_video else each for each in found)
+
+
+def load_judge(config: ValidationConfig, prompts: str, *, device: torch.device) -> Judge:
+    """The judge of a validation, on the device, without intervals; `prompts` is the run's file, where it has no own.
+
+    Raises ValueError that says what is missing or unknown.
+    """
+    choice = Choice(config.measures, config.weights, config.protocol, device=str(device), repetitions=0)
+    split = parse_split(config.reference)
+    own = OwnReference(config.prompts or prompts, config.reference, SHOWN_SIDE, SHOWN_SIDE)
+    scorers = load_scorers(config.scorers, device=device)
+    return judge_of(own if split is None else split, choice, classifier=config.classifier or "", scorers=scorers)

@@ -25,6 +25,7 @@ from fewstep.dmd.reward.rollout import draw_rollout
 from fewstep.dmd.reward.scores import Pending, StepRewards, collect, compare, rewards_of_slice
 from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.reward.student_step import RewardMethod, joined_loss
+from fewstep.dmd.validation import build_validation, check_validation, watched
 from fewstep.evaluation.scorers.failure import RewardError, agree, keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
@@ -43,14 +44,17 @@ def train_reward(config: RewardRunConfig, *, scorers: Sequence[Scorer] | None = 
         RewardError: a scorer failed; where no weight had changed yet, the step's start is saved first.
     """
     needs = needs_of(config)
+    check_validation(config.validation)
     data = RewardData.read(config, needs)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer
         require_whole_groups(config.reward.group_size, config.run, trainer)
         setup = build_setup(config, needs, data, trainer, scorers=scorers)
+        validation = build_validation(config.validation, config.data, setup, trainer)
         setup.teacher.free_after_setup(config.data)
         run.on_close(setup.reward.close)
-        method, watch = build_method(config, setup), RewardWatch(config, setup, trainer)
+        method = build_method(config, setup)
+        watch = watched(RewardWatch(config, setup, trainer), validation)
         note = partial(describe_run, config, setup, trainer)
         for _ in run.steps(watch, note, beside=config.student_settings.save):
             with keeping_failures(run):
