@@ -18,9 +18,16 @@ def _export_pipeline_options(about: str) -> argparse.Namespace:
     add("--weights", choices=("ema", "live"), default="ema", help="moving average, or the weights of the last step")
     add("--output", help="directory to write; default: export in the run directory")
     add("--steps", type=int, help="of the exported sampler, for consistency students; default: the run's")
+    add(
+        "--sampler",
+        choices=("sde", "ode"),
+        help="ode: a seed decides all, of a student that re-noises; default: the run's",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="of the files")
     add("--overwrite", action="store_true", help="replace an earlier export")
     add("--lora_only", action="store_true", help="write the adapters alone, to be loaded on the teacher")
+    add("--base_model", metavar="OWNER/NAME", help="of the hub, for the card; None: what teacher.path says")
+    add("--comfyui", action="store_true", help="also the network in one file, with a workflow, where ComfyUI knows it")
     add("--device", default="cpu", help="cpu or cuda: where the export is compared with the training sampler")
     return parser.parse_args()
 
@@ -40,8 +47,11 @@ def export_pipeline(about: str = "") -> None:
             weights=options.weights,
             output=options.output,
             steps=options.steps,
+            sampler=options.sampler,
             device=options.device,
-            files=ExportFiles(options.dtype, options.overwrite, options.lora_only),
+            files=ExportFiles(
+                options.dtype, options.overwrite, options.lora_only, hub_id=options.base_model, comfyui=options.comfyui
+            ),
         )
     except (ValueError, FileExistsError, ExportMismatchError) as error:
         sys.exit(f"error: {error}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
+from fewstep.core.families.guidance_off import drop_guidance_off
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
 from fewstep.core.networks.lora import add_lora_file, merge_lora_file
 from fewstep.core.networks.other_models import load_network
@@ -124,6 +125,7 @@ class Teacher:
             merge_lora_file(pipeline, source.lora, scale=source.lora_scale)
         for name in NETWORK_FOLDERS:
             if getattr(pipeline, name, None) is not None:
+                drop_guidance_off(getattr(pipeline, name))
                 quantise(getattr(pipeline, name), quantised)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fewstep.core.run_settings import SETTINGS_FILE
 from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
 
+# The embedding of the guidance by which exports of U-Nets switch guidance off: all zeros there.
+IDLE_EMBEDDING = "time_embedding.cond_proj.weight"
 LIVE_FILE, EMA_FILE = "student", "student_ema"
 # What states things of a student: of a run, and of an export.
 RECORDS = (SETTINGS_FILE, "distillation.json")
@@ -186,6 +188,9 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
     # An average holds all floating buffers, also computed tables that no state_dict has.
     computed = {name for name, _ in network.named_buffers()} - own.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in computed}
+    # Of a U-Net's export, see core/families/guidance_off.py.
+    if IDLE_EMBEDDING not in own and IDLE_EMBEDDING in tensors and not bool(tensors[IDLE_EMBEDDING].any()):
+        del tensors[IDLE_EMBEDDING]
     wrong = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected or wrong:

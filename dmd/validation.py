@@ -199,8 +199,7 @@ class ValidatedWatch:
         trainer.note(f"{shown}; best {kind.key} {self.best[1]:.5g} at step {self.best[0]}")
 
     def _keep(self, figure: str, value: float) -> None:
-        """Write the averaged weights as the best; all processes call it. Raises OSError on all where the disk is full.
-        """
+        """Write the averaged weights as the best; all processes call it, and all raise OSError for a full disk."""
         trainer, average = self.trainer, self.validation.setup.student_role.ema
         assert average is not None
         failure: OSError | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.core.condition import Condition
+from fewstep.core.export.contract import CALL_KEY
 from fewstep.core.families.family import Family
 from fewstep.core.families.table import build_family
 from fewstep.core.randomness import sample_noise, shared_integer
@@ -108,8 +109,10 @@ def _noise_per_image(pipeline: DiffusionPipeline) -> Iterator[list[torch.Generat
         def step(self, *args: Any, **kwargs: Any) -> Any:
             return super().step(*args, **{**kwargs, "generator": generators})
 
-    # Without the private entries, one of which makes from_config forget values that were changed after loading.
-    settings = {name: value for name, value in stock.config.items() if not name.startswith("_")}
+    # Without the private entries, one of which makes from_config forget values that were changed after loading, and
+    # without the call of an export, of which it would tell again at each batch.
+    kept = [name for name in stock.config if not name.startswith("_") and name != CALL_KEY]
+    settings = {name: stock.config[name] for name in kept}
     pipeline.scheduler = PerImageScheduler.from_config(settings)
     try:
         yield generators

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.core.export.model_card import RECORD_FILE, Figure, add_figures
+from fewstep.core.export.model_card import add_figures
+from fewstep.core.export.record import RECORD_FILE, Figure
 from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.results import EvaluationResult, MeasureKind, Spread
 

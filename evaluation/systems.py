@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fewstep.core.export.contract import stored_call
 from fewstep.core.media.pictures import find_pictures
 from fewstep.evaluation.samples.identity import stored_dtype
 
@@ -81,7 +82,8 @@ def read_system(
     folder = Path(path)
     require_pipeline(folder)
     record_file = folder / RECORD_FILE
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+    # An export that a stock pipeline has saved again keeps its call alone.
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else stored_call(folder) or {}
     own_steps = record.get("num_inference_steps")
     chosen_steps = own_steps if steps is None else steps
     chosen_guidance = record.get("guidance_scale") if guidance is None else guidance

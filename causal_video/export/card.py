@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from fewstep.causal_video.settings import FILE_NAME, CausalSettings, StreamDefaults
-from fewstep.core.export.model_card import CARD_FILE, RECORD_FILE, Figure, Verification
+from fewstep.core.export.model_card import CARD_FILE
+from fewstep.core.export.record import RECORD_FILE, Figure, Verification
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.causal_video.stream.world import spread
 from fewstep.core.export.check import PROBE_PROMPTS, PROBE_SEED, ExportMismatchError, relative_difference
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
-from fewstep.core.export.model_card import Verification, license_of, public_name
+from fewstep.core.export.model_card import license_of
 from fewstep.core.export.pipeline import DTYPE_NAMES, LIBRARIES, ROUNDING_TOLERANCES, SAMPLER_TOLERANCE
+from fewstep.core.export.record import Verification, public_name
 from fewstep.core.export.run import find_checkpoint, load_base
 from fewstep.core.networks.lora import merge_lora
 from fewstep.core.settings import ModelSource

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.core.export.model_card import RECORD_FILE
+from fewstep.core.export.record import RECORD_FILE
 
 NAME_KEYS = ("_name_or_path", "name_or_path")
 

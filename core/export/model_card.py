@@ -1,169 +1,21 @@
-"""What an export says about itself: `distillation.json` for programs and README.md for people."""
+"""What an export says about itself to people: README.md, a model card as the hub reads it."""
 
-import json
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-RECORD_FILE = "distillation.json"
+from fewstep.core.export.contract import CALL_KEY
+from fewstep.core.export.record import PICTURE_FILE, ExportRecord, Figure, read_record, write_record
+
 CARD_FILE = "README.md"
+# Those that AutoPipelineForImage2Image knows and whose steps are ours.
+PICTURE_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 LICENSE_KEYS = ("license", "license_name", "license_link")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number: `name` with its unit or direction, `value`, and the `setting` it was measured in."""
-
-    name: str
-    value: float
-    setting: str = ""
-
-
-@dataclass(frozen=True)
-class StudentReport:
-    """What training knows about a student and an export cannot see in its weights.
-
-    guidance: the scale w of the teacher in u + w (c - u) during training, 1 is none.
-    base_model: the teacher as the user named it: a hub id or a path, see `public_name`.
-    height, width: pixels the student was trained at, None for the pipeline's own.
-    frames: pixel frames of the videos it was trained at, None for the pipeline's own, and for pictures.
-    name: title of the model card, by default the name of the directory.
-    """
-
-    method: str
-    base_model: str
-    guidance: float
-    step: int
-    ema: bool
-    figures: tuple[Figure, ...] = ()
-    height: int | None = None
-    width: int | None = None
-    name: str | None = None
-    frames: int | None = None
-    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    teacher_model: str | None = None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Result of loading an export again: differences are max|a - b| / max|b| of latents in fp32 arithmetic.
-
-    sampler_difference: the pipeline against the training sampler with the stored weights.
-    rounding_difference: the training sampler with the stored weights against the one with the trained weights.
-    """
-
-    sampler_difference: float
-    sampler_tolerance: float
-    rounding_difference: float
-    rounding_tolerance: float
-
-
-@dataclass(frozen=True)
-class ExportRecord:
-    """The content of `distillation.json`.
-
-    times: canonical times of the steps (rectified flow, 1 is noise).
-    network_timesteps: what the network is called with at these times.
-    num_inference_steps, guidance_scale, sigmas, timesteps, height, width: arguments of the pipeline's __call__, None
-        where it needs none.
-    max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
-    use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
-    num_frames, max_sequence_length: arguments of pipelines of videos, None for others.
-    teacher_model: the model that was distilled, where it is another than the one the student is of (`base_model`).
-    base_dtype: in which the frozen weights were kept that adapters were trained on, and are to be loaded for adapters.
-    absent_components: parts of the pipeline that the teacher does without; a merged export holds stand-ins for them.
-    step_noise: where the noise between steps comes from: "none", the "generator" of the call, or torch's "global" one.
-    """
-
-    name: str
-    method: str
-    base_model: str
-    steps: int
-    sampler: Literal["sde", "ode", "flow_map"]
-    times: tuple[float, ...]
-    network_timesteps: tuple[float, ...]
-    training_guidance: float
-    num_inference_steps: int
-    guidance_scale: float
-    sigmas: tuple[float, ...] | None
-    timesteps: tuple[int, ...] | None
-    height: int | None
-    width: int | None
-    step_noise: Literal["none", "generator", "global"]
-    pipeline: str
-    scheduler: str
-    weights: Literal["merged", "lora"]
-    dtype: Literal["float32", "float16", "bfloat16"]
-    absent_components: tuple[str, ...]
-    training_step: int
-    ema: bool
-    figures: tuple[Figure, ...]
-    verification: Verification | None
-    versions: tuple[tuple[str, str], ...]
-    max_timesteps: float | None = None
-    intermediate_timesteps: float | None = None
-    use_resolution_binning: bool | None = None
-    num_frames: int | None = None
-    max_sequence_length: int | None = None
-    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    teacher_model: str | None = None
-
-    @property
-    def any_steps(self) -> bool:
-        """Whether the files serve every number of steps, not `steps` alone."""
-        return self.scheduler == "FlowMapEulerDiscreteScheduler" and self.sigmas is None
-
-    def call_arguments(self) -> dict[str, Any]:
-        """Keyword arguments that every call of the exported pipeline needs."""
-        arguments: dict[str, Any] = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        optional = {
-            "sigmas": None if self.sigmas is None else list(self.sigmas),
-            "timesteps": None if self.timesteps is None else list(self.timesteps),
-            "height": self.height,
-            "width": self.width,
-            "use_resolution_binning": self.use_resolution_binning,
-            "num_frames": self.num_frames,
-            "max_sequence_length": self.max_sequence_length,
-        }
-        if self.max_timesteps is not None:
-            # The pipeline has defaults of its own, which fit two steps: None has to be passed for others.
-            arguments["max_timesteps"] = self.max_timesteps
-            arguments["intermediate_timesteps"] = self.intermediate_timesteps
-        return arguments | {name: value for name, value in optional.items() if value is not None}
-
-
-def write_record(record: ExportRecord, directory: Path) -> None:
-    """Write `distillation.json`; the versions become an object, arguments the caller passes stand under "call"."""
-    content = asdict(record) | {"versions": dict(record.versions), "call": record.call_arguments()}
-    (directory / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_record(directory: str | Path) -> ExportRecord:
-    """Read the `distillation.json` of an export. Raises FileNotFoundError if the directory has none."""
-    content = json.loads((Path(directory) / RECORD_FILE).read_text(encoding="utf-8"))
-    del content["call"]
-    for name in ("times", "network_timesteps", "sigmas", "timesteps", "absent_components"):
-        content[name] = None if content[name] is None else tuple(content[name])
-    content["figures"] = tuple(Figure(**figure) for figure in content["figures"])
-    content["versions"] = tuple(content["versions"].items())
-    if content["verification"] is not None:
-        content["verification"] = Verification(**content["verification"])
-    return ExportRecord(**content)
-
-
-def public_name(model: str) -> str:
-    """`model` as it may be published: a hub id or relative path as given, of other paths the last component alone."""
-    windows = PureWindowsPath(model)
-    path = windows if windows.drive else PurePath(model)
-    if path.is_absolute() or windows.drive or path.parts[:1] in (("~",), ("..",)):
-        return path.name
-    return model
 
 
 def license_of(model_directory: str | Path) -> dict[str, str]:
@@ -204,25 +56,71 @@ def model_card(record: ExportRecord, *, license_fields: dict[str, str]) -> str:
 
     The loading snippet has the name of the record in the place of the directory.
     """
-    front: dict[str, Any] = {
-        "library_name": "diffusers",
-        "base_model": record.base_model,
-        "tags": ["diffusers", f"text-to-{_kind(record)}", "few-step", "distillation", record.method],
-    }
+    kind = "adapter" if record.weights == "lora" else "finetune"
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": f"text-to-{_kind(record)}"}
+    # The hub takes ids alone, and a folder's name would be somebody's.
+    if record.base_model_id is not None:
+        front |= {"base_model": record.base_model_id, "base_model_relation": kind}
+    front["tags"] = ["diffusers", f"text-to-{_kind(record)}", "few-step", "distillation", record.method]
     if record.weights == "lora":
         front["tags"].append("lora")
+    if record.picture_step is not None:
+        front["thumbnail"] = PICTURE_FILE
     front.update(license_fields)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {record.name}\n",
+        _call_line(record),
         _summary(record),
+        *_picture(record),
         f"## Use\n\n```python\n{loading_snippet(record, record.name)}```\n\n{_arguments_remark(record)}",
+        *_picture_to_picture(record),
         f"## Seeds\n\n{_seed_remark(record)}",
         f"## Sampler\n\n{_grid_table(record)}",
         f"## Figures\n\n{_figure_table(record)}",
         f"## Check of the files\n\n{_verification_text(record)}",
     ]
     return "\n".join(sections)
+
+
+def _call_line(record: ExportRecord) -> str:
+    """The first line: what a call without arguments would get wrong."""
+    arguments = ", ".join(f"{name}={value}" for name, value in record.call_arguments().items())
+    return (
+        f"**Call it with `{arguments}`.** The class {record.pipeline} has defaults of its own for these, with which "
+        "this student was not trained.\n"
+    )
+
+
+def _picture(record: ExportRecord) -> list[str]:
+    if record.picture_step is None:
+        return []
+    when = "" if record.picture_step == record.training_step else f", at step {record.picture_step} of the training"
+    return [f"![Samples of teacher and student]({PICTURE_FILE})\n\nSamples with the same prompts and seeds{when}.\n"]
+
+
+def _picture_to_picture(record: ExportRecord) -> list[str]:
+    """From which strengths on a picture is begun with, as the stock pipelines count them."""
+    if record.pipeline not in PICTURE_PIPELINES or record.weights == "lora":
+        return []
+    head = "## From a picture\n\n"
+    if record.steps == 1:
+        return [
+            f"{head}One step begins with noise alone: `AutoPipelineForImage2Image` refuses the call, or leaves the "
+            "picture out. Export more steps for that.\n"
+        ]
+    # SD3 rounds the steps that are left up, the others down; halfway between two it is the same for all.
+    is_sd3 = record.pipeline == "StableDiffusion3Pipeline"
+    offset = -0.5 if is_sd3 else 0.5
+    bound = f"above {(record.steps - 1) / record.steps:.3g}" if is_sd3 else "1"
+    kept_steps = range(1, record.steps)
+    rows = [f"| {(kept + offset) / record.steps:.3g} | {kept} | {record.times[-kept]:.4g} |" for kept in kept_steps]
+    return [
+        f"{head}`AutoPipelineForImage2Image.from_pipe(pipeline)` noises a picture to the time of a step and makes "
+        "those from there on, at the times of the training; call it with all of the above. `strength` "
+        f"{bound} begins with noise alone and leaves the picture out.\n\n"
+        "| strength | steps | from time |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    ]
 
 
 def loading_snippet(record: ExportRecord, directory: str) -> str:
@@ -278,11 +176,16 @@ def _arguments_remark(record: ExportRecord) -> str:
             f"network is told the guidance: {record.guidance_scale:g} is the scale of the check below, others that the "
             "training covered work as well. It costs no second network call.\n"
         )
+    told = (
+        "this network switches more of it off, whatever is passed"
+        if record.guidance_off
+        else f"more of it doubles the cost and harms the {_kind(record)}"
+    )
     text = (
         "A diffusers pipeline stores neither the number of steps nor the guidance, so pass both: "
         f"`num_inference_steps={record.num_inference_steps}` and `guidance_scale={record.guidance_scale}` (the "
-        "guidance of the teacher is already in the weights; more of it doubles the cost and harms the "
-        f"{_kind(record)}).\n"
+        f"guidance of the teacher is already in the weights; {told}). They also stand in "
+        f"`pipeline.scheduler.config.{CALL_KEY}`, which `save_pretrained` keeps.\n"
     )
     if record.any_steps:
         text += "\nAny other number of steps works with the same files: 1 is the fastest, more are shorter jumps.\n"
@@ -310,7 +213,13 @@ def _seed_remark(record: ExportRecord) -> str:
             "The `generator` of the call decides the first noise and the noise between the steps; the same seed gives "
             "the same result. Latents alone (`latents=`) do not fix it.\n"
         )
-    return "No noise enters after the first, so the `generator` (or `latents`) of the call decides the result.\n"
+    text = "No noise enters after the first, so the `generator` (or `latents`) of the call decides the result.\n"
+    if record.training_sampler is not None:
+        text += (
+            "\nThe training re-noised between the steps; these files follow the velocity instead, so that a seed "
+            "decides all. Compare both before you publish one.\n"
+        )
+    return text
 
 
 def _grid_table(record: ExportRecord) -> str:

@@ -1,13 +1,14 @@
 """A student becomes a diffusers directory that stock diffusers loads without this package."""
 
 import copy
+import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fewstep.core.export.anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
@@ -22,20 +23,23 @@ from fewstep.core.export.check import (
 )
 from fewstep.core.export.comfyui import write_comfyui
 from fewstep.core.export.components import absent_components
+from fewstep.core.export.contract import keep_call, keep_vllm_call
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
-from fewstep.core.export.model_card import (
+from fewstep.core.export.model_card import license_of, write_model_card
+from fewstep.core.export.record import (
+    PICTURE_FILE,
     ExportRecord,
     StudentReport,
     Verification,
-    license_of,
+    hub_id_of,
     public_name,
-    write_model_card,
     write_record,
 )
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
+from fewstep.core.families.guidance_off import with_guidance_off
 from fewstep.core.networks.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
@@ -126,6 +130,8 @@ def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
     trained = copy.deepcopy(network).float().eval()
     trained_latents = _training_latents(job, trained)
     stored = _rounded_adapters(trained, job.dtype) if job.lora_only else _plain_network(trained, job)
+    record = _record(job, name=job.report.name or output.name)
+    keep_call(job.plan.scheduler, record.call_arguments())
     with new_directory(output) as draft:
         if job.lora_only:
             _write_adapters(job, stored, draft)
@@ -134,8 +140,10 @@ def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
         remove_machine_names(draft, public_name(job.report.base_model))
         stored_latents = _training_latents(job, _with_exact_tables(stored.float(), trained))
         verification = _verify(job, draft, stored_latents=stored_latents, trained_latents=trained_latents)
-        record = _record(job, verification, name=job.report.name or output.name)
+        record = replace(record, verification=verification)
         write_record(record, draft)
+        if job.report.picture is not None:
+            shutil.copyfile(job.report.picture[0], draft / PICTURE_FILE)
         write_model_card(record, draft, license_fields=license_of(job.teacher.path))
     return record
 
@@ -203,6 +211,8 @@ def _plain_network(trained: nn.Module, job: _Job) -> Any:
     plain = cast(Any, type(merged)).from_config(merged.config)
     plain.load_state_dict(merged.state_dict())
     plain = plain.to(device=next(merged.parameters()).device, dtype=dtype).eval()
+    if isinstance(plain, UNet2DConditionModel):
+        plain = with_guidance_off(plain)
     check_finite(plain.state_dict(), dtype)
     return plain
 
@@ -240,6 +250,9 @@ def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
         for module in modules:
             module.to(job.dtype)
     pipeline.save_pretrained(draft, safe_serialization=True)
+    if job.pipeline_name == "WanPipeline" and job.spec.sampler != "flow_map":
+        call = {"timesteps": job.plan.network_timesteps, "sampler": job.spec.sampler, "guidance": job.guidance_scale}
+        keep_vllm_call(draft, **call)
     for module in modules:
         module.float()
     # the training did without them, and so does the comparison
@@ -308,14 +321,15 @@ def _load(job: _Job, draft: Path) -> Any:
     return pipeline
 
 
-def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord:
+def _record(job: _Job, *, name: str) -> ExportRecord:
+    """What the export will say of itself, before it was compared."""
     report, plan = job.report, job.plan
     source = job.teacher.pipeline
     size = job.teacher.family.call_arguments(source, height=report.height, width=report.width, frames=report.frames)
     return ExportRecord(
         name=name,
         method=report.method,
-        base_model=public_name(report.base_model),
+        base_model=report.hub_id or hub_id_of(report.base_model) or public_name(report.base_model),
         steps=job.spec.steps,
         sampler=job.spec.sampler,
         times=job.spec.times,
@@ -338,11 +352,14 @@ def _record(job: _Job, verification: Verification, *, name: str) -> ExportRecord
         weights="lora" if job.lora_only else "merged",
         base_dtype=report.base_dtype,
         teacher_model=None if report.teacher_model in (None, report.base_model) else public_name(report.teacher_model),
+        base_model_id=report.hub_id or hub_id_of(report.base_model),
+        training_sampler=None if report.training_sampler in (None, job.spec.sampler) else report.training_sampler,
+        picture_step=None if report.picture is None else report.picture[1],
         dtype=DTYPE_NAMES[job.dtype],
         absent_components=absent_components(job.teacher.pipeline),
         training_step=report.step,
         ema=report.ema,
         figures=report.figures,
-        verification=verification,
+        verification=None,
         versions=tuple((library, version(library)) for library in LIBRARIES),
     )

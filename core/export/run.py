@@ -10,17 +10,18 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.model_card import ExportRecord, StudentReport
 from fewstep.core.export.pipeline import DTYPE_NAMES, export_pipeline
+from fewstep.core.export.record import HUB_ID, ExportRecord, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
+from fewstep.core.export.workflow import write_comfyui_files
 from fewstep.core.families.sana_control import ControlledSana
 from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.networks.build import adapted_layers
 from fewstep.core.networks.lora import add_lora
 from fewstep.core.networks.quantised import Quantisation, dequantise
-from fewstep.core.run_settings import RunSettings, read_settings
+from fewstep.core.run_settings import RunSettings, Sampler, read_settings
 from fewstep.core.settings import ModelSource
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
@@ -35,11 +36,14 @@ NETWORK_PREFIX = "network."
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """How an export is written: `dtype` "float32", "float16" or "bfloat16"; the others as in `export_pipeline`."""
+    """How an export is written: `dtype` "float32", "float16" or "bfloat16", `hub_id` of the base model for the card,
+    `comfyui` the network in one file too; the others as in `export_pipeline`."""
 
     dtype: str = "float32"
     overwrite: bool = False
     lora_only: bool = False
+    hub_id: str | None = None
+    comfyui: bool = False
 
 
 DEFAULT_FILES = ExportFiles()
@@ -52,6 +56,7 @@ def export_run(
     weights: Literal["ema", "live"] = "ema",
     output: str | Path | None = None,
     steps: int | None = None,
+    sampler: Literal["sde", "ode"] | None = None,
     device: str = "cpu",
     files: ExportFiles = DEFAULT_FILES,
 ) -> tuple[Path, ExportRecord]:
@@ -63,35 +68,26 @@ def export_run(
         weights: the moving average or the live weights.
         output: directory to create; by default "export" in the run directory.
         steps: of the exported sampler, if not the run's; for consistency students, which are trained at all times.
-        device: where the comparison runs.
-        files: how the files are written.
+        sampler: "ode" for a student that was trained to re-noise ("sde"), where seeds must decide all; None is the
+        run's. device: where the comparison runs. files: how the files are written.
 
     Raises:
         ValueError, FileExistsError, ExportMismatchError: see `export_pipeline`; or a file, key or weight is missing.
     """
     dtypes, dtype = {name: value for value, name in DTYPE_NAMES.items()}, files.dtype
+    if files.hub_id is not None and HUB_ID.fullmatch(files.hub_id) is None:
+        raise ValueError(f"base_model is {files.hub_id!r}; give the id of a model of the hub, such as owner/name")
     if dtype not in dtypes or weights not in ("ema", "live"):
         raise ValueError(f"dtype {dtype!r} (of {', '.join(dtypes)}) or weights {weights!r} (of ema, live) is unknown")
     run = Path(run)
     settings = with_steps(read_settings(run), steps, run)
+    trained, settings = settings.sampler, with_sampler(settings, sampler, run)
     if files.lora_only:
         require_own_base(settings)
     loaded = load_run_student(run, settings, checkpoint=checkpoint, weights=weights, device=device)
     if isinstance(loaded.student.denoiser.network, ControlledSana):
         raise ValueError(f"{run} trained a student with a ControlNet: use scripts/export_sana_control.py")
-    report = StudentReport(
-        method=settings.method,
-        base_model=settings.base.path,
-        teacher_model=settings.teacher_path,
-        guidance=settings.guidance,
-        step=loaded.step,
-        ema=weights == "ema",
-        height=settings.height,
-        width=settings.width,
-        frames=settings.frames,
-        name=run.resolve().name,
-        base_dtype=settings.teacher_dtype if settings.lora_rank > 0 else "float32",
-    )
+    report = _report(run, settings, loaded.step, trained_sampler=trained, files=files, ema=weights == "ema")
     output = run / "export" if output is None else Path(output)
     shift = settings.shift if settings.sampler == "flow_map" else None
     record = export_pipeline(
@@ -104,7 +100,39 @@ def export_run(
         overwrite=files.overwrite,
         lora_only=files.lora_only,
     )
+    if files.comfyui or files.lora_only:
+        write_comfyui_files(output)
     return output, record
+
+
+def _report(
+    run: Path, settings: RunSettings, step: int, *, trained_sampler: Sampler, files: ExportFiles, ema: bool
+) -> StudentReport:
+    """What the card says of the training."""
+    return StudentReport(
+        method=settings.method,
+        base_model=settings.base.path,
+        teacher_model=settings.teacher_path,
+        guidance=settings.guidance,
+        step=step,
+        ema=ema,
+        height=settings.height,
+        width=settings.width,
+        frames=settings.frames,
+        name=run.resolve().name,
+        base_dtype=settings.teacher_dtype if settings.lora_rank > 0 else "float32",
+        hub_id=files.hub_id,
+        picture=newest_grid(run, step),
+        training_sampler=trained_sampler,
+    )
+
+
+def newest_grid(run: Path, step: int) -> tuple[Path, int] | None:
+    """The newest grid of samples up to a step of the training, and its step; None where a run has none."""
+    grids = {int(path.stem.rpartition("-")[2]): path for path in run.glob("samples/step-*.png")}
+    # That of the start shows a student that has learnt nothing.
+    fit = [number for number in grids if 0 < number <= step]
+    return (grids[max(fit)], max(fit)) if fit else None
 
 
 def require_own_base(settings: RunSettings) -> None:
@@ -169,6 +197,18 @@ def with_steps(settings: RunSettings, steps: int | None, run: Path) -> RunSettin
     if steps == settings.steps:
         return settings
     return replace(settings, steps=steps, times=None, timesteps=None)
+
+
+def with_sampler(settings: RunSettings, sampler: Literal["sde", "ode"] | None, run: Path) -> RunSettings:
+    """The settings, with another sampler if one is given. Raises ValueError for a student that has its own alone."""
+    if sampler is None or sampler == settings.sampler:
+        return settings
+    if settings.sampler != "sde" or settings.guidance_embedded:
+        raise ValueError(
+            f"sampler is {sampler!r}, but {run} trained a student of the sampler {settings.sampler!r} by "
+            f"{settings.method}, which samples in no other way; leave it out"
+        )
+    return replace(settings, sampler=sampler)
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:

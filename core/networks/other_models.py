@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.core.families.guidance_off import drop_guidance_off
 from fewstep.core.families.table import config_components
 from fewstep.core.settings import ModelSource, TeacherConfig, TrainedConfig
 from fewstep.core.teacher_files import check_teacher, fetch_network, local_folder, read_configs, variant_of
@@ -129,4 +130,5 @@ def load_network(like: nn.Module, component: str, path: str, *, dtype: torch.dty
         network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
     except OSError as error:
         raise ValueError(f"the {component} of {path} cannot be read ({error}): download its folder again") from error
+    drop_guidance_off(network)
     return network.requires_grad_(False).eval().to(device)

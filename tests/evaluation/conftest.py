@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from fewstep.core.export.model_card import ExportRecord, write_record
+from fewstep.core.export.record import ExportRecord, write_record
 from fewstep.embedded.digits.autoencoder import build_autoencoder
 from fewstep.embedded.digits.teacher import build_pipeline
 

@@ -17,7 +17,7 @@ from fewstep.causal_video.settings import FILE_NAME, CausalSettings
 from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.core.export.check import ExportMismatchError
-from fewstep.core.export.model_card import Verification
+from fewstep.core.export.record import Verification
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import latest_checkpoint
 from tests.causal_video.tiny_causal import largest

@@ -16,8 +16,9 @@ from torch import Tensor
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.anyflow import anyflow_network, is_anyflow_student, plan_anyflow
-from fewstep.core.export.model_card import StudentReport, loading_snippet, read_record
+from fewstep.core.export.model_card import loading_snippet
 from fewstep.core.export.pipeline import export_pipeline
+from fewstep.core.export.record import StudentReport, read_record
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fewstep.core.export.check import ExportMismatchError, check_timesteps, relative_difference
 from fewstep.core.export.components import absent_components
-from fewstep.core.export.model_card import Figure, StudentReport, read_record
 from fewstep.core.export.pipeline import ROUNDING_TOLERANCES, export_pipeline
+from fewstep.core.export.record import Figure, StudentReport, read_record
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
 from fewstep.core.families.table import build_family

@@ -1,5 +1,6 @@
 """Exports from run directories, and the script around them."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.model_card import read_record
+from fewstep.core.export.record import read_record
 from fewstep.core.export.run import ExportFiles, export_run
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
@@ -103,6 +104,40 @@ def test_latest_average_is_exported_by_default(tmp_path, teacher):
     expected = trained_tensors(0, 10)
     assert len(expected) > 50
     assert all(torch.equal(stored[name.removeprefix("network.")], tensor) for name, tensor in expected.items())
+
+
+def test_the_newest_grid_and_the_hubs_id_are_on_the_card(tmp_path, teacher):
+    """Of the grids up to the exported step, never that of the start."""
+    run = make_run(tmp_path, teacher)
+    (run / "samples").mkdir()
+    for step in (0, 5, 10, 30):
+        (run / "samples" / f"step-{step:07d}.png").write_bytes(f"grid {step}".encode())
+    directory, record = export_run(run, files=ExportFiles(hub_id="owner/teacher"))
+    assert (record.picture_step, record.base_model_id) == (10, "owner/teacher")
+    assert (directory / "samples.png").read_bytes() == b"grid 10"
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    assert "base_model: owner/teacher\nbase_model_relation: finetune\n" in card
+    assert "at step 10 of the training" in card
+    directory, record = export_run(run, checkpoint="checkpoint-10", output=tmp_path / "earlier")
+    assert "same prompts and seeds.\n" in (directory / "README.md").read_text(encoding="utf-8")
+    assert record.base_model_id is None
+    with pytest.raises(ValueError, match="base_model is 'teacher'; give the id of a model of the hub"):
+        export_run(run, output=tmp_path / "no", files=ExportFiles(hub_id="teacher"))
+
+
+def test_a_student_that_renoises_is_exported_where_seeds_hold(tmp_path, teacher):
+    run = make_run(tmp_path, teacher)
+    directory, record = export_run(run, sampler="ode")
+    assert (record.sampler, record.training_sampler, record.step_noise) == ("ode", "sde", "none")
+    assert "these files follow the velocity instead" in (directory / "README.md").read_text(encoding="utf-8")
+    scheduler = json.loads((directory / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert scheduler["stochastic_sampling"] is False
+    settings = dataclasses.replace(read_settings(run), sampler="ode")
+    settings.save(run)
+    with pytest.raises(
+        ValueError, match="trained a student of the sampler 'ode' by dmd, which samples in no other way"
+    ):
+        export_run(run, sampler="sde", output=tmp_path / "no")
 
 
 def test_adapters_of_a_run_are_merged_or_written_alone(tmp_path, teacher):

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SanaSprint
 from torch import nn
 
 from fewstep.core.export.check import ExportMismatchError
-from fewstep.core.export.model_card import StudentReport, read_record
 from fewstep.core.export.pipeline import export_pipeline
+from fewstep.core.export.record import StudentReport, read_record
 from fewstep.core.export.run import export_run
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_angles, sprint_teacher, sprint_times

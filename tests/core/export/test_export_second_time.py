@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.export.model_card import StudentReport, read_record
 from fewstep.core.export.pipeline import export_pipeline
+from fewstep.core.export.record import StudentReport, read_record
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import plan_scheduler
 from fewstep.core.export.second_time import bake_second_time

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from fewstep.core.export.model_card import Figure, StudentReport
 from fewstep.core.export.pipeline import export_pipeline
+from fewstep.core.export.record import Figure, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
 from fewstep.core.families.unet import noise_table

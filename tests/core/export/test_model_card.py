@@ -6,17 +6,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from fewstep.core.export.model_card import (
+from fewstep.core.export.model_card import add_figures, license_of, loading_snippet, model_card, write_model_card
+from fewstep.core.export.record import (
     ExportRecord,
     Figure,
     Verification,
-    add_figures,
-    license_of,
-    loading_snippet,
-    model_card,
+    hub_id_of,
     public_name,
     read_record,
-    write_model_card,
     write_record,
 )
 
@@ -77,11 +74,57 @@ def test_front_matter_is_what_the_hub_reads():
     front = front_matter(model_card(RECORD, license_fields={"license": "apache-2.0"}))
     assert front == {
         "library_name": "diffusers",
-        "base_model": "owner/teacher",
+        "pipeline_tag": "text-to-image",
         "tags": ["diffusers", "text-to-image", "few-step", "distillation", "dmd"],
         "license": "apache-2.0",
     }
     assert "license" not in front_matter(model_card(RECORD, license_fields={}))
+    named = replace(RECORD, base_model_id="owner/teacher", weights="lora", picture_step=1000)
+    front = front_matter(model_card(named, license_fields={}))
+    assert (front["base_model"], front["base_model_relation"]) == ("owner/teacher", "adapter")
+    assert front["thumbnail"] == "samples.png"
+    card = model_card(named, license_fields={})
+    assert "![Samples of teacher and student](samples.png)" in card
+    assert "at step 1000 of the training" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("owner/teacher", "owner/teacher"),
+        ("/cache/models--owner--teacher/snapshots/0123abc", "owner/teacher"),
+        ("/data/teacher", None),
+        ("tests/core", None),
+        ("teacher", None),
+    ],
+)
+def test_a_base_model_is_an_id_or_none(given, found):
+    assert hub_id_of(given) == found
+
+
+def test_the_first_line_is_the_call():
+    body = model_card(RECORD, license_fields={}).split("---\n", 2)[2]
+    assert body.startswith("\n# digits\n\n**Call it with `num_inference_steps=2, guidance_scale=1.0`.**")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "rows", "bound"),
+    [
+        ("StableDiffusion3Pipeline", ["| 0.25 | 1 | 0.75 |"], "above 0.5"),
+        ("StableDiffusionXLPipeline", ["| 0.75 | 1 | 0.75 |"], "1"),
+    ],
+)
+def test_the_card_says_from_which_strength_a_picture_counts(pipeline, rows, bound):
+    card = model_card(replace(RECORD, pipeline=pipeline), license_fields={})
+    assert [
+        line for line in card.splitlines() if line.startswith("| 0.25 | 1") or line.startswith("| 0.75 | 1")
+    ] == rows
+    assert f"`strength` {bound} begins with noise alone" in card
+    one = model_card(
+        replace(RECORD, pipeline=pipeline, steps=1, times=(1.0,), network_timesteps=(1000.0,)), license_fields={}
+    )
+    assert "One step begins with noise alone" in one
+    assert "From a picture" not in model_card(replace(RECORD, pipeline="WanPipeline"), license_fields={})
 
 
 def test_card_states_arguments_grid_figures_and_check():
@@ -90,7 +133,7 @@ def test_card_states_arguments_grid_figures_and_check():
         "# digits\n",
         "2 network calls: owner/teacher, distilled with dmd against a teacher guidance of 4.5",
         "step 1200, moving average of the weights",
-        "num_inference_steps=2, guidance_scale=1.0",
+        'pipeline("a prompt", num_inference_steps=2, guidance_scale=1.0)',
         "| 2 | 0.75 | 750 |",
         "| FID (lower is better) | 1.5 | 5000 samples |",
         "largest difference 3.0e-07 of the largest value (allowed 1e-05)",
