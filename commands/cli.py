@@ -18,6 +18,7 @@ from fewstep.commands.draw_suite import draw_suite
 from fewstep.commands.evaluate_image import evaluate_image
 from fewstep.commands.evaluate_video import evaluate_video
 from fewstep.commands.export import export_causal_video, export_network_folder, export_pipeline
+from fewstep.commands.report_runs import report_runs
 from fewstep.commands.stream import stream_video
 from fewstep.commands.train import TRAININGS, config_names, run_training
 
@@ -36,6 +37,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "evaluate image": ("judge pipelines or pictures, and write a page", evaluate_image),
     "evaluate video": ("draw, measure, and score videos with VBench", evaluate_video),
     "evaluate suite": ("pictures for GenEval, DPG-Bench or T2I-CompBench", draw_suite),
+    "report": ("a page of training runs, with their settings compared", report_runs),
     "stream": ("a video of a causal student, to a file", stream_video),
     "configs": ("list the configurations for --config NAME", _list_configs),
 }

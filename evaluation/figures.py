@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image
 from torch import Tensor
@@ -130,9 +132,10 @@ def _reach(row: ReportRow, kind: MeasureKind) -> tuple[float, float, float]:
     return between[0], spread.median, between[1]
 
 
-def line_style(number: int) -> tuple[str, str]:
+def line_style(number: int) -> tuple[str, Literal["-", "--", ":"]]:
     """Colour and dashes of the line with that number: the colours come again with other dashes."""
-    return PALETTE[number % len(PALETTE)], ("-", "--", ":")[number // len(PALETTE) % 3]
+    dashes: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+    return PALETTE[number % len(PALETTE)], dashes[number // len(PALETTE) % 3]
 
 
 def trade_off_figure(curves: Sequence[Curve], *, x: str, panels: Sequence[str]) -> bytes:
@@ -165,9 +168,9 @@ def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
     if not metrics:
         raise ValueError("no metric to plot; choose_metrics found none with two points")
     columns = min(3, len(metrics))
-    lines = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.1 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.1 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     runs = list(dict.fromkeys(curve.run for curve in curves))
     for axes, metric in zip(panels, metrics, strict=False):
         for curve in curves:
@@ -178,5 +181,8 @@ def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)
     if len(runs) > 1:
-        panels[0].legend(fontsize=7, labelcolor=INK, frameon=False)
+        # All of them, also those without this metric.
+        styles = [(*line_style(number), run) for number, run in enumerate(runs)]
+        lines = [Line2D([], [], color=color, linestyle=dash, label=run) for color, dash, run in styles]
+        panels[0].legend(handles=lines, fontsize=7, labelcolor=INK, frameon=False)
     return png_bytes(figure)
