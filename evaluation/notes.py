@@ -73,8 +73,9 @@ def _interval_notes(comparison: Comparison) -> list[str]:
     if any(found for found in comparison.differences):
         base = comparison.rows[comparison.baseline].label()
         text = (
-            "Intervals: 95 %, by drawing images (or prompts) and real images again with replacement; they are for the "
-            f"expected figure at these counts. Differences to {base} are drawn in pairs"
+            "Intervals: 95 %, of distances by how much each image and real image moves them, of other figures by "
+            "drawing images (or prompts) and real images again; they are for the expected figure at these counts. "
+            f"Differences to {base} are taken in pairs"
         )
         training = ", and those of several training runs add the spread of training" if several else ""
         notes.append(f"{text}{training}; nothing is called better whose interval holds 0.")

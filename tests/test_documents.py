@@ -45,6 +45,12 @@ NO_CLAIM = (
     "so neither is called better",
     "is called better or worse where its interval leaves out 0",
     "headline, whiskers, twelve colours and markers, best and worst samples",
+    "`--checkpoint best` takes the best weights of a [validation]",
+    "runs/NAME/best/ the best averaged weights by a validation",
+    "keeps those of the best figure",
+    "--checkpoint best` exports them",
+    "The best of many is better than it deserves",
+    "finds the same best",
 )
 
 
