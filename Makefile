@@ -12,7 +12,7 @@ LIMIT_THREADS := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-quick lint demo vbench-env teacher benchmark clean
+.PHONY: help setup test test-quick lint demo docs vbench-env teacher benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(STAMP) ## ruff check, ruff format --check, pyright
 
 demo: $(STAMP) ## distil the embedded teacher on this machine and open the result with stock diffusers
 	$(LIMIT_THREADS) $(BIN)/python scripts/demo.py
+
+docs: $(STAMP) ## build/site: README, docs and a reference of all public names, with every link checked
+	$(BIN)/python scripts/build_site.py
 
 vbench-env: ## make .venv-vbench, VBench's own environment for scripts/evaluate_video.py score
 	@test -x .venv-vbench/bin/python || $(PYTHON) -m venv .venv-vbench

@@ -75,7 +75,7 @@ class Student:
         Args:
             noise: [B, C, h, w], standard normal, as the stock pipeline takes it.
             condition: batch B.
-            renoise: renoise[i] [B, C, h, w] is the fresh noise after step i; the others use none.
+            renoise: entry i, [B, C, h, w], is the fresh noise after step i; the others use none.
             grad_step: 0 ... K - 1; None is the last step.
             denoiser: called in place of the own one at `grad_step`, for instance its DDP wrapper.
 
