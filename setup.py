@@ -14,7 +14,10 @@ setup(
         for folder in FOLDERS
         for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
     ]
-    # Configurations are files alone, and installed so that `--config NAME` finds them.
-    + ["fewstep.configs"],
-    package_dir={f"fewstep.{folder}": folder for folder in (*FOLDERS, "configs")},
+    # Files alone: configurations, so that `--config NAME` finds them, and the teacher that `fewstep teacher` writes.
+    + ["fewstep.configs", "fewstep.assets.digits_image"],
+    package_dir={
+        **{f"fewstep.{folder}": folder for folder in (*FOLDERS, "configs")},
+        "fewstep.assets.digits_image": "assets/digits_image",
+    },
 )

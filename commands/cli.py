@@ -20,6 +20,7 @@ from fewstep.commands.evaluate_video import evaluate_video
 from fewstep.commands.export import export_causal_video, export_network_folder, export_pipeline
 from fewstep.commands.report_runs import report_runs
 from fewstep.commands.stream import stream_video
+from fewstep.commands.teacher import write_teacher
 from fewstep.commands.train import TRAININGS, config_names, run_training
 
 HELP = ("-h", "--help", "help")
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "evaluate suite": ("pictures for GenEval, DPG-Bench or T2I-CompBench", draw_suite),
     "report": ("a page of training runs, with their settings compared", report_runs),
     "stream": ("a video of a causal student, to a file", stream_video),
+    "teacher": ("the embedded digits teacher, where configurations look for it", write_teacher),
     "configs": ("list the configurations for --config NAME", _list_configs),
 }
 

@@ -25,7 +25,13 @@ torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 # A worker takes whole files: the longest first, so that none is left for the end.
-LONGEST = ("test_attention_triton.py", "test_recipes.py", "test_settings.py", "test_bf16_matrix.py")
+LONGEST = (
+    "test_documented_commands.py",
+    "test_attention_triton.py",
+    "test_recipes.py",
+    "test_settings.py",
+    "test_bf16_matrix.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

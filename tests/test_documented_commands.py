@@ -25,8 +25,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fewstep.commands.train
+from fewstep.commands.cli import run_cli
 from fewstep.core.config import load_config
 from fewstep.evaluation.measures.inception import WEIGHTS_NAME, _empty_network
+from tests.dmd.run_server import RunServer
 from tests.tiny_pipelines import build_sdxl, save_pipeline
 
 COMMAND = re.compile(r"^(python (scripts/|-c|-m)|accelerate launch |fewstep |make |pip install )")
@@ -145,6 +147,11 @@ def test_every_option_of_every_command_exists(repository: Path, monkeypatch: pyt
             if command.startswith((*ELSEWHERE, "python -")) or command in seen:
                 continue
             seen.add(command)
+            if command.startswith("fewstep "):
+                monkeypatch.setattr(sys, "argv", shlex.split(command))
+                with stopping_after_options(), pytest.raises(Understood):
+                    run_cli()
+                continue
             script, *arguments = words_of(command)
             assert (repository / script).is_file(), f"{page}: {script} is not there"
             if "--help" in arguments:
@@ -164,7 +171,7 @@ def test_every_option_of_every_command_exists(repository: Path, monkeypatch: pyt
 def workplace(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """A folder with what a reader of the README has."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("scripts", "configs", "assets"):
+    for name in ("scripts", "configs", "assets", "commands"):
         (folder / name).symlink_to(repository / name)
     save_pipeline(build_sdxl(), folder / "sdxl")
     (folder / "photos").mkdir()
@@ -182,20 +189,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Pat
 
 
 def adapted(command: str) -> list[str]:
-    """The command with what stands in, as a list of words for this interpreter."""
+    """The command with what stands in: a script and its arguments, or words for an interpreter after "-m"."""
     for theirs, ours in STAND_INS.items():
         command = command.replace(theirs, ours)
     words = shlex.split(command)
     if words[:2] == ["accelerate", "launch"]:
-        words = ["-m", "accelerate.commands.launch", *words[2:]]
         config = words[words.index("--config") + 1]
-        # Commands of the digits have no file for the launcher.
-        if "--config_file" not in words:
-            words[2:2] = ["--config_file", "configs/accelerate/cpu.yaml"]
-        words += [*SHORT, *SMALLER[config]]
+        # With one process and no file of its own the launcher starts the script, and takes seconds for it.
+        launcher = ["-m", "accelerate.commands.launch"] if "--config_file" in words else []
+        words = [*launcher, *words[2:], *SHORT, *SMALLER[config]]
+    elif words[0] == "fewstep":
+        words[0] = "commands/__main__.py"
+        if words[1] == "train":
+            words += [*SHORT, "--run.batch_size", "2"]
     else:
         words = words[1:]
-    return [sys.executable, *words]
+    return words
 
 
 @pytest.mark.slow
@@ -203,35 +212,45 @@ def adapted(command: str) -> list[str]:
 def test_the_readme_runs_in_its_order(repository: Path, workplace: Path) -> None:
     """From pictures to a judged export, a stream, and a reward; what one command needs, one before it has written."""
     text = (repository / "README.md").read_text(encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(workplace)}
-    ran = []
-    for command in commands_of(text):
-        if command.startswith(ELSEWHERE) or PLACEHOLDERS.search(command):
-            continue
-        done = subprocess.run(
-            adapted(command), cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        ran.append(command.split("scripts/")[1].split()[0])
-    assert ran == [
-        *("encode_latents.py", "train_dmd.py", "export_pipeline.py", "evaluate_image.py"),
-        *("train_causal_video.py",) * 3,
-        *("export_causal_video.py", "stream_video.py", "train_dmd.py", "train_reward.py"),
-    ]
-    assert (workplace / "runs" / "sdxl_dmd2_4step_lora" / "report" / "report.html").stat().st_size > 10_000
-    snippets = snippets_of(text)
-    assert len(snippets) == 2
-    for snippet in snippets:
-        code = snippet
-        for theirs, ours in STAND_INS.items():
-            code = code.replace(theirs, ours)
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=workplace,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{snippet}\n{done.stderr[-2000:]}"
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(workplace)}
+    server, ran = RunServer(), []
+
+    def run(script: str, arguments: Sequence[str], told: str) -> None:
+        log = workplace / "log.txt"
+        log.unlink(missing_ok=True)
+        started = server.start(*arguments, log=log, environment=shared, script=workplace / script, folder=workplace)
+        assert started.wait() == 0, f"{told}\n{log.read_text(encoding='utf-8')[-4000:]}"
+
+    with contextlib.closing(server):
+        for command in commands_of(text):
+            if command.startswith(ELSEWHERE) or PLACEHOLDERS.search(command):
+                continue
+            words = adapted(command)
+            if words[0] == "-m":
+                done = subprocess.run(
+                    [sys.executable, *words],
+                    cwd=workplace,
+                    env={**os.environ, **shared},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=300,
+                )
+                assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
+            else:
+                run(words[0], words[1:], command)
+            ran.append(command.split("scripts/")[-1].split()[0])
+        assert ran == [
+            *("encode_latents.py", "train_dmd.py", "export_pipeline.py", "evaluate_image.py"),
+            *("fewstep",) * 3,
+            *("train_causal_video.py",) * 3,
+            *("export_causal_video.py", "stream_video.py", "train_dmd.py", "train_reward.py"),
+        ]
+        assert (workplace / "runs" / "sdxl_dmd2_4step_lora" / "report" / "report.html").stat().st_size > 10_000
+        snippets = snippets_of(text)
+        assert len(snippets) == 2
+        for number, snippet in enumerate(snippets):
+            for theirs, ours in STAND_INS.items():
+                snippet = snippet.replace(theirs, ours)
+            (workplace / f"snippet_{number}.py").write_text(snippet, encoding="utf-8")
+            run(f"snippet_{number}.py", [], snippet)

@@ -157,7 +157,13 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, repository: Path,
     top = {place.split("/")[1] for place in code} | {"kernels"}
     assert {name for name in names if name.endswith("py.typed")} == {f"fewstep/{folder}/py.typed" for folder in top}
     assert {name.split("/")[0] for name in names} == {"fewstep"}
-    assert {name.split("/")[1] for name in names} == top | {"configs"}
+    assert {name.split("/")[1] for name in names} == top | {"configs", "assets"}
+    teacher = [
+        path for path in repository_files if path.relative_to(repository).parts[:2] == ("assets", "digits_image")
+    ]
+    assert {name for name in names if "/assets/" in name} == {
+        f"fewstep/{path.relative_to(repository).as_posix()}" for path in teacher
+    }
     configs = {
         f"fewstep/{path.relative_to(repository).as_posix()}" for path in repository_files if path.suffix == ".yaml"
     }
@@ -190,6 +196,31 @@ def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Pa
     chosen = [name for name in modules if not name.endswith("_triton")]
     code = f"import importlib\nfor name in {chosen!r}: importlib.import_module(name)\nprint(len({chosen!r}))"
     assert int(run_python("-c", code, cwd=tmp_path, path=(installed,)).splitlines()[-1]) == len(chosen)
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_trains_on_its_own_teacher(installed: Path, tmp_path: Path) -> None:
+    """The three commands of the README, without the repository; two steps in place of a thousand."""
+
+    def fewstep(*words: str) -> str:
+        return run_python("-m", "fewstep.commands", *words, cwd=tmp_path, path=(installed,))
+
+    assert "assets/digits_image: a Stable Diffusion 3" in fewstep("teacher")
+    assert (tmp_path / "assets" / "digits_image" / "train_latents" / "latents.safetensors").stat().st_size > 10**6
+    short = ("--run.steps", "2", "--run.batch_size", "4", "--data.sample_count", "1")
+    fewstep("train", "dmd", "--config", "digits/dmd_1step", *short)
+    fewstep("export", "--run", "runs/digits_1step")
+    assert (tmp_path / "runs" / "digits_1step" / "export" / "model_index.json").is_file()
+    failed = subprocess.run(
+        [sys.executable, "-m", "fewstep.commands", "teacher"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert failed.returncode == 1
+    assert "error: assets/digits_image exists; give another folder" in failed.stderr
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Runs of the training script as processes of their own, without paying for the imports each time.
+"""Scripts as processes of their own, without paying for the imports each time.
 
 This file is also a program: it imports what a run needs and then forks one process for each request. The child runs
-scripts/train_dmd.py as `python scripts/train_dmd.py ...` would, and can be killed at any moment.
+a script (scripts/train_dmd.py if no other is named) as `python SCRIPT ...` would, and can be killed at any moment.
 """
 
 import json
@@ -65,9 +65,22 @@ class RunServer:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> Run:
-        """Start the training script with these arguments."""
-        request = {"arguments": arguments, "log": str(log), "environment": dict(environment or {})}
+    def start(
+        self,
+        *arguments: str,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        script: Path = SCRIPT,
+        folder: Path | None = None,
+    ) -> Run:
+        """Start a script with these arguments, in a working directory."""
+        request = {
+            "arguments": arguments,
+            "log": str(log),
+            "environment": dict(environment or {}),
+            "script": str(script),
+            "folder": None if folder is None else str(folder),
+        }
         return Run(self, self.ask(request)["pid"], log)
 
     def close(self) -> None:
@@ -117,8 +130,12 @@ def main() -> None:
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     os.environ.update(request["environment"])
-    sys.argv = [str(SCRIPT), *request["arguments"]]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    if request["folder"] is not None:
+        os.chdir(request["folder"])
+    sys.argv = [request["script"], *request["arguments"]]
+    # As the interpreter would have it for a script.
+    sys.path[0] = str(Path(request["script"]).parent)
+    runpy.run_path(request["script"], run_name="__main__")
 
 
 if __name__ == "__main__":
