@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from fewstep.commands.draw_suite import draw_suite
+from fewstep.commands.encode import encode_images, encode_videos, make_pairs
 from fewstep.commands.evaluate_image import evaluate_image
 from fewstep.commands.evaluate_video import evaluate_video
 from fewstep.commands.export import export_causal_video, export_network_folder, export_pipeline
@@ -32,6 +33,9 @@ def _list_configs() -> None:
 
 # Words after `fewstep`, what they do, and the command, which reads its own options.
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
+    "encode": ("pictures with captions as latents, for gan.latents and data.latents", encode_images),
+    "encode videos": ("videos with captions as latents", encode_videos),
+    "pairs": ("pairs of noise and teacher sample, for regression.pairs", make_pairs),
     "export": ("a student as a diffusers pipeline", export_pipeline),
     "export video": ("a causal student as a streamable pipeline", export_causal_video),
     "export network": ("a network of a run as a folder to start from", export_network_folder),

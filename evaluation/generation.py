@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AnyFlowPipeline, DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.export.contract import CALL_KEY
 from fewstep.core.families.family import Family
 from fewstep.core.families.table import build_family
+from fewstep.core.families.wan import anyflow_family
 from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher_files import check_pipeline_folder, variant_of
 from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
@@ -48,10 +49,15 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
 def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
     """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`."""
     size = {"height": grid.height, "width": grid.width, "frames": grid.frames}
-    arguments = grid.arguments() | build_family(pipeline).call_arguments(pipeline, **size)
+    arguments = grid.arguments() | _family_of(pipeline).call_arguments(pipeline, **size)
     return _pixels_of(
         pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments)
     )
+
+
+def _family_of(pipeline: Any) -> Family:
+    """How a pipeline is called; an exported AnyFlow pipeline is called as Wan's."""
+    return anyflow_family(pipeline) if isinstance(pipeline, AnyFlowPipeline) else build_family(pipeline)
 
 
 def _pixels_of(output: Any) -> Tensor:
@@ -155,12 +161,14 @@ def _encoded_prompts(
         yield None
         return
     network: Any = family.network(pipeline)
-    stock = dict(network.attn_processors)
+    # AnyFlow's network has none, and its family changes nothing.
+    stock = dict(getattr(network, "attn_processors", {}))
     family.prepare_network(network)
     try:
         yield _Prompts.encode(pipeline, prompts, family=family)
     finally:
-        network.set_attn_processor(stock)
+        if stock:
+            network.set_attn_processor(stock)
 
 
 def _global_random_state(device: torch.device) -> Tensor:
@@ -196,7 +204,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts for {len(indices)} indices; give one per image, at least one")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
-    family = build_family(pipeline)
+    family = _family_of(pipeline)
     shape = family.latent_shape(pipeline, grid.height, grid.width, frames=grid.frames)
     size = family.call_arguments(pipeline, height=grid.height, width=grid.width, frames=grid.frames)
     name = type(pipeline.scheduler).__name__

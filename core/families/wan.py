@@ -256,6 +256,14 @@ class WanFamily:
         return no_stand_ins(pipeline, absent)
 
 
+def anyflow_family(pipeline: AnyFlowPipeline) -> WanFamily:
+    """The family by which an exported AnyFlow pipeline is called: Wan's text, sizes and latents. It is no teacher."""
+    return WanFamily(
+        time_scale=pipeline.scheduler.config["num_train_timesteps"],
+        text_tokens=min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length),
+    )
+
+
 def latent_frames(pixel_frames: int, *, factor: int = 4) -> int:
     """Latent frames of a video: the first stands for one pixel frame, each other one for `factor`.
 

@@ -11,10 +11,18 @@ from transformers import VideoMAEConfig, VideoMAEModel
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.commands import draw_videos
 from fewstep.commands.evaluate_video import evaluate_video
+from fewstep.core.export.pipeline import export_pipeline
+from fewstep.core.export.sampler import SamplerSpec
+from fewstep.core.grids import step_grid
 from fewstep.core.media.videos import iterate_frames
+from fewstep.evaluation.generation import generate, load_pipeline
 from fewstep.evaluation.samples.store import SampleStore
+from fewstep.evaluation.systems import StepGrid
 from tests.causal_video.tiny_streams import build_stream_pipeline
+from tests.core.export.test_export_anyflow import REPORT as ANYFLOW_REPORT
+from tests.core.export.test_export_anyflow import two_time_wan
 from tests.evaluation.vbench.suite_files import write_suite
+from tests.tiny_pipelines import save_pipeline
 from tests.tiny_videos import build_video_pipeline
 
 SIZE = ("--height", "32", "--width", "32")
@@ -183,3 +191,29 @@ def test_bad_input_fails_with_a_sentence(
 
 def test_results_that_are_not_there(tmp_path: Path) -> None:
     assert "has no results; score the videos first" in str(call("aggregate", "--results", tmp_path))
+
+
+@pytest.mark.slow
+def test_an_anyflow_export_is_drawn_at_its_steps_or_any(prompts: Path, tmp_path: Path) -> None:
+    """Told by its own record, or with another number of steps, as its files serve all of them."""
+    teacher = save_pipeline(build_video_pipeline(text_tokens=8, shift=5.0), tmp_path / "teacher")
+    export_pipeline(
+        str(teacher),
+        two_time_wan("gate"),
+        sampler=SamplerSpec(step_grid(2, shift=5.0), "flow_map", 5.0),
+        output=tmp_path / "export",
+        report=ANYFLOW_REPORT,
+    )
+    common = ("--prompts", prompts, "--count", 1)
+    assert call("sample", "--pipeline", tmp_path / "export", "--output", tmp_path / "own", *common) is None
+    assert call("sample", "--pipeline", tmp_path / "export", "--output", tmp_path / "4", "--steps", 4, *common) is None
+    own, four = (SampleStore.open(tmp_path / name / "store") for name in ("own", "4"))
+    assert (own.plan.call["steps"], four.plan.call["steps"]) == (2, 4)
+    films = [list(iterate_frames(store.folder / store.samples()[0].file)) for store in (own, four)]
+    assert [len(film) for film in films] == [9, 9]
+    assert own.samples()[0].sha256 != four.samples()[0].sha256
+    pipeline = load_pipeline(tmp_path / "export")
+    grid = StepGrid(frames=9, height=32, width=32)
+    found = generate(pipeline, ["a cat"], indices=[0], seed=0, steps=2, guidance=1.0, grid=grid)
+    assert found.shape == (1, 3, 9, 32, 32)
+    assert 0.0 <= float(found.min()) < float(found.max()) <= 1.0

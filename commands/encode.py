@@ -1,0 +1,99 @@
+"""Data of a training as latents: `fewstep encode`, `fewstep pairs`, and what the scripts of that kind start."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewstep.core.data import LatentDataset
+
+FORMATTER = argparse.ArgumentDefaultsHelpFormatter
+
+
+def _parser(about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=FORMATTER)
+    parser.add_argument("--teacher", required=True, help="diffusers directory or hub id")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    return parser
+
+
+def _write(output: str, make: Callable[[], LatentDataset], what: str) -> None:
+    """Make the data and write them; what is wrong ends the process with a line."""
+    if Path(output).exists() and not Path(output).is_dir():
+        sys.exit(f"error: --output {output} is a file; name a folder")
+    try:
+        data = make()
+        data.save(output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {len(data.prompts)} {what} to {output}")
+
+
+def encode_images(about: str = "") -> None:
+    """Encode a folder of pictures with captions, and end the process."""
+    parser = _parser(about)
+    add = parser.add_argument
+    add("--images", required=True, help="folder with pictures and metadata.jsonl (file_name, text)")
+    add("--height", type=int, required=True, help="pixels")
+    add("--width", type=int, required=True, help="pixels")
+    add("--batch_size", type=int, default=16, help="pictures at a time")
+    options = parser.parse_args()
+    from fewstep.core.latent_sources import encode_image_folder
+    from fewstep.core.teacher import Teacher
+
+    def make() -> LatentDataset:
+        teacher = Teacher.load(options.teacher, device=options.device)
+        size = {"height": options.height, "width": options.width}
+        return encode_image_folder(teacher, options.images, batch_size=options.batch_size, **size)
+
+    _write(options.output, make, "latents")
+
+
+def encode_videos(about: str = "") -> None:
+    """Encode a folder of videos with captions, and end the process."""
+    parser = _parser(about)
+    add = parser.add_argument
+    add("--videos", required=True, help="folder with videos and metadata.jsonl (file_name, text)")
+    add("--frames", type=int, required=True, help="pixel frames of each video, 4 k + 1 for Wan")
+    add("--every", type=int, default=1, help="take one of so many frames")
+    add("--height", type=int, required=True, help="pixels")
+    add("--width", type=int, required=True, help="pixels")
+    options = parser.parse_args()
+    from fewstep.core.latent_sources import encode_video_folder
+    from fewstep.core.teacher import Teacher
+
+    def make() -> LatentDataset:
+        teacher = Teacher.load(options.teacher, device=options.device)
+        size = {"frames": options.frames, "height": options.height, "width": options.width}
+        return encode_video_folder(teacher, options.videos, every=options.every, **size)
+
+    _write(options.output, make, "latents")
+
+
+def make_pairs(about: str = "") -> None:
+    """Write pairs of noise and teacher sample, and end the process."""
+    parser = _parser(about)
+    add = parser.add_argument
+    add("--prompts", required=True, help="text file, one prompt a line")
+    add("--count", type=int, default=1000, help="pairs")
+    add("--steps", type=int, default=50, help="of the teacher")
+    add("--guidance", type=float, default=1.0, help="of the teacher")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--batch_size", type=int, default=64, help="pairs at a time")
+    options = parser.parse_args()
+    from fewstep.core.data import read_prompts
+    from fewstep.core.latent_sources import teacher_pairs
+    from fewstep.core.teacher import Teacher
+
+    def make() -> LatentDataset:
+        prompts = read_prompts(options.prompts)
+        teacher = Teacher.load(options.teacher, device=options.device)
+        kinds = ("count", "steps", "guidance", "seed", "batch_size")
+        return teacher_pairs(teacher, prompts, **{name: getattr(options, name) for name in kinds})
+
+    _write(options.output, make, "pairs")
