@@ -27,12 +27,13 @@ from fewstep.commands.train import TRAININGS, config_names, run_training
 HELP = ("-h", "--help", "help")
 
 
-def _list_configs() -> None:
+def _list_configs(about: str) -> None:
+    del about
     print("\n".join(config_names()))
 
 
 # Words after `fewstep`, what they do, and the command, which reads its own options.
-COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[str], None]]] = {
     "encode": ("pictures with captions as latents, for gan.latents and data.latents", encode_images),
     "encode videos": ("videos with captions as latents", encode_videos),
     "pairs": ("pairs of noise and teacher sample, for regression.pairs", make_pairs),
@@ -64,7 +65,8 @@ def run_cli() -> None:
         name = " ".join(words[:length])
         if name in COMMANDS:
             sys.argv = [f"fewstep {name}", *words[length:]]
-            COMMANDS[name][1]()
+            about, command = COMMANDS[name]
+            command(f"{about[0].upper()}{about[1:]}.")
             return
     _unknown(" ".join(words[:2]), [*COMMANDS, "train"])
 

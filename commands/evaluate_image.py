@@ -21,10 +21,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_METRICS = {"digits": "fid,kid,classes", "pictures": "fid,kid,prc", "statistics": "fid", "nothing": ""}
 
 
-def image_parser(classifier: str | None = None) -> argparse.ArgumentParser:
+def image_parser(classifier: str | None = None, about: str = "") -> argparse.ArgumentParser:
     """The options, without any slow import. `classifier` is where the digits' one is if that is not told."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    found = argparse.ArgumentParser(description=(__doc__ or "").strip(), formatter_class=formatter)
+    found = argparse.ArgumentParser(description=about.strip(), formatter_class=formatter)
     add = found.add_argument
     add("--pipeline", action="append", default=[], metavar="[NAME=]DIR", help="diffusers folder or hub id; repeatable")
     add("--pictures", action="append", default=[], metavar="[NAME=]DIR", help="finished pictures; repeatable")
@@ -244,7 +244,7 @@ def this_process() -> dict[str, Any]:
     return {"rank": state.process_index, "world_size": state.num_processes, "wait": state.wait_for_everyone}
 
 
-def evaluate_image(classifier: str | None = None) -> None:
+def evaluate_image(about: str = "", *, classifier: str | None = None) -> None:
     """The command, as it is typed; ends the process."""
-    options = image_parser(classifier).parse_args()
+    options = image_parser(classifier, about).parse_args()
     sys.exit(run(options, sys.argv[1:]))

@@ -16,10 +16,10 @@ PER_PROMPT = 100
 NO_VBENCH = "give --prompts FILE, or --vbench_root DIR for VBench's own"
 
 
-def video_parser() -> argparse.ArgumentParser:
+def video_parser(about: str = "") -> argparse.ArgumentParser:
     """The four stages with their options, without any slow import."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    found = argparse.ArgumentParser(description=(__doc__ or "").strip(), formatter_class=formatter)
+    found = argparse.ArgumentParser(description=about.strip(), formatter_class=formatter)
     stages = found.add_subparsers(required=True, metavar="sample|score|aggregate|measure")
 
     def stage(name: str, about: str, run: Any) -> argparse.ArgumentParser:
@@ -252,9 +252,9 @@ def measure(options: argparse.Namespace) -> None:
     print(table.results_table(found).text(), f"report: {page}", sep="\n\n")
 
 
-def evaluate_video() -> None:
+def evaluate_video(about: str = "") -> None:
     """The command, as it is typed; ends the process."""
-    options = video_parser().parse_args()
+    options = video_parser(about).parse_args()
     try:
         options.run(options)
     except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -7,4 +7,4 @@ after an interruption, and other metrics are taken of the same samples.
 from fewstep.commands.evaluate_image import evaluate_image
 
 if __name__ == "__main__":
-    evaluate_image(classifier="assets/digits_image/classifier")
+    evaluate_image(__doc__ or "", classifier="assets/digits_image/classifier")

@@ -9,4 +9,4 @@ python scripts/evaluate_video.py measure --videos videos/store --output videos/p
 from fewstep.commands.evaluate_video import evaluate_video
 
 if __name__ == "__main__":
-    evaluate_video()
+    evaluate_video((__doc__ or "").splitlines()[0])

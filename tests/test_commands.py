@@ -28,7 +28,9 @@ def test_every_command_is_listed_and_has_help(capsys: pytest.CaptureFixture[str]
     for name in COMMANDS:
         if name != "configs":
             assert call(*name.split(), "--help")[0] == 0
-            assert capsys.readouterr().out.startswith(f"usage: fewstep {name} ")
+            told = capsys.readouterr().out
+            assert told.startswith(f"usage: fewstep {name} ")
+            assert " ".join(COMMANDS[name][0][1:].split()[:3]) in " ".join(told.split())
     for name in TRAININGS:
         assert call("train", name, "--help")[0] == 0
         assert f"fewstep train {name}" in capsys.readouterr().out
