@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 FORMATTER = argparse.ArgumentDefaultsHelpFormatter
 
 
-def _parser(about: str) -> argparse.ArgumentParser:
+def _parser(about: str, *, sized: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=FORMATTER)
     parser.add_argument("--teacher", required=True, help="diffusers directory or hub id")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    if sized:
+        for side in ("--height", "--width"):
+            parser.add_argument(side, type=int, required=True, help="pixels")
     return parser
 
 
@@ -36,11 +39,9 @@ def _write(output: str, make: Callable[[], LatentDataset], what: str) -> None:
 
 def encode_images(about: str = "") -> None:
     """Encode a folder of pictures with captions, and end the process."""
-    parser = _parser(about)
+    parser = _parser(about, sized=True)
     add = parser.add_argument
     add("--images", required=True, help="folder with pictures and metadata.jsonl (file_name, text)")
-    add("--height", type=int, required=True, help="pixels")
-    add("--width", type=int, required=True, help="pixels")
     add("--batch_size", type=int, default=16, help="pictures at a time")
     options = parser.parse_args()
     from fewstep.core.latent_sources import encode_image_folder
@@ -56,13 +57,11 @@ def encode_images(about: str = "") -> None:
 
 def encode_videos(about: str = "") -> None:
     """Encode a folder of videos with captions, and end the process."""
-    parser = _parser(about)
+    parser = _parser(about, sized=True)
     add = parser.add_argument
     add("--videos", required=True, help="folder with videos and metadata.jsonl (file_name, text)")
     add("--frames", type=int, required=True, help="pixel frames of each video, 4 k + 1 for Wan")
     add("--every", type=int, default=1, help="take one of so many frames")
-    add("--height", type=int, required=True, help="pixels")
-    add("--width", type=int, required=True, help="pixels")
     options = parser.parse_args()
     from fewstep.core.latent_sources import encode_video_folder
     from fewstep.core.teacher import Teacher
@@ -77,7 +76,7 @@ def encode_videos(about: str = "") -> None:
 
 def make_pairs(about: str = "") -> None:
     """Write pairs of noise and teacher sample, and end the process."""
-    parser = _parser(about)
+    parser = _parser(about, sized=False)
     add = parser.add_argument
     add("--prompts", required=True, help="text file, one prompt a line")
     add("--count", type=int, default=1000, help="pairs")

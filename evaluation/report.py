@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fewstep.core.training.sample_grid import save_grid
 from fewstep.evaluation.curves import Curve, choose_metrics
@@ -17,11 +14,11 @@ from fewstep.evaluation.evaluate import Comparison
 from fewstep.evaluation.figures import curves_figure, grid_image, quality_figure
 from fewstep.evaluation.headline import best_rows, headline, short_table
 from fewstep.evaluation.notes import table_notes
+from fewstep.evaluation.pages import png_uri, render_page
 from fewstep.evaluation.provenance import Provenance
 from fewstep.evaluation.results import EvaluationResult, Spread
 from fewstep.evaluation.table import Table, differences_table, results_table
 
-TEMPLATES = Path(__file__).parent / "templates"
 FIGURE_FOLDER = "figures"
 
 
@@ -34,7 +31,7 @@ class Picture:
     png: bytes
 
     def data_uri(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+        return png_uri(self.png)
 
 
 @dataclass(frozen=True)
@@ -181,14 +178,7 @@ def _link(picture: Picture) -> str:
 
 def html_text(content: ReportContent) -> str:
     """The report as one HTML page without outside resources."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(content=content)
+    return render_page("report.html", content)
 
 
 def write_report(

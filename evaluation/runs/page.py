@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -11,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from fewstep.core.training.health import HealthThresholds
 from fewstep.evaluation.curves import Curve
 from fewstep.evaluation.figures import curves_figure
+from fewstep.evaluation.pages import png_uri, render_page
 from fewstep.evaluation.provenance import Provenance
 from fewstep.evaluation.runs.read import NO_SETTINGS, TrainingRun, differing_settings
 from fewstep.evaluation.samples.atomic import write_text
 from fewstep.evaluation.table import Table
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 PANELS, WIDEST_GRID = 12, 2000
 LIMITS = HealthThresholds()
 # What a metric does in a run that goes well, in the order in which panels are shown; names by their beginnings.
@@ -75,7 +73,7 @@ def run_content(runs: Sequence[TrainingRun], provenance: Provenance) -> RunConte
         raise ValueError(f"runs are {names}; give at least one, and each a name of its own: NAME=DIR")
     metrics, left_out = shown_metrics(runs)
     named = [Curve(run.name, one.metric, one.steps, one.values) for run in runs for one in run.curves]
-    plotted = RunPicture("Metrics over steps", _data_uri(curves_figure(named, metrics=metrics))) if metrics else None
+    plotted = RunPicture("Metrics over steps", png_uri(curves_figure(named, metrics=metrics))) if metrics else None
     rows, before = [], None
     for metric in metrics:
         key = healthy_key(metric)
@@ -150,13 +148,6 @@ def write_run_page(folder: str | Path, runs: Sequence[TrainingRun], provenance: 
     """
     content, target = run_content(runs, provenance), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     data = {
         "runs": {
             run.name: {
@@ -171,7 +162,7 @@ def write_run_page(folder: str | Path, runs: Sequence[TrainingRun], provenance: 
     }
     write_text(target / "runs.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
     page = target / "runs.html"
-    write_text(page, environment.get_template("runs.html").render(content=content))
+    write_text(page, render_page("runs.html", content))
     return page
 
 
@@ -192,12 +183,8 @@ def _grid_uri(path: Path) -> str:
     """A grid no wider than a page shows it."""
     with Image.open(path) as picture:
         if picture.width <= WIDEST_GRID:
-            return _data_uri(path.read_bytes())
+            return png_uri(path.read_bytes())
         size = (WIDEST_GRID, round(picture.height * WIDEST_GRID / picture.width))
         stream = io.BytesIO()
         picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(stream, format="PNG")
-    return _data_uri(stream.getvalue())
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    return png_uri(stream.getvalue())
