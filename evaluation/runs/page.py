@@ -1,5 +1,4 @@
-"""A page of one training run, or of several beside each other: curves with what healthy looks like, and their settings.
-"""
+"""A page of one training run, or of several side by side: curves with what healthy looks like, and settings."""
 
 from __future__ import annotations
 

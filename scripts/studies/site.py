@@ -44,8 +44,7 @@ def pages_of(root: Path) -> list[Path]:
 
 
 def linked_files(root: Path, pages: Sequence[Path]) -> set[Path]:
-    """Files beside the pages that they link to, and pages that those link to. Raises ValueError for a link to nothing.
-    """
+    """Files beside the pages that they link to, and pages that those link to. Raises ValueError for a dead link."""
     found: set[Path] = set()
     waiting = list(pages)
     while waiting:

@@ -1,5 +1,4 @@
-"""What an export is called with survives saving, loading and other programs; guidance stays off; pictures as a start.
-"""
+"""What an export is called with survives saving, loading and other programs; guidance off; pictures as a start."""
 
 from __future__ import annotations
 
