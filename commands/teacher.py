@@ -26,12 +26,20 @@ def write_teacher(about: str = "") -> None:
     if output.exists() and output.resolve() != source:
         sys.exit(f"error: {output} exists; give another folder, or remove it yourself")
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
-            shutil.copytree(source, draft / "teacher")
-            (draft / "teacher").rename(output)
-        finally:
-            shutil.rmtree(draft)
+            _copy(source, output)
+        except OSError as error:
+            sys.exit(f"error: {output} cannot be written: {error}")
     print(f"{output}: a Stable Diffusion 3 of 1.7 M parameters that draws digits")
     print("next: fewstep train dmd --config digits/dmd_1step")
+
+
+def _copy(source: Path, output: Path) -> None:
+    """The whole folder, or nothing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        shutil.copytree(source, draft / "teacher")
+        (draft / "teacher").rename(output)
+    finally:
+        shutil.rmtree(draft)

@@ -16,12 +16,12 @@ from torch import Tensor
 from fewstep.core.data import PromptConditions
 from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import DataConfig
-from fewstep.core.training.best import go_back_to, save_best
+from fewstep.core.training.best import best_step, has_left_better, save_best, set_aside_best
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.run import RunWatch
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watched
-from fewstep.dmd.reward.scorers import ScorerChoice, load_judge
+from fewstep.dmd.reward.scorers import SCORERS, ScorerChoice, load_judge
 from fewstep.evaluation.choice import WEIGHTS, WEIGHTS_OF, Choice
 from fewstep.evaluation.judge import FEATURES, Material, judge_material, score_batches
 from fewstep.evaluation.measures.features import extract_features
@@ -35,27 +35,34 @@ def check_validation(config: ValidationConfig | None) -> None:
     """Find what is wrong with the section before a model is read. Raises ValueError."""
     if config is None:
         return
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"validation: {error}") from error
+
+
+def _check(config: ValidationConfig) -> None:
     require_samples(config.samples)
     choice = Choice(config.measures, config.weights, config.protocol, repetitions=0)
     for entry in config.scorers:
         ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames)
+        if SCORERS[entry.name].judges_clips or entry.frames is not None:
+            raise ValueError(f"scorer {entry.name} judges clips, and samples here are pictures")
     if parse_split(config.reference) is not None:
         if config.classifier is None or config.prompts is not None:
-            raise ValueError("validation.reference digits needs validation.classifier, and brings its own prompts")
+            raise ValueError("reference digits needs classifier, and brings its own prompts")
         return
     if "classes" in config.measures:
-        raise ValueError(
-            "validation.measures has classes, which only the digits have: give validation.reference digits:train"
-        )
+        raise ValueError("measures has classes, which only the digits have: give reference digits:train")
     keys = choice.feature_keys()
     if bool(keys) != (config.reference is not None):
         raise ValueError(
-            f"validation.measures is {list(config.measures)} and validation.reference {config.reference}: distances "
+            f"measures is {list(config.measures)} and reference {config.reference}: distances "
             "need real pictures, and nothing else does"
         )
     for name in (WEIGHTS_OF[key] for key in keys):
         if name not in config.weights:
-            raise ValueError(f"validation.measures {list(config.measures)} need validation.{name}: {WEIGHTS[name]}")
+            raise ValueError(f"measures {list(config.measures)} need {name}: {WEIGHTS[name]}")
 
 
 class Validation:
@@ -138,23 +145,32 @@ class ValidatedWatch:
         self.best: tuple[int, float] | None = None
 
     def state(self) -> dict[str, Any]:
-        """That of the watch, and the step and figure of the best weights."""
-        return {**self.watch.state(), "best": self.best}
+        """That of the watch, and the step and figure of the best weights, and of what they are the best."""
+        return {**self.watch.state(), "best": self.best, "best_of": self.validation.config.identity()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, which may be older than the best weights that were found after it."""
         self.watch.load_state(state)
-        best = state.get("best")
-        self.best = None if best is None else (int(best[0]), float(best[1]))
-        if not self.trainer.is_main:
+        best, trainer = state.get("best"), self.trainer
+        if best is None:
             return
-        left = go_back_to(self.trainer.directory.path, self.trainer.step)
-        if self.best is not None and left != self.best[0]:
+        run = trainer.directory.path
+        same, kept, replaced = state.get("best_of") == self.validation.config.identity(), False, False
+        if trainer.is_main:
+            kept, replaced = best_step(run) == best[0], has_left_better(run)
+        if same and trainer.broadcast_int(int(kept or replaced)):
             # Every process must go on alike, so the figure stays what has to be beaten.
-            self.trainer.note(
-                f"the best weights of step {self.best[0]} were replaced by later ones that this run left: a figure "
-                f"better than their {self.best[1]:.6g} is kept next"
-            )
+            self.best = (int(best[0]), float(best[1]))
+            if not kept:
+                trainer.note(
+                    f"the best weights, of step {best[0]}, were replaced by later ones that this run has left: a "
+                    f"figure better than their {best[1]:.6g} is kept next"
+                )
+            return
+        why = "are not in this run's folder" if same else "were chosen by other settings of the validation"
+        trainer.note(f"the best weights, of step {best[0]}, {why}: the next figure is the first to beat")
+        if trainer.is_main:
+            set_aside_best(run, -1)
 
     def begin(self) -> None:
         """The samples of a run's start, and their figures."""

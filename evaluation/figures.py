@@ -29,6 +29,7 @@ PALETTE = (
     *("#c2453f", "#9a8a1f", "#5f7fa8", "#7a9e3a", "#a8683f", "#6b6f78"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+LARGEST_SHOWN = 1e100
 TILE = 64
 MAX_TILE = 256
 GAP = 4
@@ -176,7 +177,9 @@ def curves_figure(curves: Sequence[Curve], *, metrics: Sequence[str]) -> bytes:
         for curve in curves:
             if curve.metric == metric:
                 color, dash = line_style(runs.index(curve.run))
-                axes.plot(curve.steps, curve.values, dash, color=color, linewidth=1.1, label=curve.run)
+                # Axes have no ticks for the largest numbers there are: those are gaps as well.
+                shown = [value if abs(value) < LARGEST_SHOWN else math.nan for value in curve.values]
+                axes.plot(curve.steps, shown, dash, color=color, linewidth=1.1, label=curve.run)
         style_axes(axes, title=metric)
     for axes in panels[len(metrics) :]:
         axes.set_visible(False)

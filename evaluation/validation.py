@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fewstep.evaluation.scorers.settings import ScorerConfig, read_scorer
 
@@ -52,6 +53,12 @@ class ValidationConfig:
             raise ValueError(f"seed is {self.seed}; it must be at least 0, and below 2^63")
         if not self.measures and not self.scorers:
             raise ValueError("nothing to measure: name measures, such as [kid], or scorers")
+        for entry in self.scorers:
+            if (entry.weight, entry.mean, entry.std) != (1.0, 0.0, 1.0):
+                raise ValueError(
+                    f"scorer {entry.name} has weight {entry.weight}, mean {entry.mean} and std {entry.std}: they are "
+                    "for a reward, and each scorer is a figure of its own here; leave them out"
+                )
         names = [*self.measures, *(entry.name for entry in self.scorers)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -61,6 +68,22 @@ class ValidationConfig:
             is_split = name == "reference" and str(place).partition(":")[0] == "digits"
             if place is not None and not is_split and not Path(place).exists():
                 raise ValueError(f"{name} is {place}; there is no such file or folder")
+
+    def identity(self) -> dict[str, Any]:
+        """What the deciding figure depends on: under other values figures do not compare."""
+        names = (
+            "samples",
+            "seed",
+            "prompts",
+            "reference",
+            "inception",
+            "dinov2",
+            "clip_vision",
+            "classifier",
+            "protocol",
+        )
+        first = self.measures[0] if self.measures else asdict(self.scorers[0])
+        return {"first": first, **{name: getattr(self, name) for name in names}}
 
     @property
     def weights(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ STAND_INS = {
     "configs/accelerate/gpus_8.yaml": "configs/accelerate/cpu.yaml",
     "--samples 5000": "--samples 20 --timing_repeats 1",
     "--chunks 40": "--chunks 3",
+    "--chunks 20 --switch 12:": "--chunks 3 --switch 2:",
+    "runs/student": "runs/digits_self_forcing",
+    "--output runs/digits_pairs": "--output runs/digits_pairs --count 8 --steps 2",
+    "make_digits_steered.py": "make_digits_steered.py --count 20",
     "runs/demo/digits_1step_seed0/export": "assets/digits_image",
     "chunks=40": "chunks=2",
 }
 # What makes a training short; the settings of the method stay.
 SHORT = ("--run.steps", "2", "--run.sample_every", "1000", "--data.sample_count", "1")
 SMALLER: dict[str, Sequence[str]] = {
+    **dict.fromkeys(("configs/digits/flash.yaml",), ("--run.batch_size", "8", "--reward.group_size", "4")),
     "configs/sdxl/dmd2_4step_lora.yaml": (
         *("--teacher.path", "sdxl", "--data.height", "16", "--data.width", "16", "--run.batch_size", "2"),
         *("--run.gradient_accumulation", "1"),
@@ -197,7 +202,8 @@ def adapted(command: str) -> list[str]:
         config = words[words.index("--config") + 1]
         # With one process and no file of its own the launcher starts the script, and takes seconds for it.
         launcher = ["-m", "accelerate.commands.launch"] if "--config_file" in words else []
-        words = [*launcher, *words[2:], *SHORT, *SMALLER[config]]
+        few = SMALLER.get(config, ("--run.batch_size", "2" if "video" in config else "4"))
+        words = [*launcher, *words[2:], *SHORT, *few]
     elif words[0] == "fewstep":
         words[0] = "commands/__main__.py"
         if words[1] == "train":
@@ -207,39 +213,25 @@ def adapted(command: str) -> list[str]:
     return words
 
 
+# Of the docs: servers, a card of CUDA, a run of a model that is not here, help, and what takes minutes to make.
+DOCS_ELSEWHERE = (
+    *ELSEWHERE,
+    *("python scripts/play_world.py", "python scripts/serve_scorer.py", "python -c"),
+    *("python scripts/export_network.py --run runs/sd35", "python scripts/make_digits_sana_control.py"),
+    "accelerate launch scripts/train_consistency.py --config configs/digits/sana_sprint_control.yaml",
+    "python scripts/export_sana_control.py",
+    # These go on from commands with placeholders.
+    "python scripts/evaluate_video.py",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_readme_runs_in_its_order(repository: Path, workplace: Path) -> None:
     """From pictures to a judged export, a stream, and a reward; what one command needs, one before it has written."""
     text = (repository / "README.md").read_text(encoding="utf-8")
-    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(workplace)}
-    server, ran = RunServer(), []
-
-    def run(script: str, arguments: Sequence[str], told: str) -> None:
-        log = workplace / "log.txt"
-        log.unlink(missing_ok=True)
-        started = server.start(*arguments, log=log, environment=shared, script=workplace / script, folder=workplace)
-        assert started.wait() == 0, f"{told}\n{log.read_text(encoding='utf-8')[-4000:]}"
-
-    with contextlib.closing(server):
-        for command in commands_of(text):
-            if command.startswith(ELSEWHERE) or PLACEHOLDERS.search(command):
-                continue
-            words = adapted(command)
-            if words[0] == "-m":
-                done = subprocess.run(
-                    [sys.executable, *words],
-                    cwd=workplace,
-                    env={**os.environ, **shared},
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                    timeout=300,
-                )
-                assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
-            else:
-                run(words[0], words[1:], command)
-            ran.append(command.split("scripts/")[-1].split()[0])
+    with running(workplace) as run:
+        ran = [run(one) for one in commands_of(text) if not one.startswith(ELSEWHERE) and not PLACEHOLDERS.search(one)]
         assert ran == [
             *("encode_latents.py", "train_dmd.py", "export_pipeline.py", "evaluate_image.py"),
             *("fewstep",) * 3,
@@ -253,4 +245,54 @@ def test_the_readme_runs_in_its_order(repository: Path, workplace: Path) -> None
             for theirs, ours in STAND_INS.items():
                 snippet = snippet.replace(theirs, ours)
             (workplace / f"snippet_{number}.py").write_text(snippet, encoding="utf-8")
-            run(f"snippet_{number}.py", [], snippet)
+            run(f"python snippet_{number}.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(os.environ.get("FEWSTEP_DOCUMENTS") != "all", reason="takes minutes; FEWSTEP_DOCUMENTS=all runs it")
+def test_the_docs_run_in_their_order(repository: Path, workplace: Path) -> None:
+    """Page by page, after the README, in the folder that it has left."""
+    with running(workplace) as run:
+        done = set(commands_of((repository / "README.md").read_text(encoding="utf-8")))
+        for page, found in documented(repository).items():
+            for command in found:
+                # Recipes and streams begin with commands of the README.
+                skipped = command.startswith(DOCS_ELSEWHERE) or PLACEHOLDERS.search(command) or "--help" in command
+                if page == "README.md" or skipped or command in done:
+                    continue
+                done.add(command)
+                # A page may export again what one before it has exported.
+                exports = command.startswith(("python scripts/export_pipeline.py", "python scripts/export_causal"))
+                run(f"{command} --overwrite" if exports else command)
+    assert len(done) > 50
+
+
+@contextlib.contextmanager
+def running(workplace: Path) -> Iterator[Callable[[str], str]]:
+    """A function that runs a documented command to its end, and gives the name of its script."""
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "XDG_CACHE_HOME": str(workplace)}
+
+    def run(command: str) -> str:
+        words = adapted(command)
+        if words[0] == "-m":
+            done = subprocess.run(
+                [sys.executable, *words],
+                cwd=workplace,
+                env={**os.environ, **shared},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            assert done.returncode == 0, f"{command}\n{done.stderr[-4000:]}"
+        else:
+            log = workplace / "log.txt"
+            log.unlink(missing_ok=True)
+            place = {"script": workplace / words[0], "folder": workplace}
+            started = server.start(*words[1:], log=log, environment=shared, **place)
+            assert started.wait() == 0, f"{command}\n{log.read_text(encoding='utf-8')[-4000:]}"
+        return command.split("scripts/")[-1].split()[0]
+
+    with contextlib.closing(RunServer()) as server:
+        yield run

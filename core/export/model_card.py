@@ -159,12 +159,12 @@ def _kind(record: ExportRecord) -> str:
 
 def _summary(record: ExportRecord) -> str:
     calls = "one network call" if record.steps == 1 else f"{record.steps} network calls"
-    kind = "LoRA weights" if record.weights == "lora" else "pipeline"
+    kind = "LoRA weights for diffusers that make" if record.weights == "lora" else "A diffusers pipeline that makes"
     article = "an image" if _kind(record) == "image" else "a video"
     averaged = "moving average of the weights" if record.ema else "live weights"
     teacher = "a teacher" if record.teacher_model is None else f"the teacher {record.teacher_model} with a"
     return (
-        f"A diffusers {kind} that makes {article} in {calls}: {record.base_model}, distilled with {record.method} "
+        f"{kind} {article} in {calls}: {record.base_model}, distilled with {record.method} "
         f"against {teacher} guidance of {record.training_guidance:g} (step {record.training_step}, {averaged}).\n"
     )
 

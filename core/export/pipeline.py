@@ -353,7 +353,9 @@ def _record(job: _Job, *, name: str) -> ExportRecord:
         base_dtype=report.base_dtype,
         teacher_model=None if report.teacher_model in (None, report.base_model) else public_name(report.teacher_model),
         base_model_id=report.hub_id or hub_id_of(report.base_model),
-        training_sampler=None if report.training_sampler in (None, job.spec.sampler) else report.training_sampler,
+        training_sampler=None
+        if report.training_sampler in (None, job.spec.sampler) or job.spec.steps == 1
+        else report.training_sampler,
         picture_step=None if report.picture is None else report.picture[1],
         dtype=DTYPE_NAMES[job.dtype],
         absent_components=absent_components(job.teacher.pipeline),

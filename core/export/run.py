@@ -1,5 +1,6 @@
 """Exports the student of a run directory: reads its configuration and one of its checkpoints."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from fewstep.core.weights import EMA_FILE, LIVE_FILE
 
 # A Denoiser's parameters carry the name of its one child.
 NETWORK_PREFIX = "network."
+GRID_NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def _report(
 
 def newest_grid(run: Path, step: int) -> tuple[Path, int] | None:
     """The newest grid of samples up to a step of the training, and its step; None where a run has none."""
-    grids = {int(path.stem.rpartition("-")[2]): path for path in run.glob("samples/step-*.png")}
+    # Other pictures may lie beside them.
+    named = [(GRID_NAME.fullmatch(path.name), path) for path in run.glob("samples/*.png")]
+    grids = {int(match[1]): path for match, path in named if match is not None}
     # That of the start shows a student that has learnt nothing.
     fit = [number for number in grids if 0 < number <= step]
     return (grids[max(fit)], max(fit)) if fit else None

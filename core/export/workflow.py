@@ -54,6 +54,8 @@ def write_comfyui_files(export: str | Path) -> list[Path]:
     sigmas, adapters = comfyui_sigmas(export, record), export / FOLDER / "lora.safetensors"
     if sigmas is None or (record.weights == "lora" and not adapters.is_file()):
         return written
+    settings = json.loads((export / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    prediction = settings.get("prediction_type")
     folder = export / FOLDER
     folder.mkdir(exist_ok=True)
     if record.weights == "merged":
@@ -68,7 +70,9 @@ def write_comfyui_files(export: str | Path) -> list[Path]:
         save_file(state, partial, metadata={"format": "pt"})
         written.append(partial.replace(folder / "diffusion_model.safetensors"))
     partial = folder / ".workflow.partial"
-    partial.write_text(json.dumps(comfyui_workflow(record, sigmas), indent=1) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps(comfyui_workflow(record, sigmas, prediction=prediction), indent=1) + "\n", encoding="utf-8"
+    )
     written.append(partial.replace(folder / "workflow.json"))
     return written
 
@@ -92,8 +96,11 @@ def comfyui_sigmas(export: Path, record: ExportRecord) -> tuple[float, ...] | No
     return tuple(math.sqrt((1.0 - share) / share) for share in kept)
 
 
-def comfyui_workflow(record: ExportRecord, sigmas: tuple[float, ...]) -> Nodes:
-    """Nodes by number. Files are named after the record, as they would be called in ComfyUI's folders."""
+def comfyui_workflow(record: ExportRecord, sigmas: tuple[float, ...], *, prediction: str | None = None) -> Nodes:
+    """Nodes by number. Files are named after the record, as they would be called in ComfyUI's folders.
+
+    `prediction` is that of a U-Net, as its scheduler says.
+    """
     nodes: Nodes = {}
 
     def add(kind: str, **inputs: Any) -> list[Any]:
@@ -115,6 +122,9 @@ def comfyui_workflow(record: ExportRecord, sigmas: tuple[float, ...]) -> Nodes:
             base = f"{record.base_model.rpartition('/')[2]}.safetensors"
             model = add("UNETLoader", unet_name=base, weight_dtype="default")
         model = add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+    if prediction == "v_prediction":
+        # ComfyUI takes a U-Net of these shapes for one of epsilon.
+        model = add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=False)
     size: dict[str, Any] = {"width": record.width, "height": record.height, "batch_size": 1}
     if is_wan:
         latent = add("EmptyHunyuanLatentVideo", length=record.num_frames, **size)

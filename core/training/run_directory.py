@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fewstep.core.config import save_resolved
+from fewstep.core.training.best import set_aside_best
 from fewstep.core.training.checkpoint import find_resume, list_checkpoints, set_aside_newer
 from fewstep.core.training.trackers import Trackers
 
@@ -91,6 +92,8 @@ class RunDirectory:
             replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             replacement.replace(path)
         self.trackers.begin(step)
+        # A new run has no best weights, also where one was killed before it had saved anything else.
+        set_aside_best(self.path, step if self.resume_path is not None else -1)
         return set_aside_newer(self.path, step)
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -111,6 +111,8 @@ def headline_of(run: TrainingRun) -> str:
     if run.best is not None:
         step, figure, value = run.best
         text += f"; best {figure} {value:.4g} at step {step}"
+    if run.damaged:
+        text += "; best weights cannot be read"
     count = len(run.health)
     return f"{text}; {count or 'no'} health message{'' if count == 1 else 's'}"
 
@@ -143,9 +145,12 @@ def healthy_key(metric: str) -> str | None:
 def write_run_page(folder: str | Path, runs: Sequence[TrainingRun], provenance: Provenance) -> Path:
     """Write runs.html, one file without outside resources, and runs.json into a folder; returns the page.
 
-    Raises ValueError as `run_content`.
+    Raises ValueError for a file in its place, and as `run_content`.
     """
-    content, target = run_content(runs, provenance), Path(folder)
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; name a folder for the page")
+    content = run_content(runs, provenance)
     target.mkdir(parents=True, exist_ok=True)
     data = {
         "runs": {

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from fewstep.core.training.best import best_checkpoint
 from fewstep.core.training.checkpoint import list_checkpoints, verify_checkpoint
-from fewstep.core.training.run_directory import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, read_metrics
+from fewstep.core.training.run_directory import CONFIG_FILE, METRICS_FILE
 from fewstep.evaluation.curves import Curve, read_curves
 
 HEALTH = "health: "
+GRID_NAME = re.compile(r"step-(\d+)\.png")
 # Where a run is written says nothing of what it did.
 NO_SETTINGS = ("run.directory", "run.resume", "run.dry_run")
 
@@ -33,7 +37,8 @@ class TrainingRun:
     """A run as its folder has it.
 
     `settings` are those of config.yaml by dotted names. `grids` are the first and the last grid of samples, by step.
-    `best` is (step, figure, value) of the best weights of a validation, None without one.
+    `best` is (step, figure, value) of the best weights of a validation, None without one; `damaged` tells that they
+    cannot be read.
     """
 
     name: str
@@ -41,9 +46,9 @@ class TrainingRun:
     curves: tuple[Curve, ...]
     health: tuple[Told, ...]
     grids: tuple[tuple[int, Path], ...]
-    environment: dict[str, Any]
     last_checkpoint: int | None
     best: tuple[int, str, float] | None
+    damaged: bool = False
 
     @property
     def step(self) -> int:
@@ -67,26 +72,51 @@ def read_run(folder: str | Path, *, name: str | None = None) -> TrainingRun:
         raise ValueError(f"{folder} has no {CONFIG_FILE} and {METRICS_FILE}; give the run directory of a training")
     try:
         settings = flat(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} holds no settings ({error})") from error
-    curves = tuple(read_curves(folder))
-    environment = folder / ENVIRONMENT_FILE
-    grids = sorted((int(path.stem.rpartition("-")[2]), path) for path in folder.glob("samples/step-*.png"))
-    checkpoints, best = list_checkpoints(folder), best_checkpoint(folder)
-    found = None
-    if best is not None:
-        state = verify_checkpoint(best)["state"]
-        found = (_step_of(best), str(state["figure"]), float(state["value"]))
+    try:
+        curves, told = tuple(read_curves(folder)), tuple(_health(metrics))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{metrics} is no text ({error})") from error
+    best, damaged = _best(folder)
+    checkpoints = list_checkpoints(folder)
     return TrainingRun(
         name=name or folder.resolve().name,
         settings=settings,
         curves=curves,
-        health=tuple(_health(metrics)),
-        grids=tuple(dict.fromkeys((grids[0], grids[-1]))) if grids else (),
-        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        health=told,
+        grids=_first_and_last(folder),
         last_checkpoint=_step_of(checkpoints[-1]) if checkpoints else None,
-        best=found,
+        best=best,
+        damaged=damaged,
     )
+
+
+def _best(folder: Path) -> tuple[tuple[int, str, float] | None, bool]:
+    """The best weights of a validation, and whether they are damaged."""
+    try:
+        best = best_checkpoint(folder)
+    except ValueError:
+        return None, True
+    if best is None:
+        return None, False
+    state = verify_checkpoint(best)["state"]
+    return (_step_of(best), str(state["figure"]), float(state["value"])), False
+
+
+def _first_and_last(folder: Path) -> tuple[tuple[int, Path], ...]:
+    """The first and the last grid that can be read; other pictures beside them count for nothing."""
+    found = []
+    for path in sorted(folder.glob("samples/*.png")):
+        match = GRID_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):
+            with Image.open(path) as picture:
+                picture.verify()
+            found.append((int(match[1]), path))
+    found.sort()
+    return tuple(dict.fromkeys((found[0], found[-1]))) if found else ()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,12 +146,15 @@ def _shown(value: Any) -> str:
 
 
 def _health(metrics: Path) -> list[Told]:
-    lines = metrics.read_text(encoding="utf-8")
-    # A run that goes on may be in the middle of a line, which `read_metrics` does not forgive.
-    whole = lines if lines.endswith("\n") else lines[: lines.rfind("\n") + 1]
-    records = [json.loads(line) for line in whole.splitlines()] if whole != lines else read_metrics(metrics)
-    texts = [(record["step"], record["note"]) for record in records if isinstance(record.get("note"), str)]
-    return [Told(step, text.removeprefix(HEALTH)) for step, text in texts if text.startswith(HEALTH)]
+    found = []
+    # `read_curves` has read the file before: a line that is no record now is blank, or still being written.
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            note = record.get("note")
+            if isinstance(note, str) and note.startswith(HEALTH):
+                found.append(Told(int(record["step"]), note.removeprefix(HEALTH)))
+    return found
 
 
 def _step_of(checkpoint: Path) -> int:

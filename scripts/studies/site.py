@@ -21,6 +21,8 @@ import yaml
 
 PACKAGES = ("core", "dmd", "consistency", "causal_video", "kernels", "evaluation", "embedded", "commands")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+# A file of each site, by which an earlier one is known.
+SITE_MARK = "objects.inv"
 TITLES = {"README.md": "Overview", "CONTRIBUTING.md": "Contributing", "CHANGELOG.md": "Changes"}
 # What mkdocs says of a name in brackets that is no reference is not about links.
 OPTIONS: dict[str, Any] = {
@@ -83,6 +85,13 @@ def build_site(output: str | Path, *, modules: Sequence[str] | None = None, root
         RuntimeError: mkdocs is missing, or finds a link or a name that leads nowhere.
     """
     root = Path(__file__).resolve().parents[2] if root is None else root
+    place = Path(output)
+    if place.exists() and not (
+        place.is_dir() and (SITE_MARK in {p.name for p in place.iterdir()} or not any(place.iterdir()))
+    ):
+        raise ValueError(
+            f"{place} exists and is no site of an earlier build; give another folder, or remove it yourself"
+        )
     known = modules_of(root)
     chosen = known if modules is None else list(modules)
     for name in chosen:

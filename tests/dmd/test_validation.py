@@ -16,7 +16,7 @@ from fewstep.core.config import load_config, save_resolved
 from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
-from fewstep.core.training.best import best_checkpoint
+from fewstep.core.training.best import best_checkpoint, save_best
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.run_directory import read_metrics
 from fewstep.dmd.config import DmdConfig
@@ -115,6 +115,48 @@ def test_a_resume_is_exact(inputs: TinyInputs, validated: Path, tmp_path: Path, 
     assert_same_checkpoint(load_checkpoint(best), load_checkpoint(expected))
 
 
+def test_a_run_begins_without_the_best_of_another(inputs: TinyInputs, validated: Path, tmp_path: Path) -> None:
+    """A folder in which a run was killed before its first checkpoint; and a resume without the section."""
+    run = tmp_path / "run"
+    save_best(run, 400, {"w": torch.ones(2)}, figure="kid", value=0.0)
+    assert train_dmd(tiny_config(inputs, run, CHANGES)) == 0
+    kept, expected = best_checkpoint(run), best_checkpoint(validated)
+    assert kept is not None
+    assert expected is not None
+    assert kept.name == expected.name
+    # Nothing of what was left is kept beside it.
+    assert [path.name for path in (run / "best").iterdir()] == [kept.name]
+    step = int(kept.name.rpartition("-")[2])
+    back = max(number for number in (2, 4) if number < step) if step > 2 else 2
+    without = {**CHANGES, "validation": None, "run.resume": str(run / f"checkpoint-{back}"), "run.steps": back + 1}
+    assert train_dmd(tiny_config(inputs, run, without)) == 0
+    assert best_checkpoint(run) is None or step <= back
+
+
+def test_figures_of_other_kinds_are_not_compared(inputs: TinyInputs, tmp_path: Path) -> None:
+    """Another measure, other samples, or another folder: the best begins anew, and the run says so."""
+    run = tmp_path / "run"
+    assert train_dmd(tiny_config(inputs, run, {**CHANGES, "run.steps": 2})) == 0
+    slant = ValidationConfig(every=2, scorers=(ScorerConfig(name="slant"),), samples=20)
+    changes = {**CHANGES, "run.steps": 4, "validation": slant, "run.resume": "latest"}
+    assert train_dmd(tiny_config(inputs, run, changes)) == 0
+    kept = best_checkpoint(run)
+    assert kept is not None
+    assert (kept.name, load_checkpoint(kept).state["figure"]) == ("checkpoint-4", "slant")
+    notes = [one["note"] for one in read_metrics(run / "metrics.jsonl") if "note" in one]
+    assert any(
+        "were chosen by other settings of the validation: the next figure is the first to beat" in one for one in notes
+    )
+    elsewhere = tmp_path / "elsewhere"
+    changes = {**changes, "run.steps": 6, "run.resume": str(run / "checkpoint-4")}
+    assert train_dmd(tiny_config(inputs, elsewhere, changes)) == 0
+    kept = best_checkpoint(elsewhere)
+    assert kept is not None
+    assert kept.name == "checkpoint-6"
+    notes = [one["note"] for one in read_metrics(elsewhere / "metrics.jsonl") if "note" in one]
+    assert any("are not in this run's folder" in one for one in notes)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_measure_what_one_does(inputs: TinyInputs, validated: Path, tmp_path: Path) -> None:
@@ -148,14 +190,18 @@ def test_distances_to_real_pictures(inputs: TinyInputs, tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no weights": ({"measures": ("kid",), "reference": "."}, r"need validation\.inception: weights-inception"),
+    "no weights": (
+        {"measures": ("kid",), "reference": "."},
+        "validation: measures .* need inception: weights-inception",
+    ),
     "no reference": ({"measures": ("fd_dinov2",), "dinov2": "."}, "distances need real pictures"),
     "nothing compared": ({"scorers": (ScorerConfig(name="stroke_weight"),), "reference": "."}, "nothing else does"),
     "unknown": ({"measures": ("fvd",)}, "metric 'fvd' is unknown; known are fid, kid"),
+    "clips": ({"scorers": (ScorerConfig(name="clip_light"),)}, "scorer clip_light judges clips"),
     "scorer": ({"scorers": (ScorerConfig(name="beauty"),)}, "scorer is 'beauty'; use one of"),
     "few": ({"measures": ("kid",), "samples": 4}, "samples is 4; use at least 20"),
     "classes": ({"measures": ("classes",)}, "which only the digits have"),
-    "digits": ({"measures": ("classes",), "reference": "digits:train"}, r"needs validation\.classifier"),
+    "digits": ({"measures": ("classes",), "reference": "digits:train"}, "reference digits needs classifier"),
 }
 
 
@@ -178,6 +224,7 @@ def test_bad_sections_are_refused_before_a_model_is_read(inputs: TinyInputs, tmp
         ({"every": 1, "measures": ("kid", "kid")}, "kid is named twice"),
         ({"every": 1, "measures": ("kid",), "inception": "nowhere.pth"}, "inception is nowhere.pth; there is no such"),
         ({"every": 1, "measures": ("kid",), "seed": -1}, "seed is -1"),
+        ({"every": 1, "scorers": ({"name": "slant", "weight": -1.0},)}, "slant has weight -1.0, .* leave them out"),
     ],
 )
 def test_bad_settings_are_errors(values: dict[str, Any], message: str) -> None:

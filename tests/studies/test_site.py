@@ -61,3 +61,11 @@ def test_what_pages_link_to_comes_along(tmp_path: Path) -> None:
 def test_an_unknown_module_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fewstep\.core\.nothing is no module with public names"):
         build_site(tmp_path / "site", modules=["fewstep.core.nothing"])
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="exists and is no site of an earlier build"):
+        build_site(tmp_path / "site", modules=[])
+    assert (tmp_path / "site" / "mine.txt").is_file()

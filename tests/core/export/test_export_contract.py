@@ -250,6 +250,20 @@ def test_the_workflow_samples_what_the_student_does(exports: dict[str, Path], na
     torch.testing.assert_close(x, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
 
 
+def test_a_unet_of_velocities_says_so(tmp_path: Path) -> None:
+    """Its sigmas are those of epsilon, and ComfyUI is told what the network predicts."""
+    teacher = save_pipeline(BUILDERS["sd15_v"](), tmp_path / "teacher")
+    sampler = SamplerSpec(student_times("sd15_v", 2, 1.0), "sde")
+    export_pipeline(str(teacher), student_network("sd15_v"), sampler=sampler, output=tmp_path / "v", report=REPORT)
+    write_comfyui_files(tmp_path / "v")
+    nodes = json.loads((tmp_path / "v" / "comfyui" / "workflow.json").read_text(encoding="utf-8"))
+    kinds = {node["class_type"]: (number, node["inputs"]) for number, node in nodes.items()}
+    number, inputs = kinds["ModelSamplingDiscrete"]
+    assert (inputs["sampling"], inputs["zsnr"]) == ("v_prediction", False)
+    assert kinds["BasicGuider"][1]["model"] == [number, 0]
+    assert inputs["model"] == [kinds["UNETLoader"][0], 0]
+
+
 def test_adapters_have_a_workflow_on_their_base(tmp_path: Path) -> None:
     teacher = save_pipeline(BUILDERS["sdxl"](), tmp_path / "teacher")
     sampler = SamplerSpec(student_times("sdxl", 1, 1.0), "sde")

@@ -112,6 +112,7 @@ def test_the_newest_grid_and_the_hubs_id_are_on_the_card(tmp_path, teacher):
     (run / "samples").mkdir()
     for step in (0, 5, 10, 30):
         (run / "samples" / f"step-{step:07d}.png").write_bytes(f"grid {step}".encode())
+    (run / "samples" / "step-0000020 (copy).png").write_bytes(b"stray")
     directory, record = export_run(run, files=ExportFiles(hub_id="owner/teacher"))
     assert (record.picture_step, record.base_model_id) == (10, "owner/teacher")
     assert (directory / "samples.png").read_bytes() == b"grid 10"

@@ -113,3 +113,25 @@ def test_what_is_no_run_is_named(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text("- a list\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no settings"):
         read_run(run)
+
+
+def test_what_lies_about_stops_no_page(run: Path, tmp_path: Path) -> None:
+    """Stray and broken pictures, blank lines, huge numbers and damaged best weights."""
+    grids = run / "samples"
+    (grids / "step-0000000.png").write_bytes(b"")
+    (grids / "step-0000005 (copy).png").write_bytes(b"x")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\n{"step": 40, "student_loss": 1e308}\n{"step": 50, "student_loss": -1e308}\n')
+    kept = save_best(run, 20, {"w": torch.ones(2)}, figure="kid", value=0.25)
+    with (kept / "student_ema.safetensors").open("ab") as file:
+        file.write(b"0")
+    found = read_run(run)
+    assert [step for step, _ in found.grids] == [5, 10]
+    assert (found.best, found.damaged, found.step) == (None, True, 50)
+    page = write_run_page(tmp_path / "report", [found], MADE)
+    assert "best weights cannot be read" in page.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml is a file; name a folder"):
+        write_run_page(run / "config.yaml", [found], MADE)
+    (run / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config\.yaml holds no settings"):
+        read_run(run)
