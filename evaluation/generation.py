@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import AnyFlowPipeline, DiffusionPipeline
 from torch import Tensor
@@ -25,7 +27,7 @@ from fewstep.core.families.table import build_family
 from fewstep.core.families.wan import anyflow_family
 from fewstep.core.randomness import sample_noise, shared_integer
 from fewstep.core.teacher_files import check_pipeline_folder, variant_of
-from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, require_pipeline
+from fewstep.evaluation.systems import OWN_GRID, StepGrid, System, base_of, require_pipeline
 
 # All prompts of the embedded digits at once; more would not fit beside a large text encoder.
 ENCODE_BATCH = 256
@@ -34,14 +36,21 @@ ENCODE_BATCH = 256
 def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The pipeline in the directory `path`, as plain `DiffusionPipeline.from_pretrained` loads it, without its bars.
 
-    Raises ValueError when `path` is no pipeline directory.
+    Adapters of a LoRA export are put on the model that they are for, as its card says. Raises ValueError when `path` is
+    no pipeline directory.
     """
     require_pipeline(path)
-    folder = Path(path)
+    folder = base_of(path)
     # Stock loading takes a null in the index (SD3 without T5) for a missing part unless it is passed as None as well.
     absent = dict.fromkeys(check_pipeline_folder(folder))
     choice: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant_of(folder, None)}
-    pipeline = DiffusionPipeline.from_pretrained(folder, **choice, **absent).to(device)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **choice, **absent)
+    if folder != Path(path):
+        pipeline.load_lora_weights(path)
+        scheduler = json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        kind = getattr(diffusers, scheduler["_class_name"])
+        pipeline.register_modules(scheduler=kind.from_pretrained(path, subfolder="scheduler"))
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

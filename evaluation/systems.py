@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 from fewstep.core.export.contract import stored_call
 from fewstep.core.media.pictures import find_pictures
-from fewstep.evaluation.samples.identity import stored_dtype
+from fewstep.evaluation.samples.identity import RECORD_FILE, adapted_model, stored_dtype
 
-RECORD_FILE = "distillation.json"
 MIN_SAMPLES = 20
 # Of real pictures on a page where nothing is drawn.
 SHOWN_SIDE = 256
@@ -110,20 +109,36 @@ def read_system(
         int(chosen_steps),
         float(chosen_guidance),
         grid,
-        dtype=record.get("dtype") or stored_dtype(folder),
+        # Adapters go on the weights that they were trained on, whatever they are stored in.
+        dtype=record.get("base_dtype" if record.get("weights") == "lora" else "dtype") or stored_dtype(folder),
         training_guidance=record.get("training_guidance"),
     )
 
 
+def base_of(path: str | Path) -> Path:
+    """The folder of a pipeline: the path itself, or for a folder of adapters the model that they are for.
+
+    Raises ValueError when that model is neither a folder nor a hub id.
+    """
+    base = adapted_model(path)
+    if base is None:
+        return Path(path)
+    folder = Path(find_pipeline(base))
+    if not folder.is_dir():
+        raise ValueError(
+            f"{path} holds adapters for {base}, and there is no such folder here: export them merged, or with "
+            "--base_model OWNER/NAME"
+        )
+    return folder
+
+
 def require_pipeline(path: str | Path) -> None:
-    """Raises ValueError unless `path` is a directory with a diffusers pipeline."""
-    folder = Path(path)
+    """Raises ValueError unless `path` is a directory with a diffusers pipeline, or with adapters of one."""
+    folder = base_of(path)
     if not folder.is_dir():
         raise ValueError(f"there is no directory {folder}; give a diffusers pipeline directory")
     if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json (LoRA exports: merge them first)"
-        )
+        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json")
 
 
 def require_samples(samples: int) -> None:
@@ -194,7 +209,7 @@ def picture_size(system: System) -> tuple[int, int]:
 
     Raises ValueError when they do not tell.
     """
-    folder = Path(system.path)
+    folder = base_of(system.path)
     network = "transformer" if (folder / "transformer").is_dir() else "unet"
     try:
         latent = json.loads((folder / network / "config.json").read_text(encoding="utf-8"))["sample_size"]

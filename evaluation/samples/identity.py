@@ -7,6 +7,7 @@ import json
 import struct
 from pathlib import Path
 
+RECORD_FILE = "distillation.json"
 NETWORKS = ("transformer", "unet")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Files up to this are read whole; of larger ones so many blocks of a MB, evenly spaced, with both ends.
@@ -21,8 +22,14 @@ def pipeline_fingerprint(folder: str | Path) -> str:
     for reading gigabytes. Records of evaluations do not enter.
     """
     place, total = Path(folder), hashlib.sha256()
+    base = adapted_model(place)
+    if base is not None:
+        # Adapters are as much as what they sit on.
+        total.update((pipeline_fingerprint(base) if Path(base).is_dir() else base).encode())
     for file in sorted(place.rglob("*")):
-        wanted = file.suffix in (".json", ".txt", ".model", ".safetensors") and file.name != "distillation.json"
+        wanted = file.suffix in (".json", ".txt", ".model", ".safetensors") and file.name != RECORD_FILE
+        # The same weights again, for another program.
+        wanted = wanted and file.relative_to(place).parts[0] != "comfyui"
         # The files of the hub's cache are links into it.
         if wanted and file.is_file():
             size = file.stat().st_size
@@ -35,6 +42,15 @@ def pipeline_fingerprint(folder: str | Path) -> str:
                     stream.seek((size - BLOCK) * number // (BLOCKS - 1))
                     total.update(stream.read(BLOCK))
     return total.hexdigest()
+
+
+def adapted_model(folder: str | Path) -> str | None:
+    """The model that a folder's adapters are for, a folder or a hub id; None where it holds a whole pipeline."""
+    file = Path(folder) / RECORD_FILE
+    if not file.is_file() or (Path(folder) / "model_index.json").is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return record["base_model"] if record.get("weights") == "lora" else None
 
 
 def stored_dtype(folder: str | Path) -> str:
