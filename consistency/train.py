@@ -48,7 +48,7 @@ from fewstep.core.training.run import open_run
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import matching_at
-from fewstep.dmd.validation import build_validation, check_validation, watched
+from fewstep.dmd.validation import build_validation, check_validation, rehearsal, watched
 
 
 def train_consistency(config: ConsistencyConfig) -> int:
@@ -72,6 +72,7 @@ def train_consistency(config: ConsistencyConfig) -> int:
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         watch = watched(watch, validation)
         notes = (partial(describe_run, config, setup, trainer), partial(check_tangent, config, setup, trainer))
+        notes = (*notes, partial(rehearsal, validation, dry=config.run.dry_run))
         for _ in run.steps(watch, *notes, beside=config.student_settings.save):
             run.finish_step(train_step(config, setup, trainer))
     return run.exit_code

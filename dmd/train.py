@@ -22,7 +22,7 @@ from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
 from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, heads_step, student_step
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
-from fewstep.dmd.validation import build_validation, check_validation, watched
+from fewstep.dmd.validation import build_validation, check_validation, rehearsal, watched
 from fewstep.evaluation.scorers.failure import keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
@@ -61,7 +61,8 @@ def train_dmd(config: DmdConfig, *, scorers: Sequence[Scorer] | None = None) -> 
         setup.teacher.free_after_setup(config.data)
         watch = Watch(setup, trainer, sample_count=config.data.sample_count, guidance=config.teacher.guidance)
         watch = watched(watch, validation)
-        for _ in run.steps(watch, partial(describe_run, config, setup, trainer), beside=config.student_settings.save):
+        notes = (partial(describe_run, config, setup, trainer), partial(rehearsal, validation, dry=config.run.dry_run))
+        for _ in run.steps(watch, *notes, beside=config.student_settings.save):
             with keeping_failures(run):
                 run.finish_step(train_step(config, setup, trainer))
     return run.exit_code

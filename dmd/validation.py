@@ -95,23 +95,10 @@ class Validation:
     @torch.no_grad()
     def _material(self) -> Material:
         """Features and scores of all samples, of which each process draws every so many-th."""
-        role, size = self.setup.student_role, self.config.batch_size
         count, last = self.trainer.world_size, self.config.samples - 1
         # All processes draw equally many: the last sample is drawn again where they do not come out even.
         mine = [min(row, last) for row in range(self.trainer.rank, -(-self.config.samples // count) * count, count)]
-        keys = dict.fromkeys(FEATURES.get(metric, "image") for metric in self.judge.metrics)
-        features: dict[str, list[Tensor]] = {key: [] for key in keys}
-        parts: list[tuple[dict[str, Tensor], Tensor | None]] = []
-        assert role.ema is not None
-        with role.ema.applied(role.module):
-            for start in range(0, len(mine), size):
-                rows = mine[start : start + size]
-                # As evaluations find them in files.
-                pixels = (self._pixels(rows) * 255).round() / 255
-                for key, found in features.items():
-                    found.append(extract_features(self.judge.reference.extractors[key], pixels))
-                texts = [self.texts[row] for row in rows]
-                parts.append(score_batches(self.judge, texts, [list(pixels.cpu())], device=str(self.trainer.device)))
+        features, parts = self._measured(mine)
         material = Material(list(self.texts))
         material.features = {key: self._of_all(torch.cat(found)) for key, found in features.items()}
         names = [scorer.card.name for scorer in self.judge.scorers]
@@ -119,6 +106,33 @@ class Validation:
         right = [one for _, one in parts if one is not None]
         material.right = self._of_all(torch.cat(right)) if right else None
         return material
+
+    @torch.no_grad()
+    def try_out(self) -> str:
+        """Draw and measure one batch, without figures, and say so: for dry runs."""
+        rows = list(range(min(self.config.batch_size, self.config.samples)))
+        self._measured(rows)
+        return f"validation: {len(rows)} samples were drawn and measured; a run does so with {self.config.samples}"
+
+    def _measured(
+        self, rows: list[int]
+    ) -> tuple[dict[str, list[Tensor]], list[tuple[dict[str, Tensor], Tensor | None]]]:
+        """Features by extractor, and scores with right and wrong, of rows of the samples, a batch at a time."""
+        role, size = self.setup.student_role, self.config.batch_size
+        keys = dict.fromkeys(FEATURES.get(metric, "image") for metric in self.judge.metrics)
+        features: dict[str, list[Tensor]] = {key: [] for key in keys}
+        parts: list[tuple[dict[str, Tensor], Tensor | None]] = []
+        assert role.ema is not None
+        with role.ema.applied(role.module):
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                # As evaluations find them in files.
+                pixels = (self._pixels(batch) * 255).round() / 255
+                for key, found in features.items():
+                    found.append(extract_features(self.judge.reference.extractors[key], pixels))
+                texts = [self.texts[row] for row in batch]
+                parts.append(score_batches(self.judge, texts, [list(pixels.cpu())], device=str(self.trainer.device)))
+        return features, parts
 
     def _pixels(self, rows: list[int]) -> Tensor:
         shape, student = self.setup.latent_shape, self.setup.student
@@ -233,6 +247,11 @@ def build_validation(
 ) -> Validation | None:
     """The validation of a run, None without its section. Raises ValueError as `Validation`."""
     return None if config is None else Validation(config, data, setup, trainer)
+
+
+def rehearsal(validation: Validation | None, *, dry: bool) -> str | None:
+    """What a dry run says of the validation once a batch of it was made; None in a run, which begins with all of it."""
+    return validation.try_out() if dry and validation is not None else None
 
 
 def watched(watch: RunWatch, validation: Validation | None) -> RunWatch:

@@ -25,7 +25,7 @@ from fewstep.dmd.reward.rollout import draw_rollout
 from fewstep.dmd.reward.scores import Pending, StepRewards, collect, compare, rewards_of_slice
 from fewstep.dmd.reward.setup import RewardData, RewardSetup, build_setup
 from fewstep.dmd.reward.student_step import RewardMethod, joined_loss
-from fewstep.dmd.validation import build_validation, check_validation, watched
+from fewstep.dmd.validation import build_validation, check_validation, rehearsal, watched
 from fewstep.evaluation.scorers.failure import RewardError, agree, keeping_failures
 from fewstep.evaluation.scorers.scorer import Scorer
 
@@ -55,8 +55,8 @@ def train_reward(config: RewardRunConfig, *, scorers: Sequence[Scorer] | None = 
         run.on_close(setup.reward.close)
         method = build_method(config, setup)
         watch = watched(RewardWatch(config, setup, trainer), validation)
-        note = partial(describe_run, config, setup, trainer)
-        for _ in run.steps(watch, note, beside=config.student_settings.save):
+        notes = (partial(describe_run, config, setup, trainer), partial(rehearsal, validation, dry=config.run.dry_run))
+        for _ in run.steps(watch, *notes, beside=config.student_settings.save):
             with keeping_failures(run):
                 run.finish_step(train_step(method, trainer))
     return run.exit_code

@@ -189,6 +189,13 @@ def test_distances_to_real_pictures(inputs: TinyInputs, tmp_path: Path) -> None:
     assert json.loads((kept / "state.json").read_text("utf-8"))["record"]["state"]["figure"] == "fd_dinov2"
 
 
+def test_a_dry_run_tries_a_batch(inputs: TinyInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_dmd(tiny_config(inputs, tmp_path / "run", {**CHANGES, "run.dry_run": True})) == 0
+    told = capsys.readouterr()
+    assert "validation: 8 samples were drawn and measured; a run does so with 21" in told.out + told.err
+    assert not (tmp_path / "run").exists()
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no weights": (
         {"measures": ("kid",), "reference": "."},
