@@ -119,6 +119,8 @@ def prepared(options: argparse.Namespace, systems: Sequence[System]) -> tuple[Ju
 
     real = pick_reference(options.reference, systems, prompts=options.prompts, cut=options.reference_fit == "cut")
     choice, scorers = chosen_measures(options)
+    if scorers and not isinstance(real, str) and real.prompts is None and not all(map(is_store, options.pictures)):
+        raise ValueError(f"{scorers[0].card.name} reads prompts: give --prompts FILE, picture i has prompt i")
     if isinstance(real, str) and options.classifier is None:
         raise ValueError("--reference digits needs --classifier DIR: assets/digits_image/classifier of the repository")
     from fewstep.embedded.digits.reference import judge_of
@@ -131,6 +133,14 @@ def prepared(options: argparse.Namespace, systems: Sequence[System]) -> tuple[Ju
     folder, seeds = Path(options.samples_folder or Path(options.output) / "samples"), tuple(options.seed)
     drawn = {"batch_size": options.batch_size, "device": options.device, "dtype": options.dtype}
     return judge, Sampling(folder, options.samples, seeds, **drawn, **this_process())
+
+
+def is_store(place: str) -> bool:
+    """Whether a folder of pictures is a store of samples, which knows its own prompts."""
+    from fewstep.evaluation.samples.store import STORE_FILE
+    from fewstep.evaluation.systems import named_place
+
+    return (Path(named_place(place)[1]) / STORE_FILE).is_file()
 
 
 def require_folder(output: str) -> None:

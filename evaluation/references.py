@@ -116,7 +116,8 @@ def own_reference(own: OwnReference, *, extractors: Mapping[str, Extractor], wor
 
     Raises ValueError for missing or unreadable prompts and pictures, and for statistics that an extractor cannot use.
     """
-    prompts = read_prompts(own.prompts)
+    # Without prompts the first pictures of each folder are shown.
+    prompts = ("",) * GRID_COLUMNS if own.prompts is None else read_prompts(own.prompts)
     common = {"prompts": prompts, "grid_prompts": prompts[:GRID_COLUMNS], "extractors": dict(extractors)}
     if own.images is None:
         return Reference("no reference", **common)

@@ -91,7 +91,7 @@ def build_content(
         differences=differences_table(comparison),
         notes=table_notes(comparison),
         grid=tuple(Picture(f"grid_{row}.png", name, grid_image(pixels)) for row, (name, pixels) in enumerate(strips)),
-        prompts=grid.prompts,
+        prompts=tuple(prompt for prompt in grid.prompts if prompt),
         grid_seed=grid.seed,
         extremes=tuple(
             Picture(f"extremes_{row}.png", one.caption, grid_image(one.pixels))
@@ -156,7 +156,8 @@ def markdown_text(content: ReportContent) -> str:
     if content.quality is not None:
         lines += ["", "## Quality and speed", "", _link(content.quality)]
     prompts = ", ".join(f"`{prompt}`" for prompt in content.prompts)
-    lines += ["", "## Samples", "", f"Same prompts and noise in each row, seed {content.grid_seed}: {prompts}.", ""]
+    shown = f"Same prompts and noise in each row, seed {content.grid_seed}: {prompts}."
+    lines += ["", "## Samples", "", shown if prompts else "The first pictures of each folder.", ""]
     for picture in content.grid:
         lines += [f"{picture.caption}  ", _link(picture), ""]
     if content.extremes:

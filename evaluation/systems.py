@@ -149,12 +149,13 @@ def require_samples(samples: int) -> None:
 
 @dataclass(frozen=True)
 class OwnReference:
-    """The user's file of prompts, and a folder of pictures or an .npz file of their statistics, or None.
+    """The user's file of prompts, None where nothing is drawn or read by them, and a folder of pictures or an .npz file
+    of their statistics, or None.
 
     Pictures are read at their own size, or covered and cut to that of the samples with `cut`.
     """
 
-    prompts: str
+    prompts: str | None
     images: str | None
     height: int
     width: int
@@ -191,7 +192,7 @@ def pick_reference(
         if prompts is not None:
             raise ValueError(f"--prompts beside --reference {reference}, which brings its own prompts; leave one out")
         return split
-    if prompts is None:
+    if prompts is None and not all(system.pictures for system in systems):
         raise ValueError("give --prompts FILE, a prompt a line, or --reference digits for the embedded digits")
     if reference is not None and not Path(reference).exists():
         raise ValueError(f"there is no {reference}; --reference is a folder of pictures, an .npz file, or 'digits'")

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
 SCRIPT = Path("scripts") / "evaluate_image.py"
 
@@ -158,3 +162,39 @@ def test_errors_leave_the_process_with_a_sentence(repository, tmp_path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("there is no directory nowhere") == 1
     assert done.stderr.count("Traceback") == 0
+
+
+@pytest.mark.slow
+def test_folders_of_pictures_need_no_prompts(repository, tmp_path, monkeypatch, capsys) -> None:
+    """Distances read no prompts; scorers do, and say so before anything is measured."""
+    generator = np.random.default_rng(0)
+    for name, count in (("real", 24), ("one", 22), ("two", 22)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**size, image_size=28, patch_size=14)).save_pretrained(tmp_path / "dinov2")
+    arguments = [
+        *("--pictures", str(tmp_path / "one"), "--pictures", str(tmp_path / "two")),
+        *("--reference", str(tmp_path / "real"), "--metrics", "fd_dinov2", "--output", str(tmp_path / "report")),
+        *("--weights", f"dinov2={tmp_path / 'dinov2'}", "--timing_repeats", "0"),
+    ]
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+
+    def call(*more: str) -> str | int | None:
+        monkeypatch.setattr(sys, "argv", ["evaluate_image.py", *arguments, *more])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(repository / SCRIPT), run_name="__main__")
+        return stopped.value.code
+
+    assert call() is None
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["one", "two"]
+    figure = content["rows"][0]["results"][0]["figures"]["fd_dinov2"]
+    assert figure["low"] <= figure["value"] <= figure["high"]
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "The first pictures of each folder." in page
+    assert "Same prompts" not in page
+    assert "stroke_weight reads prompts: give --prompts FILE" in str(call("--scorer", "stroke_weight"))
+    capsys.readouterr()
