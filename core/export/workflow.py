@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,28 @@ def write_comfyui_files(export: str | Path) -> list[Path]:
         written.append(partial.replace(folder / "diffusion_model.safetensors"))
     partial = folder / ".workflow.partial"
     partial.write_text(
-        json.dumps(comfyui_workflow(record, sigmas, prediction=prediction), indent=1) + "\n", encoding="utf-8"
+        json.dumps(comfyui_workflow(_sized(export, record), sigmas, prediction=prediction), indent=1) + "\n",
+        encoding="utf-8",
     )
     written.append(partial.replace(folder / "workflow.json"))
     return written
+
+
+def _sized(export: Path, record: ExportRecord) -> ExportRecord:
+    """The record with the pixels of its pictures, which it leaves to the pipeline where they are the pipeline's own."""
+    if record.height is not None and record.width is not None:
+        return record
+    folders = [export / name for name in ("transformer", "unet") if (export / name / "config.json").is_file()]
+    if not folders:
+        # Adapters alone: what most of these models draw by themselves.
+        side = 512 if record.pipeline == "StableDiffusionPipeline" else 1024
+        return replace(record, height=side, width=side)
+    latent = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))["sample_size"]
+    vae = json.loads((export / "vae" / "config.json").read_text(encoding="utf-8"))
+    # Every level of the autoencoder but the last halves both sides.
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    rows, columns = (latent, latent) if isinstance(latent, int) else latent
+    return replace(record, height=rows * factor, width=columns * factor)
 
 
 def comfyui_sigmas(export: Path, record: ExportRecord) -> tuple[float, ...] | None:

@@ -264,6 +264,23 @@ def test_a_unet_of_velocities_says_so(tmp_path: Path) -> None:
     assert inputs["model"] == [kinds["UNETLoader"][0], 0]
 
 
+@pytest.mark.parametrize(("name", "alone", "side"), [("sd3", False, 16), ("sd15", False, 16), ("sdxl", True, 1024)])
+def test_a_workflow_has_a_size_where_the_record_leaves_it_open(
+    tmp_path: Path, name: str, alone: bool, side: int
+) -> None:
+    """The pipeline's own, or for adapters alone that of the models they are made for."""
+    teacher = save_pipeline(BUILDERS[name](), tmp_path / "teacher")
+    sampler = SamplerSpec(student_times(name, 1, 1.0), "sde")
+    report = StudentReport("dmd", "owner/teacher", guidance=3.0, step=7, ema=True)
+    export_pipeline(
+        str(teacher), lora_student(name), sampler=sampler, output=tmp_path / "x", report=report, lora_only=alone
+    )
+    assert len(write_comfyui_files(tmp_path / "x")) == (1 if alone else 2)
+    nodes = workflow_of(tmp_path / "x")
+    latent = nodes["EmptySD3LatentImage" if name == "sd3" else "EmptyLatentImage"]
+    assert latent == {"width": side, "height": side, "batch_size": 1}
+
+
 def test_adapters_have_a_workflow_on_their_base(tmp_path: Path) -> None:
     teacher = save_pipeline(BUILDERS["sdxl"](), tmp_path / "teacher")
     sampler = SamplerSpec(student_times("sdxl", 1, 1.0), "sde")
