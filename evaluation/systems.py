@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fewstep.core.export.contract import stored_call
+from fewstep.core.export.contract import own_size, stored_call
+from fewstep.core.export.record import RECORD_FILE
 from fewstep.core.media.pictures import find_pictures
-from fewstep.evaluation.samples.identity import RECORD_FILE, adapted_model, stored_dtype
+from fewstep.evaluation.samples.identity import adapted_model, stored_dtype
 
 MIN_SAMPLES = 20
 # Of real pictures on a page where nothing is drawn.
@@ -211,21 +212,9 @@ def picture_size(system: System) -> tuple[int, int]:
     Raises ValueError when they do not tell.
     """
     folder = base_of(system.path)
-    network = "transformer" if (folder / "transformer").is_dir() else "unet"
-    try:
-        latent = json.loads((folder / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        levels = vae["encoder_block_out_channels" if "encoder_block_out_channels" in vae else "block_out_channels"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{folder} does not tell its picture size: {network}/config.json needs sample_size and vae/config.json "
-            f"block_out_channels ({error!r})"
-        ) from error
-    height, width = (latent, latent) if isinstance(latent, int) else latent
-    # Every level of the autoencoder but the last halves both sides.
-    factor = 2 ** (len(levels) - 1)
+    height, width = own_size(folder)
     own = system.grid
-    return own.height or height * factor, own.width or width * factor
+    return own.height or height, own.width or width
 
 
 def parse_systems(

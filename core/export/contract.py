@@ -39,6 +39,28 @@ def stored_call(folder: str | Path) -> dict[str, Any] | None:
     return dict(call) if isinstance(call, Mapping) else None
 
 
+def own_size(folder: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels that a pipeline folder draws by itself, from its configuration files.
+
+    Raises ValueError when they do not tell.
+    """
+    place = Path(folder)
+    network = "transformer" if (place / "transformer").is_dir() else "unet"
+    try:
+        latent = json.loads((place / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
+        vae = json.loads((place / "vae" / "config.json").read_text(encoding="utf-8"))
+        levels = vae["encoder_block_out_channels" if "encoder_block_out_channels" in vae else "block_out_channels"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{place} does not tell its picture size: {network}/config.json needs sample_size and vae/config.json "
+            f"block_out_channels ({error!r})"
+        ) from error
+    height, width = (latent, latent) if isinstance(latent, int) else latent
+    # Every level of the autoencoder but the last halves both sides.
+    factor = 2 ** (len(levels) - 1)
+    return height * factor, width * factor
+
+
 def keep_vllm_call(folder: Path, *, timesteps: tuple[float, ...], sampler: str, guidance: float) -> None:
     """Add vLLM-Omni's block to a folder's model_index.json, of which its scheduler places its steps.
 

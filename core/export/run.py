@@ -1,6 +1,5 @@
 """Exports the student of a run directory: reads its configuration and one of its checkpoints."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +27,12 @@ from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.best import best_checkpoint
 from fewstep.core.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from fewstep.core.training.run_directory import sample_grids
 from fewstep.core.two_time import add_second_time
 from fewstep.core.weights import EMA_FILE, LIVE_FILE
 
 # A Denoiser's parameters carry the name of its one child.
 NETWORK_PREFIX = "network."
-GRID_NAME = re.compile(r"step-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,7 @@ def _report(
 
 def newest_grid(run: Path, step: int) -> tuple[Path, int] | None:
     """The newest grid of samples up to a step of the training, and its step; None where a run has none."""
-    # Other pictures may lie beside them.
-    named = [(GRID_NAME.fullmatch(path.name), path) for path in run.glob("samples/*.png")]
-    grids = {int(match[1]): path for match, path in named if match is not None}
+    grids = dict(sample_grids(run))
     # That of the start shows a student that has learnt nothing.
     fit = [number for number in grids if 0 < number <= step]
     return (grids[max(fit)], max(fit)) if fit else None

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.core.export.comfyui import FOLDER
+from fewstep.core.export.contract import own_size
 from fewstep.core.export.original_names import original_state
 from fewstep.core.export.record import ExportRecord, read_record
 from fewstep.core.families.unet import noise_table
@@ -35,8 +36,6 @@ DIGITS = 8
 # Below this a table ends in pure noise, which ComfyUI counts in a way of its own.
 SMALLEST_SHARE = 1e-8
 FRAMES_PER_SECOND = 16
-# What the weights of the network are cast to, and where they are in an export.
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -64,7 +63,7 @@ def write_comfyui_files(export: str | Path) -> list[Path]:
         name = "unet" if family == "unet" else "transformer"
         index = json.loads((export / "model_index.json").read_text(encoding="utf-8"))
         kind = getattr(diffusers, index[name][1])
-        network = kind.from_pretrained(export / name, torch_dtype=DTYPES[record.dtype])
+        network = kind.from_pretrained(export / name, torch_dtype=getattr(torch, record.dtype))
         state = original_state(network, family)
         assert state is not None, "the pipeline is one of those whose families have original names"
         partial = folder / ".diffusion_model.partial"
@@ -83,17 +82,12 @@ def _sized(export: Path, record: ExportRecord) -> ExportRecord:
     """The record with the pixels of its pictures, which it leaves to the pipeline where they are the pipeline's own."""
     if record.height is not None and record.width is not None:
         return record
-    folders = [export / name for name in ("transformer", "unet") if (export / name / "config.json").is_file()]
-    if not folders:
-        # Adapters alone: what most of these models draw by themselves.
-        side = 512 if record.pipeline == "StableDiffusionPipeline" else 1024
-        return replace(record, height=side, width=side)
-    latent = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))["sample_size"]
-    vae = json.loads((export / "vae" / "config.json").read_text(encoding="utf-8"))
-    # Every level of the autoencoder but the last halves both sides.
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    rows, columns = (latent, latent) if isinstance(latent, int) else latent
-    return replace(record, height=rows * factor, width=columns * factor)
+    if record.weights == "lora":
+        # Their model is not here: what most of these models draw by themselves.
+        height = width = 512 if record.pipeline == "StableDiffusionPipeline" else 1024
+    else:
+        height, width = own_size(export)
+    return replace(record, height=height, width=width)
 
 
 def comfyui_sigmas(export: Path, record: ExportRecord) -> tuple[float, ...] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fewstep.core.training.checkpoint import find_resume, list_checkpoints, set_
 from fewstep.core.training.trackers import Trackers
 
 CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE = "config.yaml", "environment.json", "metrics.jsonl"
+GRID_NAME = re.compile(r"step-(\d+)\.png")
 _PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
@@ -129,6 +131,12 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path / METRICS_FILE}, line {number} is not a record of metrics; repair or remove the file"
             ) from error
+
+
+def sample_grids(run: str | Path) -> list[tuple[int, Path]]:
+    """The grids of samples of a run with their steps, ascending; other pictures beside them count for nothing."""
+    named = [(GRID_NAME.fullmatch(path.name), path) for path in Path(run).glob("samples/*.png")]
+    return sorted((int(match[1]), path) for match, path in named if match is not None)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

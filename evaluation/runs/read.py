@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from PIL import Image
 
 from fewstep.core.training.best import best_checkpoint
 from fewstep.core.training.checkpoint import list_checkpoints, verify_checkpoint
-from fewstep.core.training.run_directory import CONFIG_FILE, METRICS_FILE
+from fewstep.core.training.run_directory import CONFIG_FILE, METRICS_FILE, sample_grids
 from fewstep.evaluation.curves import Curve, read_curves
 
 HEALTH = "health: "
-GRID_NAME = re.compile(r"step-(\d+)\.png")
 # Where a run is written says nothing of what it did.
 NO_SETTINGS = ("run.directory", "run.resume", "run.dry_run")
 
@@ -107,15 +105,11 @@ def _best(folder: Path) -> tuple[tuple[int, str, float] | None, bool]:
 def _first_and_last(folder: Path) -> tuple[tuple[int, Path], ...]:
     """The first and the last grid that can be read; other pictures beside them count for nothing."""
     found = []
-    for path in sorted(folder.glob("samples/*.png")):
-        match = GRID_NAME.fullmatch(path.name)
-        if match is None:
-            continue
+    for step, path in sample_grids(folder):
         with contextlib.suppress(OSError):
             with Image.open(path) as picture:
                 picture.verify()
-            found.append((int(match[1]), path))
-    found.sort()
+            found.append((step, path))
     return tuple(dict.fromkeys((found[0], found[-1]))) if found else ()
 
 

@@ -7,7 +7,8 @@ import json
 import struct
 from pathlib import Path
 
-RECORD_FILE = "distillation.json"
+from fewstep.core.export.record import RECORD_FILE
+
 NETWORKS = ("transformer", "unet")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Files up to this are read whole; of larger ones so many blocks of a MB, evenly spaced, with both ends.
