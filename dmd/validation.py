@@ -19,12 +19,13 @@ from fewstep.core.settings import DataConfig
 from fewstep.core.training.best import best_step, has_left_better, save_best, set_aside_best
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.run import RunWatch
-from fewstep.core.training.trainer import Trainer
+from fewstep.core.training.trainer import NonFiniteError, Trainer
 from fewstep.core.training.watch import Watched
 from fewstep.dmd.reward.scorers import SCORERS, ScorerChoice, load_judge
 from fewstep.evaluation.choice import WEIGHTS, WEIGHTS_OF, Choice
 from fewstep.evaluation.judge import FEATURES, Material, judge_material, score_batches
 from fewstep.evaluation.measures.features import extract_features
+from fewstep.evaluation.scorers.failure import RewardError
 from fewstep.evaluation.systems import System, parse_split, require_samples
 from fewstep.evaluation.validation import ValidationConfig
 
@@ -98,7 +99,17 @@ class Validation:
         count, last = self.trainer.world_size, self.config.samples - 1
         # All processes draw equally many: the last sample is drawn again where they do not come out even.
         mine = [min(row, last) for row in range(self.trainer.rank, -(-self.config.samples // count) * count, count)]
-        features, parts = self._measured(mine)
+        failure: Exception | None = None
+        features, parts = {}, []
+        try:
+            features, parts = self._measured(mine)
+        except (ValueError, NonFiniteError, RewardError) as error:
+            failure = error
+        # The others would wait for the samples of a process that has left.
+        if self.processes.maximum([int(failure is not None)])[0]:
+            raise failure or ValueError(
+                f"step {self.trainer.step}: validation failed in another process; see its message"
+            )
         material = Material(list(self.texts))
         material.features = {key: self._of_all(torch.cat(found)) for key, found in features.items()}
         names = [scorer.card.name for scorer in self.judge.scorers]
