@@ -189,7 +189,7 @@ def chosen_measures(options: argparse.Namespace) -> tuple[Choice, tuple[Scorer, 
     if len(set(twice)) < len(twice) or len(set(named)) < len(named):
         raise ValueError(f"a measure is named twice in {[*named, *twice]}; give each once")
     if not names and not entries:
-        raise ValueError("nothing to measure: give --metrics, or --scorer")
+        raise ValueError("nothing to measure: give --metrics, --scorer, or real pictures: --reference digits, or DIR")
     for name in places:
         if name not in WEIGHTS:
             raise ValueError(f"--weights names {name!r}, which is neither {', '.join(WEIGHTS)} nor a scorer asked for")
