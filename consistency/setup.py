@@ -31,15 +31,15 @@ from fewstep.core.data import (
 )
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
-from fewstep.core.export.schedulers import student_times
+from fewstep.core.export.schedulers import exportable_times, student_times
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
-from fewstep.core.families.tiny_vae import tiny_decoder
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.perceptual import Distance, PixelDistance, load_lpips, squared_distance
 from fewstep.core.networks.shared import frozen_twin
+from fewstep.core.networks.tiny_vae import tiny_decoder
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
@@ -144,7 +144,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
             embed=embed,
         )
     real = LatentSource(data.real, embed(data.real.prompts, data.control), config.run.seed + REAL_SEED)
-    times = student_times(teacher.pipeline, settings) if sprint is None else sprint_times(settings.steps)
+    times = times_of_student(config, teacher)
     return ConsistencySetup(
         teacher=teacher,
         student=Student(denoiser, times, config.student_settings.sampler),
@@ -162,6 +162,17 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     )
 
 
+def times_of_student(config: ConsistencyConfig, teacher: Teacher) -> tuple[float, ...]:
+    """The times of the student's calls. Raises ValueError for those that no export of it could step on."""
+    settings, sampler = config.student, config.student_settings.sampler
+    if config.sana_sprint is not None:
+        return sprint_times(settings.steps)
+    if sampler == "flow_map":
+        # A flow map is exported for any times, or with its second time in the weights.
+        return student_times(teacher.pipeline, settings)
+    return exportable_times(teacher.pipeline, teacher.family, settings, sampler)
+
+
 def student_role_every(sprint: SprintConfig | None) -> int:
     """In which steps the student learns: in each, or in turns with a discriminator."""
     return 1 if sprint is None or sprint.discriminator is None else CYCLE
@@ -172,7 +183,7 @@ def build_distance(settings: PairsConfig, teacher: Teacher) -> Distance:
     if settings.metric == "latent":
         return squared_distance
     assert settings.lpips is not None
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     decode = teacher.decode if settings.autoencoder is None else tiny_decoder(settings.autoencoder, device)
     return PixelDistance(load_lpips(settings.lpips, mean_pooling=settings.mean_pooling).to(device), decode)
 

@@ -7,7 +7,7 @@ the global batch, so a resumed run reads on where it stopped and two processes r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class PromptConditions:
         """The condition of the prompts at these rows."""
         if self.cached is not None:
             places = [self.places[self.prompts[row]] for row in rows]
-            return self.cached.index(torch.tensor(places, device=self.cached.tokens.device))
+            return self.cached.index(torch.tensor(places, device=self.cached.device))
         return self._encode([self.prompts[row] for row in rows])
 
     def of_samples(self, samples: Sequence[int], seed: int) -> Condition:
@@ -198,9 +198,7 @@ class PromptsWithGuidance(PromptConditions):
         return condition.with_control(self.control[list(rows)])
 
     def _encode(self, prompts: Sequence[str]) -> Condition:
-        condition = super()._encode(prompts)
-        scales = torch.full((condition.batch_size,), self.guidance, device=condition.tokens.device)
-        return replace(condition, guidance=scales)
+        return super()._encode(prompts).with_guidance(self.guidance)
 
 
 # Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.

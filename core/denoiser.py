@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class Denoiser(nn.Module):
 
         def capture(place: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                captured[place] = self.family.feature_map(output)
+                captured[place] = self.family.feature_map(output, tuple(x_t.shape[1:]))
 
             return hook
 
@@ -89,6 +88,15 @@ class Denoiser(nn.Module):
         return Denoiser(beside(self.network), self.family)
 
 
+# (unconditional, conditional, scale) -> guided, see `Family.combine`.
+Combine: TypeAlias = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+
+
+def plain_combination(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+    """u + scale (c - u)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 def guided_velocity(
     denoiser: nn.Module,
     x_t: Tensor,
@@ -96,12 +104,13 @@ def guided_velocity(
     condition: Condition,
     null_condition: Condition,
     guidance: float | Tensor,
+    combine: Combine = plain_combination,
 ) -> Tensor:
     """Classifier-free guidance u + guidance (c - u), where 1 is none (arXiv:2207.12598, Eq. 6, with w = guidance - 1).
 
     One network call: on the doubled batch [unconditional, conditional], or on the batch itself when guidance is 1. The
     size that SDXL is told belongs to the picture and not to the prompt, so the unconditional side is told the same; so
-    it is with an embedded guidance and with the picture of a ControlNet.
+    it is with an embedded guidance and with given pictures (`FieldRule.of_sample`).
 
     Args:
         denoiser: a `Denoiser` or a wrapper with its call.
@@ -110,20 +119,15 @@ def guided_velocity(
         condition: batch B.
         null_condition: batch 1 or B.
         guidance: any number, or [B] of them.
+        combine: how the two velocities and the scale become one (`Family.combine`).
 
     Raises:
         ValueError: the two conditions do not fit together.
     """
     if not isinstance(guidance, Tensor) and guidance == 1:
         return denoiser(x_t, t, condition)
-    null_condition = null_condition.expand(condition.batch_size)
-    if condition.time_ids is not None:
-        null_condition = replace(null_condition, time_ids=condition.time_ids)
-    if condition.guidance is not None:
-        null_condition = replace(null_condition, guidance=condition.guidance)
-    if condition.control is not None:
-        null_condition = replace(null_condition, control=condition.control)
+    null_condition = null_condition.expand(condition.batch_size).of_same_samples(condition)
     both = Condition.cat([null_condition, condition])
     unconditional, conditional = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     scale = expand_time(guidance, x_t) if isinstance(guidance, Tensor) else guidance
-    return unconditional + scale * (conditional - unconditional)
+    return combine(unconditional, conditional, scale)

@@ -35,7 +35,7 @@ def teacher_pairs(
     """
     if count < 1:
         raise ValueError(f"count is {count}; at least one pair is needed")
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     chosen = [prompts[index % len(prompts)] for index in range(count)]
     noise, latents = [], []
     for start in tqdm(range(0, count, batch_size), desc="teacher pairs"):
@@ -84,7 +84,7 @@ def encode_image_folder(
     Raises ValueError when captions or pictures are missing or unreadable.
     """
     rows = read_captions(Path(folder))
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     latents = []
     for start in tqdm(range(0, len(rows), batch_size), desc="latents"):
         batch = rows[start : start + batch_size]
@@ -104,7 +104,7 @@ def encode_video_folder(
     """
     teacher.latent_shape(height, width, frames=frames)
     rows = read_captions(Path(folder))
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     latents = []
     for path, _ in tqdm(rows, desc="video latents"):
         pixels = read_video(path, frames=frames, height=height, width=width, every=every)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
-from fewstep.core.families.guidance_off import drop_guidance_off
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
+from fewstep.core.networks.guidance_off import drop_guidance_off
 from fewstep.core.networks.lora import add_lora_file, merge_lora_file
 from fewstep.core.networks.other_models import load_network
 from fewstep.core.networks.quantised import Quantisation, quantise
@@ -132,8 +132,9 @@ class Teacher:
         return cls(pipeline, path=source.path, negative_prompt=negative_prompt)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
-        """Guided velocity u + guidance (c - u), fp32 at least; guidance is one number or [B] of them."""
-        return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance)
+        """Guided velocity, u + guidance (c - u) as the family combines it, fp32 at least; guidance is one or [B]."""
+        combine = self.family.combine
+        return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance, combine)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided x0 = x_t - t velocity, fp32 at least."""
@@ -156,7 +157,7 @@ class Teacher:
         if path not in self._bases:
             ours, components = (self._plain or self.denoiser).network, self.pipeline.components
             name = next(name for name, component in components.items() if component is ours)
-            dtype, device = network_dtype(ours), self.null_condition.tokens.device
+            dtype, device = network_dtype(ours), self.null_condition.device
             self._bases[path] = Denoiser(load_network(ours, name, path, dtype=dtype, device=device), self.family)
         return self._bases[path]
 
@@ -217,7 +218,7 @@ class Teacher:
             steps: network calls, at least 1.
             guidance: 1 is none.
         """
-        times = self.family.teacher_grid(self.pipeline, steps)
+        times = self.family.teacher_grid(self.pipeline, steps, tuple(noise.shape[1:]))
         x_t = self.family.initial_state(noise, times[0])
         for t, t_next in zip(times, (*times[1:], 0.0), strict=True):
             time = torch.full((len(x_t),), t, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)

@@ -188,7 +188,7 @@ def load_weights(network: nn.Module, weights: StoredWeights) -> None:
     # An average holds all floating buffers, also computed tables that no state_dict has.
     computed = {name for name, _ in network.named_buffers()} - own.keys()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in computed}
-    # Of a U-Net's export, see core/families/guidance_off.py.
+    # Of a U-Net's export, see core/networks/guidance_off.py.
     if IDLE_EMBEDDING not in own and IDLE_EMBEDDING in tensors and not bool(tensors[IDLE_EMBEDDING].any()):
         del tensors[IDLE_EMBEDDING]
     wrong = [name for name, tensor in tensors.items() if name in own and own[name].shape != tensor.shape]

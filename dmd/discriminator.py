@@ -85,7 +85,7 @@ def feature_sizes(
         ValueError: a feature map has another aspect than the latents, or fewer frames.
     """
     frames, (height, width) = shape[1] if len(shape) == 4 else 1, shape[-2:]
-    device = null.tokens.device
+    device = null.device
     x, t = torch.zeros((1, *shape), device=device), torch.full((1,), 0.5, device=device)
     found = []
     for feature in denoiser.velocity_and_features(x, t, null, blocks)[1]:

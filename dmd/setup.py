@@ -115,7 +115,7 @@ def build_setup(
         reward = SampleReward(config.refl, trainer, scorers, videos=len(shape) == 4)
 
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
+    times = exportable_times(teacher.pipeline, teacher.family, config.student, config.student.sampler)
     student = Student(denoiser, times, config.student.sampler)
     fake_score, heads = build_judges(config, data, teacher, shape)
     student_role = trainer.add_role(

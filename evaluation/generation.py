@@ -57,11 +57,26 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
 
 def plain_call(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, grid: StepGrid = OWN_GRID) -> Tensor:
     """The call a user writes: `pipeline(prompts, num_inference_steps=..., guidance_scale=...)`."""
+    family = _family_of(pipeline)
     size = {"height": grid.height, "width": grid.width, "frames": grid.frames}
-    arguments = grid.arguments() | _family_of(pipeline).call_arguments(pipeline, **size)
-    return _pixels_of(
-        pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt", **arguments)
-    )
+    arguments = grid.arguments() | family.call_arguments(pipeline, **size)
+    arguments |= family.text_arguments(prompts, guided=_is_guided(family, guidance, grid))
+    arguments |= _guidance_arguments(family, guidance, grid)
+    return _pixels_of(pipeline(num_inference_steps=steps, output_type="pt", **arguments))
+
+
+def _is_guided(family: Family, guidance: float, grid: StepGrid) -> bool:
+    """Whether a call makes a second one of the network. An export's own call does not."""
+    return grid.own_call is None and family.told_guidance is None and guidance > 1.0
+
+
+def _guidance_arguments(family: Family, guidance: float, grid: StepGrid) -> dict[str, Any]:
+    """An export's own call; else for u + guidance (c - u), or for a network that is told its guidance, this one."""
+    if grid.own_call is not None:
+        return dict(grid.own_call)
+    if family.told_guidance is not None:
+        return family.telling(guidance).guidance_arguments(1.0)
+    return family.guidance_arguments(guidance)
 
 
 def _family_of(pipeline: Any) -> Family:
@@ -152,10 +167,10 @@ class _Prompts:
         parts = [family.encode_prompts(pipeline, unique[start : start + ENCODE_BATCH]) for start in starts]
         return cls(pipeline, family, rows, Condition.cat([family.encode_null(pipeline), *parts]))
 
-    def arguments(self, prompts: Sequence[str], *, guidance: float) -> dict[str, Any]:
+    def arguments(self, prompts: Sequence[str], *, guided: bool) -> dict[str, Any]:
         """Arguments of the stock call in place of the prompts."""
         condition = self.conditions.index(torch.tensor([self.rows[prompt] for prompt in prompts]))
-        null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64)) if guidance > 1.0 else None
+        null = self.conditions.index(torch.zeros(len(prompts), dtype=torch.int64)) if guided else None
         found = self.family.prompt_arguments(self.pipeline, condition, null)
         assert found is not None
         return found
@@ -224,20 +239,19 @@ def generate(
             texts, rows = list(prompts[start : start + batch_size]), indices[start : start + batch_size]
             keys = [shared_integer(seed, index, "scheduler", 2**63) for index in rows]
             generators[:] = [torch.Generator().manual_seed(key) for key in keys]
-            arguments = {"prompt": texts} if encoded is None else encoded.arguments(texts, guidance=guidance)
+            guided = _is_guided(family, guidance, grid)
+            if encoded is None:
+                arguments = family.text_arguments(texts, guided=guided)
+            else:
+                arguments = encoded.arguments(texts, guided=guided)
+            arguments |= _guidance_arguments(family, guidance, grid)
             latents = sample_noise(seed, rows, shape, stream="latents", device=pipeline.device, dtype=pipeline.dtype)
+            arguments |= family.latent_arguments(pipeline, latents, keys) | grid.arguments() | size
             with torch.random.fork_rng():
                 # For schedulers without a generator argument: right for a single image, and noticed for more.
                 torch.manual_seed(keys[0])
                 before = _global_random_state(pipeline.device)
-                output = pipeline(
-                    **arguments,
-                    latents=family.stock_latents(pipeline, latents),
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    output_type="pt",
-                    **(grid.arguments() | size),
-                )
+                output = pipeline(num_inference_steps=steps, output_type="pt", **arguments)
                 drawn = not torch.equal(before, _global_random_state(pipeline.device))
             if drawn and len(texts) > 1:
                 raise ValueError(

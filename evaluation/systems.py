@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,19 @@ from fewstep.core.media.pictures import find_pictures
 from fewstep.evaluation.samples.identity import adapted_model, stored_dtype
 
 MIN_SAMPLES = 20
+# What an export whose call names no guidance is called at: u + 1 (c - u).
+GUIDANCE_OFF = 1.0
+# Arguments of a call that a `StepGrid` has by name.
+STEPS_AND_SIZE = (
+    "num_inference_steps",
+    "sigmas",
+    "timesteps",
+    "height",
+    "width",
+    "num_frames",
+    "max_timesteps",
+    "intermediate_timesteps",
+)
 # Of real pictures on a page where nothing is drawn.
 SHOWN_SIDE = 256
 SPLITS = ("test", "train")
@@ -27,6 +40,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 class StepGrid:
     """What a pipeline has to be called with: `sigmas` or `timesteps` of its steps, SanaSprintPipeline's angles, and the
     size of its pictures in pixels, and of its videos in frames, where that is not its own; nothing is the usual case.
+
+    `own_call` is the rest of what an export says its call needs, the guidance with it, where that is not chosen anew.
     """
 
     sigmas: tuple[float, ...] | None = None
@@ -36,6 +51,7 @@ class StepGrid:
     max_timesteps: float | None = None
     intermediate_timesteps: float | None = None
     frames: int | None = None
+    own_call: Mapping[str, Any] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call."""
@@ -84,9 +100,13 @@ def read_system(
     record_file = folder / RECORD_FILE
     # An export that a stock pipeline has saved again keeps its call alone.
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else stored_call(folder) or {}
+    # The record keeps the call apart.
+    call = record.get("call", {"guidance_scale": 1.0}) if record_file.is_file() else record
     own_steps = record.get("num_inference_steps")
     chosen_steps = own_steps if steps is None else steps
-    chosen_guidance = record.get("guidance_scale") if guidance is None else guidance
+    chosen_guidance = guidance
+    if guidance is None and record:
+        chosen_guidance = record.get("guidance_scale", GUIDANCE_OFF)
     if chosen_steps is None or chosen_guidance is None:
         missing = "steps" if chosen_steps is None else "guidance"
         raise ValueError(f"{folder} has no {RECORD_FILE} that tells its {missing}; give --{missing}")
@@ -103,6 +123,7 @@ def read_system(
         max_timesteps=record.get("max_timesteps"),
         intermediate_timesteps=record.get("intermediate_timesteps") if fits else None,
         frames=record.get("num_frames"),
+        own_call=own_call(call) if guidance is None and record else None,
     )
     return System(
         name or folder.name,
@@ -114,6 +135,11 @@ def read_system(
         dtype=record.get("base_dtype" if record.get("weights") == "lora" else "dtype") or stored_dtype(folder),
         training_guidance=record.get("training_guidance"),
     )
+
+
+def own_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of an export's call beside its steps and size."""
+    return {name: value for name, value in call.items() if name not in STEPS_AND_SIZE}
 
 
 def base_of(path: str | Path) -> Path:

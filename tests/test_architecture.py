@@ -16,6 +16,7 @@ ALLOWED_PLACES = {
         "core/teacher.py",
         "core/teacher_files.py",
         "core/families/*",
+        "core/networks/*",
         "core/export/*",
         "embedded/*",
         "evaluation/generation.py",

@@ -76,7 +76,7 @@ class CausalRewardWatch:
         rows, each = list(range(len(self.prompts))), monitor.samples_per_prompt
         channels, _, height, width = causal.latent_shape
         frame, role = (channels, height, width), causal.student_role
-        tokens = causal.prompts.rows(rows).tokens
+        tokens = causal.prompts.rows(rows).text
         assert role.ema is not None
         with role.ema.applied(role.module):
             return [

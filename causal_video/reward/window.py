@@ -187,7 +187,7 @@ def draw_candidates(
     window = draw_window(
         setup.old,
         setup.vae,
-        causal.prompts.rows(groups.rows[::size]).tokens,
+        causal.prompts.rows(groups.rows[::size]).text,
         causal.settings,
         plan,
         before=ChunkNoise(seed, numbers, frame, stream="reward before"),

@@ -99,7 +99,7 @@ class PackedNetwork(nn.Module):
         assert context is not None
         x, t = condition_first_frame(x, t, image)
         extra = controls_of(condition, x.shape[2])
-        call = packed_call(context, x, t, condition.tokens, mask=self.mask, clean_time=time, extra=extra)
+        call = packed_call(context, x, t, condition.text, mask=self.mask, clean_time=time, extra=extra)
         output = self.network(call)
         assert isinstance(output, CallOutput)
         return output.velocity
@@ -158,7 +158,7 @@ class CausalDenoiser(Denoiser):
         key = causal.tokens_per_frame(x_t), str(x_t.device)
         if key not in self.masks:
             self.masks[key] = masks.block_causal(self.layout, key[0], self.policy, device=x_t.device)
-        output = causal(whole_call(x_t, t, condition.tokens, mask=self.masks[key]))
+        output = causal(whole_call(x_t, t, condition.text, mask=self.masks[key]))
         assert isinstance(output, CallOutput)
         return output.velocity
 
@@ -186,7 +186,7 @@ class ForcingNetworks:
     def causal_velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The wrapped student's velocity under the block-causal mask, with graph."""
         extra = controls_of(condition, x.shape[2])
-        output = self.wrapped(whole_call(x, t, condition.tokens, mask=self.causal, extra=extra))
+        output = self.wrapped(whole_call(x, t, condition.text, mask=self.causal, extra=extra))
         assert isinstance(output, CallOutput)
         return output.velocity
 

@@ -208,7 +208,7 @@ def bidirectional_pairs(
     """
     wanted = schedule_times(settings)
     grid = merged_grid(teacher.family.teacher_grid(teacher.pipeline, steps), wanted)
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     parts = []
     for start in range(0, count, BATCH):
         numbers = range(start, min(start + BATCH, count))
@@ -246,7 +246,7 @@ def causal_pairs(
     """
     wanted = schedule_times(settings)
     times = merged_grid(grid, wanted)
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     parts, prompts = [], []
     for start in range(0, count, BATCH):
         numbers = list(range(start, min(start + BATCH, count)))

@@ -153,7 +153,7 @@ def on_noised_data(
     x_t = add_noise(x0, draw.noise(tuple(x0.shape[1:]), "noised_data"), t)
     tokens = setup.student.tokens_per_frame(x0)
     mask = masks.block_causal(layout, tokens, setup.settings.policy, device=draw.device)
-    call = whole_call(x_t, t, condition.tokens, mask=mask, extra=controls_of(condition, x0.shape[2]))
+    call = whole_call(x_t, t, condition.text, mask=mask, extra=controls_of(condition, x0.shape[2]))
     output = network(call)
     assert isinstance(output, CallOutput)
     return Generated(None, x0_from_velocity(x_t, output.velocity, t), (), None, x0.shape[2]), condition
@@ -184,11 +184,11 @@ def generate(
         fixed = layout.chunks + plan.extra_chunks - learning
         with torch.no_grad():
             exits = plan.schedule.exits(plan.schedule.longest - 1, fixed)
-            begun = rollout(setup.student, VideoCondition(condition.tokens, image), noise, settings, exits=exits)
+            begun = rollout(setup.student, VideoCondition(condition.text, image), noise, settings, exits=exits)
         before, cache = begun.video, begun.cache
     done = rollout(
         setup.student,
-        VideoCondition(condition.tokens, image if fixed == 0 else None, extra),
+        VideoCondition(condition.text, image if fixed == 0 else None, extra),
         noise,
         settings,
         exits=plan.schedule.exits(plan.exit_step, learning, first=fixed),
@@ -253,7 +253,7 @@ def student_backward(
         trainer.backward(total)
     if replay:
         assert new.grad is not None
-        replayed_backward(wrapped, done.exits, condition.tokens, new.grad)
+        replayed_backward(wrapped, done.exits, condition.text, new.grad)
     return record
 
 

@@ -158,7 +158,7 @@ class CausalSetup:
         if self.controls is None:
             return condition
         size = (self.latent_shape[2], self.latent_shape[3])
-        return with_controls(condition, self.controls.rows(rows, size, condition.tokens.device))
+        return with_controls(condition, self.controls.rows(rows, size, condition.device))
 
 
 def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, weigh: Weigh | None = None) -> CausalSetup:

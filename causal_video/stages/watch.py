@@ -126,7 +126,7 @@ def student_videos(setup: CausalSetup, rows: list[int], *, flow_guidance: float 
     channels, _, height, width = setup.latent_shape
     noise = ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet")
     asked, student = sheet_condition(setup, rows), setup.student
-    condition = VideoCondition(asked.tokens, extra=controls_of(asked, setup.latent_shape[1]))
+    condition = VideoCondition(asked.text, extra=controls_of(asked, setup.latent_shape[1]))
     if flow_guidance is not None:
         return euler_rollout(
             student,
@@ -148,7 +148,7 @@ def causal_teacher_videos(setup: CausalSetup, rows: list[int], *, guidance: floa
     network: Any = setup.teacher.denoiser.network
     return euler_rollout(
         CausalWan(network),
-        VideoCondition(sheet_condition(setup, rows).tokens),
+        VideoCondition(sheet_condition(setup, rows).text),
         ChunkNoise(GRID_SEED, tuple(rows), (channels, height, width), stream="sheet"),
         setup.settings,
         times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, TEACHER_STEPS),

@@ -35,7 +35,7 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """[B, N, width]."""
-        return self.family.encode_prompts(self.pipeline, list(prompts)).tokens
+        return self.family.encode_prompts(self.pipeline, list(prompts)).text
 
 
 class VideoSession:

@@ -10,9 +10,9 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
 from fewstep.core.families.sana import SanaFamily
 from fewstep.core.families.sana_control import SanaControlFamily
-from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.networks.build import build_denoiser
 from fewstep.core.networks.projected_heads import ProjectedHeads
+from fewstep.core.networks.sana_networks import with_guidance_embedding
 from fewstep.core.settings import StudentConfig
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.roles import Role

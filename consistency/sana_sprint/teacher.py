@@ -21,8 +21,8 @@ from fewstep.core.condition import Condition
 from fewstep.core.data import LatentDataset, PromptConditions
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.sana import SanaFamily
-from fewstep.core.families.sana_networks import with_dense_time, with_qk_norm
 from fewstep.core.families.table import build_family
+from fewstep.core.networks.sana_networks import with_dense_time, with_qk_norm
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher

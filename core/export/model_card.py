@@ -181,9 +181,12 @@ def _arguments_remark(record: ExportRecord) -> str:
         if record.guidance_off
         else f"more of it doubles the cost and harms the {_kind(record)}"
     )
+    names = ", ".join(f"{name}={value}" for name, value in record.guidance_call.items())
+    if record.guidance_scale != 1:
+        told = f"the network is told {record.guidance_scale:g}, at which it was trained, and it costs no second call"
     text = (
         "A diffusers pipeline stores neither the number of steps nor the guidance, so pass both: "
-        f"`num_inference_steps={record.num_inference_steps}` and `guidance_scale={record.guidance_scale}` (the "
+        f"`num_inference_steps={record.num_inference_steps}` and `{names}` (the "
         f"guidance of the teacher is already in the weights; {told}). They also stand in "
         f"`pipeline.scheduler.config.{CALL_KEY}`, which `save_pretrained` keeps.\n"
     )

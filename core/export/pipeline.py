@@ -39,14 +39,14 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
-from fewstep.core.families.guidance_off import with_guidance_off
+from fewstep.core.networks.guidance_off import with_guidance_off
 from fewstep.core.networks.lora import ADAPTER, lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.two_time import second_time_of
 
-# Guidance is in the weights; 1 makes diffusers skip its second network call.
-GUIDANCE_SCALE = 1.0
+# Guidance is in the weights: u + 1 (c - u), for which the stock call makes no second network call.
+GUIDANCE_OFF = 1.0
 # The pipeline and the training sampler do the same fp32 arithmetic in another order. Consistency students amplify its
 # rounding most: 1.06e-5 was seen. A wrong grid, scheduler or text differs by a hundred times more.
 SAMPLER_TOLERANCE = 3e-5
@@ -57,6 +57,8 @@ DTYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+# Arguments of a call that a record has by name.
+NAMED_ARGUMENTS = ("height", "width", "num_frames", "max_sequence_length", "use_resolution_binning")
 LIBRARIES = ("fewstep", "diffusers", "transformers", "torch", "peft", "safetensors")
 
 
@@ -77,8 +79,16 @@ class _Job:
 
     @property
     def guidance_scale(self) -> float:
-        """What the pipeline is called with: the scale that its network is told, else 1."""
-        return GUIDANCE_SCALE if self.probe.guidance is None else self.probe.guidance
+        """The scale that its network is told, else 1."""
+        told = self.teacher.family.told_guidance if self.probe.guidance is None else self.probe.guidance
+        return GUIDANCE_OFF if told is None else told
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What the pipeline is called with."""
+        if self.probe.guidance is not None:
+            return {"guidance_scale": self.probe.guidance}
+        return self.teacher.family.guidance_arguments(GUIDANCE_OFF)
 
 
 def export_pipeline(
@@ -187,7 +197,11 @@ def _prepare(
     components = teacher.pipeline.components
     network_name = next(name for name, component in components.items() if component is expected)
     any_step = is_anyflow_student(network)
-    plan = plan_anyflow(cast(Any, teacher.pipeline), spec) if any_step else plan_scheduler(teacher.pipeline, spec)
+    plan = (
+        plan_anyflow(cast(Any, teacher.pipeline), spec)
+        if any_step
+        else plan_scheduler(teacher.pipeline, teacher.family, spec)
+    )
     size = {"frames": report.frames, "height": report.height, "width": report.width}
     probe = make_probe(teacher.pipeline, teacher.family, spec=spec, device=device, **size)
     if teacher.family.has_guidance_embedding(network):
@@ -284,8 +298,8 @@ def _verify(job: _Job, draft: Path, *, stored_latents: Tensor, trained_latents: 
         job.teacher.family,
         job.plan,
         job.probe,
-        guidance_scale=job.guidance_scale,
-        network_name=job.network_name,
+        guidance=job.guidance,
+        networks=(job.network_name,),
     )
     check_timesteps(seen, job.plan)
     verification = Verification(
@@ -337,6 +351,8 @@ def _record(job: _Job, *, name: str) -> ExportRecord:
         training_guidance=report.guidance,
         num_inference_steps=plan.num_inference_steps,
         guidance_scale=job.guidance_scale,
+        guidance_arguments=job.guidance,
+        other_arguments={name: value for name, value in size.items() if name not in NAMED_ARGUMENTS},
         sigmas=plan.sigmas,
         timesteps=plan.timesteps,
         height=size.get("height", report.height),

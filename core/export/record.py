@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 
@@ -74,8 +74,11 @@ class ExportRecord:
 
     times: canonical times of the steps (rectified flow, 1 is noise).
     network_timesteps: what the network is called with at these times.
-    num_inference_steps, guidance_scale, sigmas, timesteps, height, width: arguments of the pipeline's __call__, None
-        where it needs none.
+    guidance_scale: what the network is told where it is told a guidance, else 1.
+    guidance_arguments: arguments of the call with which it makes no second call of the network, and tells it that.
+    other_arguments: further arguments of the call, such as a frame rate.
+    num_inference_steps, sigmas, timesteps, height, width: arguments of the pipeline's __call__, None where it needs
+        none.
     max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
     use_resolution_binning: argument of SANA's pipelines; like the two above, None for others.
     num_frames, max_sequence_length: arguments of pipelines of videos, None for others.
@@ -123,6 +126,8 @@ class ExportRecord:
     base_model_id: str | None = None
     picture_step: int | None = None
     training_sampler: Literal["sde", "ode", "flow_map"] | None = None
+    guidance_arguments: dict[str, float] | None = None
+    other_arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def guidance_off(self) -> bool:
@@ -135,12 +140,15 @@ class ExportRecord:
         """Whether the files serve every number of steps, not `steps` alone."""
         return self.scheduler == "FlowMapEulerDiscreteScheduler" and self.sigmas is None
 
+    @property
+    def guidance_call(self) -> dict[str, float]:
+        """The arguments of guidance; older records have `guidance_scale` alone."""
+        own = self.guidance_arguments
+        return {"guidance_scale": self.guidance_scale} if own is None else own
+
     def call_arguments(self) -> dict[str, Any]:
         """Keyword arguments that every call of the exported pipeline needs."""
-        arguments: dict[str, Any] = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
+        arguments: dict[str, Any] = {"num_inference_steps": self.num_inference_steps, **self.guidance_call}
         optional = {
             "sigmas": None if self.sigmas is None else list(self.sigmas),
             "timesteps": None if self.timesteps is None else list(self.timesteps),
@@ -154,7 +162,8 @@ class ExportRecord:
             # The pipeline has defaults of its own, which fit two steps: None has to be passed for others.
             arguments["max_timesteps"] = self.max_timesteps
             arguments["intermediate_timesteps"] = self.intermediate_timesteps
-        return arguments | {name: value for name, value in optional.items() if value is not None}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return arguments | given | self.other_arguments
 
 
 def write_record(record: ExportRecord, directory: Path) -> None:

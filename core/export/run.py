@@ -17,10 +17,10 @@ from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import student_times
 from fewstep.core.export.workflow import write_comfyui_files
 from fewstep.core.families.sana_control import ControlledSana
-from fewstep.core.families.sana_networks import with_guidance_embedding
 from fewstep.core.networks.build import adapted_layers
 from fewstep.core.networks.lora import add_lora
 from fewstep.core.networks.quantised import Quantisation, dequantise
+from fewstep.core.networks.sana_networks import with_guidance_embedding
 from fewstep.core.run_settings import RunSettings, Sampler, read_settings
 from fewstep.core.settings import ModelSource
 from fewstep.core.student import Student

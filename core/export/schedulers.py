@@ -23,6 +23,7 @@ from diffusers import (
 
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_angles
+from fewstep.core.families.family import Family
 from fewstep.core.families.unet import noise_table
 from fewstep.core.grids import (
     euler_scheduler_parameters,
@@ -81,8 +82,8 @@ class SchedulerPlan:
         return {}
 
 
-def plan_scheduler(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerPlan:
-    """The stock scheduler for `spec` in the teacher's `pipeline`, which is not changed.
+def plan_scheduler(pipeline: DiffusionPipeline, family: Family, spec: SamplerSpec) -> SchedulerPlan:
+    """The stock scheduler for `spec` in the teacher's `pipeline`, which is not changed, and its family.
 
     Raises ValueError if no stock scheduler can express the grid or the sampler with this pipeline.
     """
@@ -94,7 +95,7 @@ def plan_scheduler(pipeline: DiffusionPipeline, spec: SamplerSpec) -> SchedulerP
             fresh, spec.steps, spec.times, step_noise, max_timesteps=first, intermediate_timesteps=middle
         )
     if _is_flow(scheduler):
-        return _plan_flow(pipeline, spec, num_train_timesteps=scheduler.config["num_train_timesteps"])
+        return _plan_flow(pipeline, family, spec, num_train_timesteps=scheduler.config["num_train_timesteps"])
     if spec.sampler == "flow_map":
         raise ValueError(
             f"the teacher's scheduler is {type(scheduler).__name__}; flow maps of two times are exported with "
@@ -120,31 +121,48 @@ def _step_noise(pipeline: DiffusionPipeline, spec: SamplerSpec) -> Literal["none
     return "generator" if hasattr(pipeline, "prepare_extra_step_kwargs") else "global"
 
 
-def _plan_flow(pipeline: DiffusionPipeline, spec: SamplerSpec, *, num_train_timesteps: int) -> SchedulerPlan:
-    stochastic = spec.sampler == "sde"
-    step_noise = _step_noise(pipeline, spec)
-    # SANA's pipeline scales what the scheduler says by a number of its network.
-    network = getattr(pipeline, "transformer", None)
-    scale = num_train_timesteps * getattr(getattr(network, "config", None), "timestep_scale", 1)
-    network_timesteps = tuple(scale * time for time in spec.times)
-    shift, terminal = _flow_parameters(spec.times, num_train_timesteps)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=num_train_timesteps,
-        shift=shift,
-        shift_terminal=terminal,  # pyright: ignore[reportArgumentType]
-        stochastic_sampling=stochastic,
-    )
-    scheduler.set_timesteps(spec.steps)
-    sigmas = cast(torch.Tensor, scheduler.sigmas)
-    if _largest_difference(sigmas[:-1].tolist(), spec.times) <= GRID_TOLERANCE:
-        return SchedulerPlan(_fresh(scheduler), spec.steps, network_timesteps, step_noise)
-    if "sigmas" not in inspect.signature(pipeline.__call__).parameters:
+def _plan_flow(
+    pipeline: DiffusionPipeline, family: Family, spec: SamplerSpec, *, num_train_timesteps: int
+) -> SchedulerPlan:
+    network_timesteps = tuple(family.network_time(time) for time in spec.times)
+    found = _flow_scheduler(pipeline, family, spec, num_train_timesteps)
+    if found is None:
         raise ValueError(
             f"the grid {spec.times} is not a uniform grid with a time shift, and {type(pipeline).__name__} takes no "
             "`sigmas`. Train on step_grid(steps, shift=...), or on any grid (1, t) for two steps."
         )
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, stochastic_sampling=stochastic)
-    return SchedulerPlan(scheduler, spec.steps, network_timesteps, step_noise, sigmas=spec.times)
+    scheduler, sigmas = found
+    return SchedulerPlan(scheduler, spec.steps, network_timesteps, _step_noise(pipeline, spec), sigmas=sigmas)
+
+
+def _flow_scheduler(
+    pipeline: DiffusionPipeline, family: Family, spec: SamplerSpec, num_train_timesteps: int
+) -> tuple[FlowMatchEulerDiscreteScheduler, tuple[float, ...] | None] | None:
+    """The scheduler that steps on the grid when a stock call sets it, and the `sigmas` that the call then needs; None
+    where there is none. Each is tried by doing to it what the call does.
+
+    Nothing is taken from the teacher's scheduler but the number of its timesteps: a shift or a last sigma that was left
+    in would bend the student's grid.
+    """
+    if family.call_grid == "linspace":
+        # The call's own sigmas fall evenly to 1 / K, and the shift is all that happens to them.
+        parameters = (shift_of_grid(spec.times) or 1.0, None)
+    else:
+        parameters = _flow_parameters(spec.times, num_train_timesteps)
+    takes_sigmas = "sigmas" in inspect.signature(pipeline.__call__).parameters
+    for (shift, terminal), sigmas in ((parameters, None), ((1.0, None), spec.times)):
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            shift_terminal=terminal,  # pyright: ignore[reportArgumentType]
+            stochastic_sampling=spec.sampler == "sde",
+        )
+        family.set_timesteps(scheduler, spec.steps, sigmas=sigmas)
+        reached = cast(torch.Tensor, scheduler.sigmas)[:-1].tolist()
+        fits = len(reached) == spec.steps and _largest_difference(reached, spec.times) <= GRID_TOLERANCE
+        if fits and (sigmas is None or takes_sigmas):
+            return _fresh(scheduler), sigmas
+    return None
 
 
 def _flow_parameters(times: tuple[float, ...], num_train_timesteps: int) -> tuple[float, float | None]:
@@ -208,13 +226,15 @@ class Grid(Protocol):
     def timesteps(self) -> tuple[float, ...] | None: ...
 
 
-def exportable_times(pipeline: DiffusionPipeline, grid: Grid, sampler: Sampler) -> tuple[float, ...]:
+def exportable_times(pipeline: DiffusionPipeline, family: Family, grid: Grid, sampler: Sampler) -> tuple[float, ...]:
     """`student_times` of a student of one grid, which is trained for nothing if no stock scheduler steps on it.
 
     Raises ValueError as `student_times` and `plan_scheduler`.
     """
     times = student_times(pipeline, grid)
-    plan_scheduler(pipeline, SamplerSpec(times, sampler))
+    spec = SamplerSpec(times, sampler)
+    family.require_exportable(spec.sampler, spec.steps)
+    plan_scheduler(pipeline, family, spec)
     return times
 
 

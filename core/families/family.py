@@ -1,4 +1,4 @@
-"""What the rest of the package asks of one kind of diffusers model, and the latent scaling that all kinds share.
+"""What the rest of the package asks of one kind of diffusers model.
 
 Legend: B batch, C channels, N positions of a feature map; latents [B, C, h, w]; pixels [B, 3, H, W] in [0, 1]; t [B] is
 canonical.
@@ -7,65 +7,95 @@ canonical.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
+from fewstep.core.families.autoencoder import vae_decode, vae_encode
+from fewstep.core.grids import validate_grid
 
 # Configs of a pipeline's components by name, as their JSON files have them; "" is the pipeline's own.
 Configs: TypeAlias = Mapping[str, Mapping[str, Any]]
+Sampling: TypeAlias = Literal["sde", "ode", "flow_map"]
 
 
 class Family(Protocol):
     """How one kind of network is called in canonical coordinates, and how its pipeline encodes and decodes.
 
     A family holds constants of the pipeline (a noise table, a time scale) and no weights; one object serves teacher,
-    fake score and student. `pipeline` and `network` are of the classes that the family is for.
+    fake score and student. `pipeline` and `network` are of the classes that the family is for. What is written out here
+    holds for a transformer of rectified flow on pictures; a family says what is otherwise.
+
+    Attributes:
+        name: in messages and records.
+        makes_videos: whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w].
+        lora_targets: ends of the names of the layers that get adapters.
+        block_lists: the network's lists of blocks in the order of the call.
+        call_grid: what a stock call hands to its scheduler: the number of "steps", or evenly falling sigmas, "linspace"
+            from 1 to 1 / steps.
+        time_scale: the scheduler's time at t = 1.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    makes_videos: ClassVar[bool] = False
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    call_grid: ClassVar[Literal["steps", "linspace"]] = "steps"
+    time_scale: float
 
-    @property
-    def makes_videos(self) -> bool:
-        """Whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w]."""
-        ...
+    # The network.
 
-    @property
-    def lora_targets(self) -> tuple[str, ...]:
-        """Ends of the names of the layers that get adapters."""
-        ...
-
-    def network(self, pipeline: Any) -> nn.Module:
+    def network(self, pipeline: Any) -> Any:
         """The denoising network of the pipeline."""
-        ...
+        return pipeline.transformer
+
+    def parts(self, network: Any) -> dict[str, Any]:
+        """The stock networks that it is made of, by the names that the pipeline has for them."""
+        return {"transformer": network}
 
     def prepare_network(self, network: Any) -> None:
         """Change in place what `velocity` relies on; the network still works in its stock pipeline."""
-        ...
 
     def velocity(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps - x0 [B, C, h, w] in the dtype of x_t, fp32 or fp64; the cast to the network's dtype is inside."""
         ...
 
+    def combine(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+        """The guided velocity: u + w (c - u), where w = 1 is none (arXiv:2207.12598, Eq. 6, with its w + 1)."""
+        return unconditional + scale * (conditional - unconditional)
+
     def initial_state(self, noise: Tensor, t: float) -> Tensor:
-        """The canonical state at t that stands for what the stock pipeline starts from when it is given `noise`."""
-        ...
+        """The canonical state at t that stands for what the stock pipeline starts from when it is given `noise`.
+
+        Flow pipelines do not rescale it, wherever their grid starts.
+        """
+        return noise
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """The transformer blocks in the order of the call."""
+        return [block for name in self.block_lists for block in getattr(network, name)]
 
     def feature_modules(self, network: Any, blocks: Sequence[int] | None) -> list[nn.Module]:
-        """Modules whose outputs are discriminator features; `blocks` None picks the family's own."""
-        ...
+        """Modules whose outputs are discriminator features: the chosen blocks, by default the middle one.
+
+        Raises ValueError when a block does not exist, or is named twice.
+        """
+        known = self.blocks(network)
+        return [known[block] for block in chosen_blocks(blocks, len(known), default=[len(known) // 2])]
 
     def feature_channels(self, network: Any, blocks: Sequence[int] | None) -> list[int]:
         """C of each feature map of `feature_modules`."""
-        ...
+        width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
+        return [width] * len(self.feature_modules(network, blocks))
 
-    def feature_map(self, output: Any) -> Tensor:
-        """Features [B, C, N] from the output of one of `feature_modules`."""
-        ...
+    def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
+        """Features [B, C, N] from what one of `feature_modules` gave for latents [B, *latents]."""
+        return output.transpose(1, 2)
+
+    # Text and pixels.
 
     def encode_prompts(
         self, pipeline: Any, prompts: list[str], *, height: int | None = None, width: int | None = None
@@ -75,15 +105,15 @@ class Family(Protocol):
 
     def encode_null(self, pipeline: Any, *, height: int | None = None, width: int | None = None) -> Condition:
         """The unconditional side of guidance in the stock pipeline when no negative prompt is given; batch 1."""
-        ...
+        return self.encode_prompts(pipeline, [""], height=height, width=width)
 
     def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1]."""
-        ...
+        return vae_decode(pipeline.vae, latents)
 
     def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents at the scale of the network: a draw with `generator`, the mode of the posterior without."""
-        ...
+        return vae_encode(pipeline.vae, pixels, generator)
 
     def latent_shape(
         self, pipeline: Any, height: int | None, width: int | None, frames: int | None = None
@@ -94,66 +124,138 @@ class Family(Protocol):
         """
         ...
 
+    # Times.
+
     @property
     def last_timestep(self) -> float:
-        """The largest timestep that the network knows."""
-        ...
+        """The largest timestep, in the units of settings that name timesteps."""
+        return self.time_scale
 
     def flow_time(self, timestep: Tensor) -> Tensor:
-        """The canonical time of a timestep in the network's own units."""
-        ...
+        """The canonical time of such a timestep."""
+        return timestep / self.time_scale
 
-    def teacher_grid(self, pipeline: Any, steps: int) -> tuple[float, ...]:
-        """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out."""
-        ...
+    def network_time(self, t: float) -> float:
+        """What the network is called with at the canonical time t."""
+        return self.time_scale * t
+
+    def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
+        """`mu` of a stock call for latents of this shape, where the scheduler shifts by the size."""
+        raise ValueError(f"pipelines of {self.name} hand no size to their scheduler; set use_dynamic_shifting to false")
+
+    def set_timesteps(
+        self, scheduler: Any, steps: int, *, shape: tuple[int, ...] | None = None, sigmas: Sequence[float] | None = None
+    ) -> None:
+        """What a stock call does to its scheduler, for latents of this shape, and with `sigmas` as its argument."""
+        arguments: dict[str, Any] = {}
+        if sigmas is not None:
+            arguments["sigmas"] = list(sigmas)
+        elif self.call_grid == "linspace":
+            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        else:
+            arguments["num_inference_steps"] = steps
+        if scheduler.config.get("use_dynamic_shifting"):
+            if shape is None:
+                raise ValueError("a scheduler that shifts by the size needs the shape of the latents")
+            arguments["mu"] = self.shift_parameter(scheduler, shape, steps)
+        scheduler.set_timesteps(**arguments)
+
+    def teacher_grid(self, pipeline: Any, steps: int, shape: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        """Canonical times at which the pipeline's own deterministic sampler calls the network; the final 0 left out.
+
+        `shape` is that of the latents, None the pipeline's own. With FlowMatchEuler an Euler sampler on these times is
+        the stock sampler; a solver of higher order steps on them with another rule, so that Euler needs more steps for
+        the same accuracy.
+        """
+        scheduler: Any = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        own = self.latent_shape(pipeline, None, None) if shape is None else shape
+        self.set_timesteps(scheduler, steps, shape=own)
+        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
+        validate_grid(times)
+        return times
+
+    # An embedded guidance.
 
     def has_guidance_embedding(self, network: Any) -> bool:
         """Whether the network is called with a guidance scale (`condition.guidance`), which is then in every call."""
-        ...
+        return False
+
+    @property
+    def told_guidance(self) -> float | None:
+        """The scale that `encode_prompts` puts into its conditions, None where the network is told none."""
+        return None
+
+    def telling(self, guidance: float) -> Family:
+        """The same family that tells the network another guidance. Raises ValueError where it is told none."""
+        raise ValueError(
+            f"embedded_guidance is {guidance}, and networks of {self.name} have no embedding of it: leave it out; "
+            "guidance is the scale of two calls"
+        )
+
+    # The stock call.
 
     def call_arguments(
         self, pipeline: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> dict[str, Any]:
-        """What a stock call needs, beside prompts and steps, to make samples of that size as the network was trained.
-
-        `pipeline` may also be of another class that students of this family are exported to.
+        """What a stock call needs, beside prompts, guidance and steps, to make samples of that size as the network was
+        trained. `pipeline` may also be of another class that students of this family are exported to.
         """
-        ...
+        require_pictures(self.name, frames)
+        return given(height=height, width=width)
+
+    def text_arguments(self, prompts: Sequence[str], *, guided: bool) -> dict[str, Any]:
+        """Arguments of a stock call for these prompts; `guided` where it makes a second call without them."""
+        return {"prompt": list(prompts)}
 
     def prompt_arguments(self, pipeline: Any, condition: Condition, null: Condition | None) -> dict[str, Any] | None:
         """Arguments of a stock call in place of the prompts that `condition` was encoded from; `null` [B] is given
         where the call guides. None: this pipeline is called with its texts."""
-        ...
+        return None
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """Arguments of a stock call at u + guidance (c - u), which for 1 must not make a second call."""
+        return {"guidance_scale": guidance}
+
+    def latent_arguments(self, pipeline: Any, latents: Tensor, seed: int | Sequence[int]) -> dict[str, Any]:
+        """Arguments of a stock call that starts from these canonical latents; where it takes none, from what a CPU
+        generator of `seed` draws, or one of each seed for each sample."""
+        return {"latents": self.stock_latents(pipeline, latents).clone()}
+
+    def latent_call(self, pipeline: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The latents that a stock call makes, as it gives them."""
+        return pipeline(**arguments, output_type="latent", return_dict=False)[0]
 
     def stock_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
         """What a stock call takes as `latents` for these canonical ones, such as packed patches."""
-        ...
+        return latents
 
     def canonical_latents(self, pipeline: Any, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Canonical latents [B, *shape] of what a stock call gives with output_type "latent"."""
-        ...
+        """Canonical latents [B, *shape] of what a stock call gives as latents."""
+        return latents
+
+    def require_exportable(self, sampler: Sampling, steps: int) -> None:
+        """Raises ValueError, before a training, for a student that no stock call of this family steps as trained."""
 
     def stand_ins(self, pipeline: Any, absent: tuple[str, ...]) -> dict[str, Any]:
         """A component for each of these that are None, with which the pipeline does exactly what it does without.
 
         Raises ValueError where there is no such component.
         """
-        ...
+        return no_stand_ins(pipeline, absent)
+
+
+def chosen_blocks(blocks: Sequence[int] | None, count: int, *, default: Sequence[int]) -> list[int]:
+    """The numbers of the chosen blocks. Raises ValueError when one does not exist, or is named twice."""
+    chosen = list(default if blocks is None else blocks)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
+        raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
+    return chosen
 
 
 def require_pictures(name: str, frames: int | None) -> None:
     """Raises ValueError for frames of a family that makes pictures."""
     if frames is not None:
         raise ValueError(f"frames is {frames}, and a teacher of the family {name} makes pictures")
-
-
-def require_scaling(vae: Mapping[str, Any]) -> None:
-    """Raises ValueError for an autoencoder whose latents have no scale."""
-    if "scaling_factor" in vae and not vae["scaling_factor"]:
-        raise ValueError(
-            f"the autoencoder's scaling_factor is {vae['scaling_factor']}, which leaves nothing of its latents: "
-            "correct vae/config.json, as the original model has it"
-        )
 
 
 def require_fixed_grid(scheduler: Mapping[str, Any]) -> None:
@@ -200,40 +302,6 @@ def network_dtype(network: nn.Module) -> torch.dtype:
     if not counts:
         raise ValueError(f"{type(network).__name__} has no floating parameter, so it has no dtype to call it in")
     return max(counts, key=lambda dtype: counts[dtype])
-
-
-def _scale_and_shift(vae: AutoencoderKL, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(a, b) with raw = a latents + b, as the stock pipelines have it: per channel where the config has statistics."""
-    config = vae.config
-    mean, std = config["latents_mean"], config["latents_std"]
-    if mean is None or std is None:
-        return 1 / config["scaling_factor"], config["shift_factor"] or 0.0
-    view = (1, -1, 1, 1)
-    std, mean = (torch.as_tensor(values).to(latents).view(view) for values in (std, mean))
-    return std / config["scaling_factor"], mean
-
-
-def vae_decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in [0, 1], fp32 at least, from latents at the scale of the network."""
-    scale, shift = _scale_and_shift(vae, latents)
-    raw = (latents * scale + shift).to(vae.dtype)
-    pixels = vae.decode(raw, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
-    return (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
-
-
-def vae_encode(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Latents at the scale of the network, fp32 at least, from pixels [B, 3, H, W] in [0, 1].
-
-    Raises:
-        ValueError: the pixels are no picture batch of three channels.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels must be [B, 3, H, W], got shape {tuple(pixels.shape)}")
-    posterior = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
-    raw = posterior.mode() if generator is None else posterior.sample(generator)
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    scale, shift = _scale_and_shift(vae, raw)
-    return (raw - shift) / scale
 
 
 def pixel_size(default: tuple[int, int], height: int | None, width: int | None, *, multiple: int) -> tuple[int, int]:

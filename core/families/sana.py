@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -23,16 +23,16 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
+from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
+    Family,
+    chosen_blocks,
     network_dtype,
-    no_stand_ins,
     pixel_size,
     require_fixed_grid,
     require_pictures,
-    require_scaling,
 )
-from fewstep.core.grids import validate_grid
 
 AnySanaPipeline = SanaPipeline | SanaSprintPipeline
 # Blocks whose outputs SANA-Sprint's discriminator reads, of the 20 that its network has (arXiv:2503.09641).
@@ -40,7 +40,7 @@ SPRINT_BLOCKS, SPRINT_DEPTH = (2, 8, 14, 19), 20
 
 
 @dataclass(frozen=True)
-class SanaFamily:
+class SanaFamily(Family):
     """SANA in canonical coordinates: the network's output is the velocity.
 
     A SanaPipeline calls its network at 1000 t times the network's `timestep_scale`; 0.001 there is the dense time
@@ -54,9 +54,8 @@ class SanaFamily:
 
     time_scale: float
     sprint: bool = False
-    name: str = "sana"
-    makes_videos: bool = False
-    lora_targets: tuple[str, ...] = (
+    name: ClassVar[str] = "sana"
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
         "to_v",
@@ -76,12 +75,6 @@ class SanaFamily:
         # In this order 1000 * 0.001 is exactly 1.
         scale = scheduler.config["num_train_timesteps"] * pipeline.transformer.config["timestep_scale"]
         return SanaFamily(time_scale=float(scale))
-
-    def network(self, pipeline: AnySanaPipeline) -> SanaTransformer2DModel:
-        return pipeline.transformer
-
-    def prepare_network(self, network: SanaTransformer2DModel) -> None:
-        """Nothing: the stock network is called as it is."""
 
     def velocity(self, network: SanaTransformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The transformer's output at time `time_scale` t, its first half where it learnt a variance too.
@@ -105,7 +98,7 @@ class SanaFamily:
             guidance = condition.guidance.to(t) * network.config["guidance_embeds_scale"]
         output = network(
             hidden_states=x_t.to(dtype),
-            encoder_hidden_states=condition.tokens.to(dtype),
+            encoder_hidden_states=condition.text.to(dtype),
             timestep=t.expand(x_t.shape[0]) * self.time_scale,
             guidance=guidance,
             encoder_attention_mask=condition.token_mask,
@@ -126,23 +119,9 @@ class SanaFamily:
         Raises:
             ValueError: a block does not exist, or is named twice.
         """
-        count = len(network.transformer_blocks)
-        if blocks is None:
-            last = count - 1
-            chosen = sorted({round(block * last / (SPRINT_DEPTH - 1)) for block in SPRINT_BLOCKS})
-        else:
-            chosen = list(blocks)
-        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
-            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
-        return [network.transformer_blocks[block] for block in chosen]
-
-    def feature_channels(self, network: SanaTransformer2DModel, blocks: Sequence[int] | None) -> list[int]:
-        width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
-        return [width] * len(self.feature_modules(network, blocks))
-
-    def feature_map(self, output: Any) -> Tensor:
-        """Image tokens [B, M, D] of a block as [B, D, M]."""
-        return output.transpose(1, 2)
+        known = self.blocks(network)
+        own = sorted({round(block * (len(known) - 1) / (SPRINT_DEPTH - 1)) for block in SPRINT_BLOCKS})
+        return [known[block] for block in chosen_blocks(blocks, len(known), default=own)]
 
     @torch.no_grad()
     def encode_prompts(
@@ -193,34 +172,17 @@ class SanaFamily:
         height, width = pixel_size((side, side), height, width, multiple=max(32, factor * config["patch_size"]))
         return config["in_channels"], height // factor, width // factor
 
-    @property
-    def last_timestep(self) -> float:
-        """`time_scale`."""
-        return self.time_scale
-
-    def flow_time(self, timestep: Tensor) -> Tensor:
-        """timestep / `time_scale`."""
-        return timestep / self.time_scale
-
-    def teacher_grid(self, pipeline: AnySanaPipeline, steps: int) -> tuple[float, ...]:
+    def teacher_grid(
+        self, pipeline: AnySanaPipeline, steps: int, shape: tuple[int, ...] | None = None
+    ) -> tuple[float, ...]:
         """The sigmas of the pipeline's own scheduler.
 
         Of a DPM-Solver with flow sigmas these are its times; its own steps are of second order, so that a teacher's
-        Euler steps on them equal it for `solver_order` 1 alone.
-
-        Raises:
-            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
+        Euler steps on them equal it for `solver_order` 1 alone. Raises ValueError for SANA-Sprint.
         """
         if self.sprint:
             raise ValueError("SANA-Sprint is a few-step student and has no grid of a teacher: distil a SanaPipeline")
-        scheduler: Any = _require_flow_scheduler(pipeline)
-        config = scheduler.config
-        require_fixed_grid(config)
-        scheduler = type(scheduler).from_config(config)
-        scheduler.set_timesteps(steps)
-        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
-        validate_grid(times)
-        return times
+        return super().teacher_grid(pipeline, steps, shape)
 
     def has_guidance_embedding(self, network: Any) -> bool:
         """Whether it is a network of SANA-Sprint."""
@@ -256,18 +218,6 @@ class SanaFamily:
         found |= {"negative_prompt_embeds": null.tokens, "negative_prompt_attention_mask": null.token_mask}
         # SANA's own default is an empty text, which it takes for a second one beside the embeddings.
         return {**found, "negative_prompt": None}
-
-    def stock_latents(self, pipeline: AnySanaPipeline, latents: Tensor) -> Tensor:
-        """The same."""
-        return latents
-
-    def canonical_latents(self, pipeline: AnySanaPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The same."""
-        return latents
-
-    def stand_ins(self, pipeline: AnySanaPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
-        """None are known."""
-        return no_stand_ins(pipeline, absent)
 
 
 def _call_default(pipeline: AnySanaPipeline, name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -82,7 +82,7 @@ class SanaControlFamily(SanaFamily):
     then called with `sigmas`.
     """
 
-    name: str = "sana_control"
+    name: ClassVar[str] = "sana_control"
 
     @staticmethod
     def from_pipeline(pipeline: SanaControlNetPipeline) -> SanaControlFamily:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -101,6 +101,10 @@ class SanaControlFamily(SanaFamily):
     def network(self, pipeline: SanaControlNetPipeline) -> ControlledSana:  # pyright: ignore
         return ControlledSana(pipeline.transformer, pipeline.controlnet)
 
+    def parts(self, network: ControlledSana) -> dict[str, Any]:  # pyright: ignore
+        """The transformer and its ControlNet."""
+        return network.parts
+
     def velocity(self, network: ControlledSana, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:  # pyright: ignore
         """The transformer's output, with the residuals of the ControlNet behind its first blocks.
 
@@ -115,7 +119,7 @@ class SanaControlFamily(SanaFamily):
             )
         dtype = network_dtype(network)
         time, mask = t.expand(x_t.shape[0]) * self.time_scale, condition.token_mask
-        return network(x_t.to(dtype), time, condition.tokens.to(dtype), mask, condition.control.to(dtype))[0].to(x_t)
+        return network(x_t.to(dtype), time, condition.text.to(dtype), mask, condition.control.to(dtype))[0].to(x_t)
 
     def feature_modules(self, network: ControlledSana, blocks: Sequence[int] | None) -> list[nn.Module]:  # pyright: ignore
         """Blocks of the transformer, as in `SanaFamily`."""
@@ -130,12 +134,14 @@ class SanaControlFamily(SanaFamily):
         """None: the pipeline also needs its control picture."""
         return None
 
-    def teacher_grid(self, pipeline: SanaControlNetPipeline, steps: int) -> tuple[float, ...]:  # pyright: ignore
+    def teacher_grid(  # pyright: ignore
+        self, pipeline: SanaControlNetPipeline, steps: int, shape: tuple[int, ...] | None = None
+    ) -> tuple[float, ...]:
         """The sigmas of the scheduler; of one with a single training step, the uniform times after its shift."""
         config: Any = pipeline.scheduler.config
         if config["num_train_timesteps"] == 1:
             return step_grid(steps, shift=config["shift"])
-        return super().teacher_grid(pipeline, steps)  # pyright: ignore[reportArgumentType]
+        return super().teacher_grid(pipeline, steps, shape)  # pyright: ignore[reportArgumentType]
 
 
 def controlnet_of(transformer: SanaTransformer2DModel, *, layers: int) -> SanaControlNetModel:

@@ -8,9 +8,8 @@ Legend: B batch, N text tokens, D width of a token, M image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -20,19 +19,16 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fewstep.core.condition import Condition
+from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
-    given,
+    Family,
     network_dtype,
     no_stand_ins,
     pixel_size,
     require_fixed_grid,
     require_pictures,
-    require_scaling,
-    vae_decode,
-    vae_encode,
 )
-from fewstep.core.grids import validate_grid
 
 # Length of the T5 part in the stock pipeline; without T5 it appends as many zero tokens.
 T5_TOKENS = 256
@@ -40,7 +36,7 @@ T5_COMPONENTS = ("text_encoder_3", "tokenizer_3")
 
 
 @dataclass(frozen=True)
-class Sd3Family:
+class Sd3Family(Family):
     """SD3 in canonical coordinates: the network's output is the velocity, its time is `time_scale` t.
 
     Without T5 the stock pipeline appends 256 zero tokens to the text. They are identical and stay so in every block, so
@@ -50,10 +46,9 @@ class Sd3Family:
         time_scale: the network's time at t = 1, the scheduler's `num_train_timesteps`.
     """
 
-    time_scale: int
-    name: str = "sd3"
-    makes_videos: bool = False
-    lora_targets: tuple[str, ...] = (
+    time_scale: float
+    name: ClassVar[str] = "sd3"
+    lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q",
         "to_k",
         "to_v",
@@ -70,9 +65,6 @@ class Sd3Family:
     def from_pipeline(pipeline: StableDiffusion3Pipeline) -> Sd3Family:
         """The family of a pipeline. Raises ValueError when its scheduler is no FlowMatchEulerDiscreteScheduler."""
         return Sd3Family(time_scale=_require_flow_scheduler(pipeline).config["num_train_timesteps"])
-
-    def network(self, pipeline: StableDiffusion3Pipeline) -> SD3Transformer2DModel:
-        return pipeline.transformer
 
     def prepare_network(self, network: SD3Transformer2DModel) -> None:
         """Give every block the attention that knows token counts; without counts it is the stock attention.
@@ -92,33 +84,14 @@ class Sd3Family:
             hidden_states=x_t.to(dtype),
             # Twice as many times as samples go to a network of two times.
             timestep=t.expand(max(t.numel(), len(x_t))) * self.time_scale,
-            encoder_hidden_states=condition.tokens.to(dtype),
+            encoder_hidden_states=condition.text.to(dtype),
             pooled_projections=condition.pooled.to(dtype),
             joint_attention_kwargs=None if counts is None else {"key_bias": counts.to(x_t).log()},
             return_dict=False,
         )[0]
         return output.to(x_t.dtype)
 
-    def initial_state(self, noise: Tensor, t: float) -> Tensor:
-        """The noise itself: the stock pipeline does not rescale it, wherever its grid starts."""
-        return noise
-
-    def feature_modules(self, network: SD3Transformer2DModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
-        """The chosen transformer blocks, by default the middle one.
-
-        Raises:
-            ValueError: a block does not exist, or is named twice.
-        """
-        count = len(network.transformer_blocks)
-        chosen = [count // 2] if blocks is None else list(blocks)
-        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
-            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
-        return [network.transformer_blocks[block] for block in chosen]
-
-    def feature_channels(self, network: SD3Transformer2DModel, blocks: Sequence[int] | None) -> list[int]:
-        return [network.inner_dim] * len(self.feature_modules(network, blocks))
-
-    def feature_map(self, output: Any) -> Tensor:
+    def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
         """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]."""
         return output[1].transpose(1, 2)
 
@@ -150,20 +123,6 @@ class Sd3Family:
         counts[-1] = T5_TOKENS
         return Condition(tokens, pooled, token_counts=counts)
 
-    def encode_null(
-        self, pipeline: StableDiffusion3Pipeline, *, height: int | None = None, width: int | None = None
-    ) -> Condition:
-        """The empty prompt."""
-        return self.encode_prompts(pipeline, [""])
-
-    def decode_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
-        return vae_decode(pipeline.vae, latents)
-
-    def encode_pixels(
-        self, pipeline: StableDiffusion3Pipeline, pixels: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        return vae_encode(pipeline.vae, pixels, generator)
-
     def latent_shape(
         self, pipeline: StableDiffusion3Pipeline, height: int | None, width: int | None, frames: int | None = None
     ) -> tuple[int, int, int]:
@@ -173,46 +132,6 @@ class Sd3Family:
         side = config.sample_size * factor
         height, width = pixel_size((side, side), height, width, multiple=factor * config.patch_size)
         return config.in_channels, height // factor, width // factor
-
-    @property
-    def last_timestep(self) -> float:
-        """`time_scale`."""
-        return self.time_scale
-
-    def flow_time(self, timestep: Tensor) -> Tensor:
-        """timestep / `time_scale`."""
-        return timestep / self.time_scale
-
-    def teacher_grid(self, pipeline: StableDiffusion3Pipeline, steps: int) -> tuple[float, ...]:
-        """The sigmas of the pipeline's own scheduler.
-
-        Raises:
-            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
-        """
-        config = _require_flow_scheduler(pipeline).config
-        require_fixed_grid(config)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        scheduler.set_timesteps(steps)
-        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
-        validate_grid(times)
-        return times
-
-    def has_guidance_embedding(self, network: SD3Transformer2DModel) -> bool:
-        """No."""
-        return False
-
-    def call_arguments(
-        self,
-        pipeline: StableDiffusion3Pipeline,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        frames: int | None = None,
-    ) -> dict[str, Any]:
-        """The size where one is given: the stock default is the network's own."""
-        require_pictures(self.name, frames)
-        return given(height=height, width=width)
 
     def prompt_arguments(
         self, pipeline: StableDiffusion3Pipeline, condition: Condition, null: Condition | None
@@ -225,14 +144,6 @@ class Sd3Family:
         if null is not None:
             found |= {"negative_prompt_embeds": null.tokens, "negative_pooled_prompt_embeds": null.pooled}
         return found
-
-    def stock_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor) -> Tensor:
-        """The same."""
-        return latents
-
-    def canonical_latents(self, pipeline: StableDiffusion3Pipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The same."""
-        return latents
 
     def stand_ins(self, pipeline: StableDiffusion3Pipeline, absent: tuple[str, ...]) -> dict[str, Any]:
         """A T5 of zero weights for none.

@@ -7,25 +7,16 @@ alpha^2 + sigma^2 = 1; the canonical state is x_t = x / (alpha + sigma) at t = s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    given,
-    network_dtype,
-    no_stand_ins,
-    pixel_size,
-    require_pictures,
-    require_scaling,
-    vae_decode,
-    vae_encode,
-)
+from fewstep.core.families.autoencoder import require_scaling
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
 from fewstep.core.grids import validate_grid
 from fewstep.core.paths import VariancePreserving, expand_time, from_flow_state
 
@@ -40,7 +31,7 @@ FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
 
 @dataclass(frozen=True)
-class UnetFamily:
+class UnetFamily(Family):
     """A U-Net on a noise table in canonical coordinates.
 
     The table ends at `last_time` < 1 (0.936 for Stable Diffusion), while a student starts at t = 1. Beyond the table
@@ -52,15 +43,19 @@ class UnetFamily:
     Attributes:
         path: the noise table.
         prediction: what the network predicts: "epsilon" or "v_prediction" (v = alpha eps - sigma x0, arXiv:2202.00512).
+        time_scale: length of the table.
         has_size_condition: whether pooled text and six size numbers are given to the network, as in SDXL.
     """
 
     path: VariancePreserving
     prediction: Literal["epsilon", "v_prediction"]
     has_size_condition: bool
-    name: str = "unet"
-    makes_videos: bool = False
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    time_scale: float = field(init=False)
+    name: ClassVar[str] = "unet"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "time_scale", float(len(self.path.alphas_cumprod)))
 
     @staticmethod
     def from_pipeline(pipeline: UnetPipeline) -> UnetFamily:
@@ -77,8 +72,9 @@ class UnetFamily:
     def network(self, pipeline: UnetPipeline) -> UNet2DConditionModel:
         return pipeline.unet
 
-    def prepare_network(self, network: UNet2DConditionModel) -> None:
-        """Nothing to change."""
+    def parts(self, network: UNet2DConditionModel) -> dict[str, Any]:
+        """The U-Net."""
+        return {"unet": network}
 
     def velocity(self, network: UNet2DConditionModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """See the class. Raises ValueError when an SDXL condition lacks pooled text or time_ids."""
@@ -88,7 +84,7 @@ class UnetFamily:
         output = network(
             x.to(dtype),
             snap_to_integer(time),
-            encoder_hidden_states=condition.tokens.to(dtype),
+            encoder_hidden_states=condition.text.to(dtype),
             added_cond_kwargs=self._size_condition(condition, dtype),
             return_dict=False,
         )[0].to(x_t.dtype)
@@ -120,7 +116,7 @@ class UnetFamily:
     def feature_channels(self, network: UNet2DConditionModel, blocks: Sequence[int] | None) -> list[int]:
         return [network.config["block_out_channels"][-1]] * len(self.feature_modules(network, blocks))
 
-    def feature_map(self, output: Any) -> Tensor:
+    def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
         """Feature maps [B, C, h, w] as [B, C, h w]."""
         return output.flatten(2)
 
@@ -151,13 +147,7 @@ class UnetFamily:
         if not isinstance(pipeline, StableDiffusionXLPipeline) or not pipeline.config["force_zeros_for_empty_prompt"]:
             return empty
         assert empty.pooled is not None
-        return Condition(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled), time_ids=empty.time_ids)
-
-    def decode_latents(self, pipeline: UnetPipeline, latents: Tensor) -> Tensor:
-        return vae_decode(pipeline.vae, latents)
-
-    def encode_pixels(self, pipeline: UnetPipeline, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return vae_encode(pipeline.vae, pixels, generator)
+        return Condition(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled), time_ids=empty.time_ids)
 
     def latent_shape(
         self, pipeline: UnetPipeline, height: int | None, width: int | None, frames: int | None = None
@@ -177,7 +167,9 @@ class UnetFamily:
         """That of the noise table."""
         return self.path.to_flow_time(timestep)
 
-    def teacher_grid(self, pipeline: UnetPipeline, steps: int) -> tuple[float, ...]:
+    def teacher_grid(
+        self, pipeline: UnetPipeline, steps: int, shape: tuple[int, ...] | None = None
+    ) -> tuple[float, ...]:
         """Times of DDIM (arXiv:2010.02502) with the timestep spacing of the pipeline's scheduler.
 
         A deterministic DDIM step is an Euler step here: x_t = x0 + t (eps - x0) is affine in t for fixed x0 and eps.
@@ -187,35 +179,6 @@ class UnetFamily:
         times = tuple(self.path.to_flow_time(scheduler.timesteps.double()).tolist())
         validate_grid(times)
         return times
-
-    def has_guidance_embedding(self, network: UNet2DConditionModel) -> bool:
-        """No."""
-        return False
-
-    def call_arguments(
-        self, pipeline: UnetPipeline, *, height: int | None = None, width: int | None = None, frames: int | None = None
-    ) -> dict[str, Any]:
-        """The size where one is given: the stock default is the network's own."""
-        require_pictures(self.name, frames)
-        return given(height=height, width=width)
-
-    def prompt_arguments(
-        self, pipeline: UnetPipeline, condition: Condition, null: Condition | None
-    ) -> dict[str, Any] | None:
-        """None: SDXL's pooled text and sizes are the pipeline's own matter."""
-        return None
-
-    def stock_latents(self, pipeline: UnetPipeline, latents: Tensor) -> Tensor:
-        """The same."""
-        return latents
-
-    def canonical_latents(self, pipeline: UnetPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The same."""
-        return latents
-
-    def stand_ins(self, pipeline: UnetPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
-        """None are known."""
-        return no_stand_ins(pipeline, absent)
 
     def _size_condition(self, condition: Condition, dtype: torch.dtype) -> dict[str, Tensor] | None:
         if not self.has_size_condition:

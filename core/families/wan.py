@@ -6,14 +6,12 @@ Legend: B batch, F latent frames, N text tokens, D width of a token, M video tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from diffusers import (
     AnyFlowPipeline,
-    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -22,8 +20,8 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import Configs, network_dtype, no_stand_ins, pixel_size, require_fixed_grid
-from fewstep.core.grids import validate_grid
+from fewstep.core.families.autoencoder import latent_frames, vae_encode
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_fixed_grid
 
 WanScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
 
@@ -34,7 +32,7 @@ STOCK_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class WanFamily:
+class WanFamily(Family):
     """Wan in canonical coordinates: the network's output is the velocity, its time is `time_scale` t.
 
     A time per frame [B, F] is told per token, as Wan 2.2 TI2V does. The networks of Wan 2.2 that were trained with a
@@ -47,12 +45,13 @@ class WanFamily:
         time_per_token: `expand_timesteps` of the pipeline.
     """
 
-    time_scale: int
+    time_scale: float
     text_tokens: int = STOCK_TEXT_TOKENS
     time_per_token: bool = False
-    name: str = "wan"
-    makes_videos: bool = True
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    name: ClassVar[str] = "wan"
+    makes_videos: ClassVar[bool] = True
+    block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     @staticmethod
     def from_pipeline(pipeline: WanPipeline) -> WanFamily:
@@ -67,16 +66,13 @@ class WanFamily:
         assert pipeline.transformer is not None
         return pipeline.transformer
 
-    def prepare_network(self, network: WanTransformer3DModel) -> None:
-        """Nothing to change."""
-
     def velocity(self, network: WanTransformer3DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The transformer's output at time `time_scale` t. Raises ValueError when sizes do not fit."""
         dtype = network_dtype(network)
         output = network(
             hidden_states=x_t.to(dtype),
             timestep=self._timestep(network, x_t, t),
-            encoder_hidden_states=condition.tokens.to(dtype),
+            encoder_hidden_states=condition.text.to(dtype),
             return_dict=False,
         )[0]
         return output.to(x_t.dtype)
@@ -102,30 +98,6 @@ class WanFamily:
         per_token = per_frame.repeat_interleave(height // patch[0] * (width // patch[1]), dim=1)
         return per_token.expand(max(len(per_token), batch), -1) * self.time_scale
 
-    def initial_state(self, noise: Tensor, t: float) -> Tensor:
-        """The noise itself: the stock pipeline does not rescale it, wherever its grid starts."""
-        return noise
-
-    def feature_modules(self, network: WanTransformer3DModel, blocks: Sequence[int] | None) -> list[torch.nn.Module]:
-        """The chosen transformer blocks, by default the middle one.
-
-        Raises:
-            ValueError: a block does not exist, or is named twice.
-        """
-        count = len(network.blocks)
-        chosen = [count // 2] if blocks is None else list(blocks)
-        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
-            raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
-        return [network.blocks[block] for block in chosen]
-
-    def feature_channels(self, network: WanTransformer3DModel, blocks: Sequence[int] | None) -> list[int]:
-        width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
-        return [width] * len(self.feature_modules(network, blocks))
-
-    def feature_map(self, output: Any) -> Tensor:
-        """Video tokens [B, M, D] of a block as [B, D, M]."""
-        return output.transpose(1, 2)
-
     @torch.no_grad()
     def encode_prompts(
         self, pipeline: WanPipeline, prompts: list[str], *, height: int | None = None, width: int | None = None
@@ -136,32 +108,15 @@ class WanFamily:
         )
         return Condition(tokens)
 
-    def encode_null(self, pipeline: WanPipeline, *, height: int | None = None, width: int | None = None) -> Condition:
-        """The empty prompt. (Wan's authors recommend a long negative prompt, which stock calls are given by hand.)"""
-        return self.encode_prompts(pipeline, [""])
-
-    def decode_latents(self, pipeline: WanPipeline, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, 4 (F - 1) + 1, H, W] in [0, 1], fp32 at least."""
-        vae = pipeline.vae
-        mean, std = _latent_statistics(vae, latents)
-        pixels: Any = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-        return (pixels.to(torch.promote_types(pixels.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
-
     def encode_pixels(self, pipeline: WanPipeline, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents [B, C, F, h, w] at the scale of the network, fp32 at least.
 
         Raises:
             ValueError: the pixels are no video batch of three channels and 4 k + 1 frames.
         """
-        vae = pipeline.vae
-        if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be [B, 3, F, H, W], got shape {tuple(pixels.shape)}")
-        latent_frames(pixels.shape[2], factor=vae.config["scale_factor_temporal"])
-        posterior = vae.encode((pixels * 2 - 1).to(vae.dtype), return_dict=False)[0]
-        raw = posterior.mode() if generator is None else posterior.sample(generator)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        mean, std = _latent_statistics(vae, raw)
-        return (raw - mean) / std
+        if pixels.ndim == 5:
+            latent_frames(pixels.shape[2], factor=pipeline.vae.config["scale_factor_temporal"])
+        return vae_encode(pipeline.vae, pixels, generator, videos=True)
 
     def latent_shape(
         self, pipeline: WanPipeline, height: int | None, width: int | None, frames: int | None = None
@@ -185,36 +140,6 @@ class WanFamily:
         height, width = pixel_size(STOCK_SIZE, height, width, multiple=multiple)
         count = latent_frames(STOCK_FRAMES if frames is None else frames, factor=vae["scale_factor_temporal"])
         return config["in_channels"], count, height // factor, width // factor
-
-    @property
-    def last_timestep(self) -> float:
-        """`time_scale`."""
-        return self.time_scale
-
-    def flow_time(self, timestep: Tensor) -> Tensor:
-        """timestep / `time_scale`."""
-        return timestep / self.time_scale
-
-    def teacher_grid(self, pipeline: WanPipeline, steps: int) -> tuple[float, ...]:
-        """The sigmas of the pipeline's own scheduler.
-
-        With FlowMatchEuler an Euler sampler on them is the stock sampler. UniPC steps on the same kind of grid with a
-        multistep solver; Euler on its times is first order, so it needs more steps for the same accuracy.
-
-        Raises:
-            ValueError: the scheduler is of another class, draws noise, or shifts by the resolution.
-        """
-        config = _require_flow_scheduler(pipeline).config
-        require_fixed_grid(config)
-        scheduler: Any = type(pipeline.scheduler).from_config(config)
-        scheduler.set_timesteps(steps)
-        times = tuple(torch.as_tensor(scheduler.sigmas)[:-1].tolist())
-        validate_grid(times)
-        return times
-
-    def has_guidance_embedding(self, network: WanTransformer3DModel) -> bool:
-        """No."""
-        return False
 
     def call_arguments(
         self,
@@ -243,18 +168,6 @@ class WanFamily:
         found: dict[str, Any] = {"prompt_embeds": condition.tokens}
         return found if null is None else {**found, "negative_prompt_embeds": null.tokens}
 
-    def stock_latents(self, pipeline: WanPipeline, latents: Tensor) -> Tensor:
-        """The same."""
-        return latents
-
-    def canonical_latents(self, pipeline: WanPipeline, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The same."""
-        return latents
-
-    def stand_ins(self, pipeline: WanPipeline, absent: tuple[str, ...]) -> dict[str, Any]:
-        """None are known."""
-        return no_stand_ins(pipeline, absent)
-
 
 def anyflow_family(pipeline: AnyFlowPipeline) -> WanFamily:
     """The family by which an exported AnyFlow pipeline is called: Wan's text, sizes and latents. It is no teacher."""
@@ -262,23 +175,6 @@ def anyflow_family(pipeline: AnyFlowPipeline) -> WanFamily:
         time_scale=pipeline.scheduler.config["num_train_timesteps"],
         text_tokens=min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length),
     )
-
-
-def latent_frames(pixel_frames: int, *, factor: int = 4) -> int:
-    """Latent frames of a video: the first stands for one pixel frame, each other one for `factor`.
-
-    Raises:
-        ValueError: the number of pixel frames is not factor k + 1.
-    """
-    if pixel_frames < 1 or (pixel_frames - 1) % factor:
-        raise ValueError(f"frames must be {factor} k + 1 (1, {factor + 1}, {2 * factor + 1}, ...), got {pixel_frames}")
-    return (pixel_frames - 1) // factor + 1
-
-
-def _latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, std) per channel with raw = std latents + mean, broadcastable over latents."""
-    mean, std = (torch.tensor(vae.config[name]).to(latents) for name in ("latents_mean", "latents_std"))
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
 def require_wan(configs: Configs) -> None:

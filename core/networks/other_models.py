@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.core.families.guidance_off import drop_guidance_off
 from fewstep.core.families.table import config_components
+from fewstep.core.networks.guidance_off import drop_guidance_off
 from fewstep.core.settings import ModelSource, TeacherConfig, TrainedConfig
 from fewstep.core.teacher_files import check_teacher, fetch_network, local_folder, read_configs, variant_of
 

@@ -167,7 +167,7 @@ def build_setup(
     held_out = load_scorers(config.reward.held_out, device=trainer.device, videos=videos)
     require_prompts([*reward.scorers, *held_out], data.prompts)
     denoiser = build_denoiser(config.student, teacher, data.init, seed=config.run.seed)
-    times = exportable_times(teacher.pipeline, config.student, config.student.sampler)
+    times = exportable_times(teacher.pipeline, teacher.family, config.student, config.student.sampler)
     # Copies are made before the trainer wraps the call of the network.
     reference = denoiser.beside() if needs.reference else None
     if reference is not None:
@@ -266,7 +266,7 @@ def teacher_variance(
     """Variance over all elements of a few of the teacher's samples."""
     rows = list(range(min(VARIANCE_SAMPLES, len(prompts))))
     condition = prompts.rows(rows)
-    noise = sample_noise(config.run.seed, rows, shape, stream="teacher_variance", device=condition.tokens.device)
+    noise = sample_noise(config.run.seed, rows, shape, stream="teacher_variance", device=condition.device)
     latents = teacher.sample(noise, condition, steps=VARIANCE_STEPS, guidance=config.teacher.guidance)
     return latents.double().var().item()
 

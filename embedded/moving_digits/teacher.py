@@ -122,7 +122,7 @@ def train_video_transformer(
     ema = Ema(denoiser, recipe.ema_decay)
     table = {text: row for row, text in enumerate(all_clip_captions())}
     captions = torch.tensor([table[text] for text in dataset.prompts])
-    longer = Condition(functional.pad(conditions.tokens, (0, 0, 0, STOCK_TEXT_TOKENS - TEXT_TOKENS)))
+    longer = Condition(functional.pad(conditions.text, (0, 0, 0, STOCK_TEXT_TOKENS - TEXT_TOKENS)))
     denoiser.train()
     for step in range(recipe.transformer_steps):
         rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / recipe.transformer_steps))

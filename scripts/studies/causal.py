@@ -177,7 +177,7 @@ def sample_student(
     pixels = []
     for start in range(0, len(prompts), BATCH):
         numbers = range(start, min(start + BATCH, len(prompts)))
-        text = student.teacher.encode([prompts[number] for number in numbers]).tokens
+        text = student.teacher.encode([prompts[number] for number in numbers]).text
         extra = None if controls is None else controls[start : numbers.stop]
         condition = VideoCondition(text, extra=extra)
         noise = ChunkNoise(SEED, tuple(numbers), (channels, height, width), stream="study")

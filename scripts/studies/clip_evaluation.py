@@ -52,7 +52,7 @@ def generate_clips(
 ) -> Tensor:
     """Clip i of prompt i, pixels [N, 3, 25, 32, 32]; each depends on (teacher, prompt, steps, guidance, seed, i)."""
     shape = teacher.latent_shape(CANVAS, CANVAS, frames=CLIP_FRAMES)
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     parts = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"{steps} steps", unit="batch"):
         rows = range(start, min(start + batch_size, len(prompts)))

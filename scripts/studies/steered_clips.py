@@ -47,7 +47,7 @@ def encode_steered_digits(
     """
     if count < 1:
         raise ValueError(f"count is {count}; encode at least 1 clip")
-    device = teacher.null_condition.tokens.device
+    device = teacher.null_condition.device
     latents, controls, captions = [], [], []
     for start in tqdm(range(0, count, BATCH), desc="steered digits"):
         clips = steered_digits(split, seed=seed, indices=range(start, min(start + BATCH, count)), frames=frames)

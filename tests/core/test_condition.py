@@ -19,7 +19,7 @@ def make(batch: int, *, offset: float = 0.0) -> Condition:
 def test_repeat_goes_round_the_batch() -> None:
     out = make(2).repeat(3)
     assert out.batch_size == 6
-    assert out.tokens[:, 0, 0].tolist() == [0, 6, 0, 6, 0, 6]
+    assert out.text[:, 0, 0].tolist() == [0, 6, 0, 6, 0, 6]
     assert out.pooled is not None
     assert out.pooled.shape == (6, 2)
     assert out.token_counts is not None
@@ -30,9 +30,9 @@ def test_repeat_goes_round_the_batch() -> None:
 
 def test_index_by_tensor_and_slice() -> None:
     condition = make(4)
-    assert condition.index(torch.tensor([3, 0, 3])).tokens[:, 0, 0].tolist() == [18, 0, 18]
+    assert condition.index(torch.tensor([3, 0, 3])).text[:, 0, 0].tolist() == [18, 0, 18]
     part = condition.index(slice(1, 3))
-    assert part.tokens[:, 0, 0].tolist() == [6, 12]
+    assert part.text[:, 0, 0].tolist() == [6, 12]
     assert part.time_ids is not None
     assert part.time_ids.shape == (2, 6)
     with pytest.raises(ValueError, match="int64"):
@@ -45,8 +45,8 @@ def test_expand_shares_memory_and_refuses_other_sizes() -> None:
     one = make(1)
     out = one.expand(5)
     assert out.batch_size == 5
-    assert out.tokens.data_ptr() == one.tokens.data_ptr()
-    assert torch.equal(out.tokens[4], one.tokens[0])
+    assert out.text.data_ptr() == one.text.data_ptr()
+    assert torch.equal(out.text[4], one.text[0])
     same = make(3)
     assert same.expand(3) is same
     with pytest.raises(ValueError, match="batch of 1"):
@@ -56,7 +56,7 @@ def test_expand_shares_memory_and_refuses_other_sizes() -> None:
 def test_where_keeps_true_and_takes_false() -> None:
     condition, null = make(3), make(1, offset=-100)
     out = condition.where(torch.tensor([True, False, True]), null)
-    assert out.tokens[:, 0, 0].tolist() == [0, -100, 12]
+    assert out.text[:, 0, 0].tolist() == [0, -100, 12]
     assert out.pooled is not None
     assert out.pooled[:, 0].tolist() == [0, -1000, 120]
     assert out.time_ids is not None
@@ -73,17 +73,17 @@ def test_cat_joins_and_index_takes_apart() -> None:
     a, b = make(2), make(3, offset=50)
     joined = Condition.cat([a, b])
     assert joined.batch_size == 5
-    assert torch.equal(joined.index(slice(2, 5)).tokens, b.tokens)
-    assert torch.equal(Condition.cat([make(2), make(2)]).tokens, make(2).repeat(2).tokens)
+    assert torch.equal(joined.index(slice(2, 5)).text, b.text)
+    assert torch.equal(Condition.cat([make(2), make(2)]).text, make(2).repeat(2).text)
     bare = Condition.cat([Condition(torch.zeros(1, 3, 2)), Condition(torch.ones(1, 3, 2))])
     assert bare.pooled is None
-    assert bare.tokens.sum().item() == 6
+    assert bare.text.sum().item() == 6
 
 
 def test_cat_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="empty list"):
         Condition.cat([])
-    with pytest.raises(ValueError, match="token shape"):
+    with pytest.raises(ValueError, match="differ in tokens"):
         Condition.cat([Condition(torch.zeros(1, 3, 2)), Condition(torch.zeros(1, 4, 2))])
     with pytest.raises(ValueError, match="differ in pooled"):
         Condition.cat([Condition(torch.zeros(1, 3, 2)), Condition(torch.zeros(1, 3, 2), torch.zeros(1, 2))])
@@ -100,14 +100,14 @@ def test_cat_refuses_what_does_not_fit() -> None:
 
 def test_to_casts_embeddings_and_not_counts() -> None:
     out = make(2).to("cpu", torch.bfloat16)
-    assert out.tokens.dtype == torch.bfloat16
+    assert out.text.dtype == torch.bfloat16
     assert out.pooled is not None
     assert out.pooled.dtype == torch.bfloat16
     assert out.token_counts is not None
     assert out.token_counts.dtype == torch.float32
     assert out.time_ids is not None
     assert out.time_ids.dtype == torch.float32
-    assert out.to(dtype=torch.float64).tokens.dtype == torch.float64
+    assert out.to(dtype=torch.float64).text.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

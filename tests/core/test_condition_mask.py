@@ -17,11 +17,11 @@ def masked(rows: int, tokens: int, *, used: int) -> Condition:
 
 def test_shorter_conditions_are_padded_with_masked_zeros() -> None:
     joined = Condition.cat([masked(1, 2, used=1), masked(2, 4, used=3)])
-    assert joined.tokens.shape == (3, 4, 2)
+    assert joined.text.shape == (3, 4, 2)
     assert joined.token_mask is not None
     assert joined.token_mask.tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
-    assert joined.tokens[0, 2:].abs().max() == 0
-    with pytest.raises(ValueError, match="differ in token shape"):
+    assert joined.text[0, 2:].abs().max() == 0
+    with pytest.raises(ValueError, match="differ in tokens"):
         Condition.cat([Condition(torch.ones(1, 2, 2)), Condition(torch.ones(1, 4, 2))])
     with pytest.raises(ValueError, match="differ in token_mask"):
         Condition.cat([Condition(torch.ones(1, 2, 2)), masked(1, 2, used=1)])
@@ -47,7 +47,7 @@ def test_guidance_follows_the_batch() -> None:
         assert changed.token_mask is not None
         assert changed.token_mask.shape == (len(expected), 2)
     half = told.to(dtype=torch.bfloat16)
-    assert half.tokens.dtype == torch.bfloat16
+    assert half.text.dtype == torch.bfloat16
     assert half.guidance is not None
     assert half.guidance.dtype == torch.float32
     assert half.token_mask is not None
@@ -56,7 +56,7 @@ def test_guidance_follows_the_batch() -> None:
 
 def test_wrong_shapes_are_named() -> None:
     tokens = torch.ones(2, 3, 4)
-    with pytest.raises(ValueError, match=r"token_mask must be \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"token_mask must be \[2, 3\]"):
         Condition(tokens, token_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="without token_counts"):
         Condition(tokens, token_mask=torch.ones(2, 3), token_counts=torch.ones(3))
@@ -69,7 +69,7 @@ class Means(torch.nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         self.told = condition.guidance
-        return condition.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1).expand_as(x_t)
+        return condition.text.mean(dim=(1, 2)).view(-1, 1, 1, 1).expand_as(x_t)
 
 
 def test_each_sample_has_its_own_guidance() -> None:

@@ -65,9 +65,9 @@ def test_equal_prompts_are_kept_once() -> None:
     assert conditions.cached is not None
     assert conditions.cached.batch_size == 2
     assert len(conditions) == 4
-    found = conditions.rows([3, 1, 0]).tokens
+    found = conditions.rows([3, 1, 0]).text
     assert torch.equal(found[0], found[2])
-    expected = teacher.encode(["a cat", "a dog"]).tokens
+    expected = teacher.encode(["a cat", "a dog"]).text
     torch.testing.assert_close(found[:2], expected, rtol=0, atol=1e-5)
 
 
@@ -80,12 +80,12 @@ def test_cached_conditions_equal_encoded_ones() -> None:
     assert len(cached) == len(fresh) == ENCODE_BATCH + 3
     rows = [1, ENCODE_BATCH, ENCODE_BATCH + 2, 1]
     left, right = cached.rows(rows), fresh.rows(rows)
-    torch.testing.assert_close(left.tokens, right.tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(left.text, right.tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(left.pooled, right.pooled, rtol=0, atol=1e-5)
-    assert (left.tokens[0] - left.tokens[1]).abs().max() > 1e-3
+    assert (left.text[0] - left.text[1]).abs().max() > 1e-3
     samples = [5, 70, 3]
     assert torch.equal(
-        cached.of_samples(samples, seed=4).tokens, cached.rows(rows_of_samples(samples, len(prompts), 4)).tokens
+        cached.of_samples(samples, seed=4).text, cached.rows(rows_of_samples(samples, len(prompts), 4)).text
     )
     with pytest.raises(ValueError, match="no prompts given; at least one is needed"):
         PromptConditions(teacher, [], cache=True)

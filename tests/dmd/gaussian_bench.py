@@ -158,7 +158,7 @@ def token_of(condition: Condition | None, x: Tensor) -> Tensor:
     """First element of the first token, [B, 1, ...]; zero without a condition."""
     if condition is None:
         return torch.zeros((), dtype=x.dtype)
-    return condition.tokens[:, 0, 0].to(x.dtype).view(-1, *([1] * (x.ndim - 1)))
+    return condition.text[:, 0, 0].to(x.dtype).view(-1, *([1] * (x.ndim - 1)))
 
 
 class GaussianDenoiser(nn.Module):

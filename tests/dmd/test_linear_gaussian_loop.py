@@ -54,7 +54,7 @@ class GaussianTeacher:
         return null + guidance * (self.denoiser.x0(x_t, t, condition) - null)
 
     def sample(self, noise: Tensor, condition: Condition, *, steps: int, guidance: float) -> Tensor:
-        return MEAN + guidance * condition.tokens[:, :, :, None] + STD * noise
+        return MEAN + guidance * condition.text[:, :, :, None] + STD * noise
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents).expand(-1, 3, -1, -1)

@@ -178,7 +178,7 @@ def test_noised_data_is_the_input_of_its_share_of_the_steps(inputs: TinyInputs, 
     trainer.close()
     assert torch.equal(x0, right)
     assert shown is x0
-    assert torch.equal(told.tokens, expected.tokens)
+    assert torch.equal(told.text, expected.text)
 
 
 def test_a_fake_score_starts_from_that_of_a_run(inputs: TinyInputs, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_sizes(teacher: Teacher) -> None:
     parameters = sum(parameter.numel() for parameter in teacher.denoiser.parameters())
     assert 1_500_000 < parameters < 4_000_000
     assert teacher.latent_shape(32, 32, frames=25) == (8, 7, 8, 8)
-    assert teacher.null_condition.tokens.shape == (1, 16, 64)
+    assert teacher.null_condition.text.shape == (1, 16, 64)
     network: Any = teacher.denoiser.network
     assert network.config["rope_max_seq_len"] == 1024
 

@@ -21,7 +21,7 @@ def export(tmp_path):
 def test_record_gives_defaults_and_its_grid(export) -> None:
     system = read_system(export)
     assert (system.name, system.steps, system.guidance) == ("student", 2, 1.0)
-    assert system.grid == StepGrid(sigmas=(1.0, 0.4))
+    assert system.grid == StepGrid(sigmas=(1.0, 0.4), own_call={"guidance_scale": 1.0})
     assert system.grid.arguments() == {"sigmas": [1.0, 0.4]}
 
 

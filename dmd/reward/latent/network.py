@@ -89,7 +89,7 @@ def prompt_vector(condition: Condition) -> Tensor:
 
     Padding does not count, and a token that stands for several counts as often.
     """
-    tokens, weights = condition.tokens.float(), None
+    tokens, weights = condition.text.float(), None
     if condition.token_mask is not None:
         weights = condition.token_mask.to(tokens)
     elif condition.token_counts is not None:
@@ -170,7 +170,7 @@ class LatentReward(nn.Module):
 
     def require_fit(self, channels: int, condition: Condition) -> None:
         """Raise ValueError unless latents of these channels and this condition are those it was made for."""
-        width = condition.tokens.shape[2] + (0 if condition.pooled is None else condition.pooled.shape[1])
+        width = condition.text.shape[2] + (0 if condition.pooled is None else condition.pooled.shape[1])
         if (channels, width) != (self.shape.channels, self.shape.prompt_width):
             raise ValueError(
                 f"the latent reward takes {self.shape.channels} latent channels and prompts of width "

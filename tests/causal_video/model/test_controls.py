@@ -211,7 +211,7 @@ def test_both_sides_of_guidance_get_the_controls_and_the_tangent_sees_controls()
     networks, t, x = networks_of(teacher, teacher, guidance=2.5), torch.tensor([0.4, 0.8]).double(), latents(seed=4)
     sides = [
         teacher.packed(batch.context, x, t, tokens, mask=networks.packed, extra=controls())  # pyright: ignore
-        for tokens in (NULL.tokens.expand(2, -1, -1), text())
+        for tokens in (NULL.text.expand(2, -1, -1), text())
     ]
     assert largest(teacher_velocity(networks, x, t, batch), sides[0] + 2.5 * (sides[1] - sides[0])) < 1e-12
     central = dataclasses.replace(SCM, tangent="central", central_step=1e-6)

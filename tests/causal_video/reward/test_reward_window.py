@@ -120,7 +120,7 @@ def test_pixels_are_those_of_the_whole_stream(
     """Decoding goes on from the prefix: 4 frames of each latent frame, since the window is not the beginning."""
     config, setup = parts
     causal, row = setup.causal, 5
-    tokens = causal.prompts.rows(drawn.groups.rows[4:5]).tokens
+    tokens = causal.prompts.rows(drawn.groups.rows[4:5]).text
     noise = ChunkNoise(config.run.seed, (1,), (4, 8, 8), stream="reward before")
     begun = full_rollout(
         setup.old,
@@ -258,7 +258,7 @@ def test_memory_does_not_grow_with_the_stream(parts: tuple[CausalRewardConfig, C
     _, setup = parts
     sizes = []
     for chunks in (4, 9):
-        tokens = setup.causal.prompts.rows([0]).tokens
+        tokens = setup.causal.prompts.rows([0]).text
         noise = ChunkNoise(0, (0,), (4, 8, 8))
         point = stream_to(setup.old, setup.vae, tokens, noise, setup.causal.settings, chunks=chunks)
         features = sum(value.numel() for value in point.decoder.features if isinstance(value, Tensor))

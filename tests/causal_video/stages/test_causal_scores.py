@@ -53,7 +53,7 @@ def test_a_score_sees_earlier_chunks_alone_and_is_the_students_own_call(inputs: 
         found = fake(x, t, condition)
         wan = CausalWan(fake.network)  # pyright: ignore[reportArgumentType]
         mask = block_causal(ChunkLayout((1, 2)), wan.tokens_per_frame(x), KEEP_ALL)
-        assert torch.equal(found, wan(whole_call(x, t, condition.tokens, mask=mask)).velocity)
+        assert torch.equal(found, wan(whole_call(x, t, condition.text, mask=mask)).velocity)
         changed = x.clone()
         changed[:, :, 1:] += 1.0
         later = fake(changed, t, condition)
@@ -184,7 +184,7 @@ def test_the_sheet_shows_what_a_causal_teacher_makes(inputs: VideoInputs, tmp_pa
     trainer.close()
     expected = euler_rollout(
         CausalWan(setup.teacher.denoiser.network),  # pyright: ignore[reportArgumentType]
-        VideoCondition(setup.prompts.rows([0]).tokens),
+        VideoCondition(setup.prompts.rows([0]).text),
         ChunkNoise(GRID_SEED, (0,), (setup.latent_shape[0], *setup.latent_shape[2:]), stream="sheet"),
         setup.settings,
         times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, 50),

@@ -131,7 +131,7 @@ def test_self_forcing_is_judged_with_the_controls(
     assert setup.real is not None
     assert setup.controls is not None
     rows, _, captions = setup.real.rows(draw.indices, trainer.device)
-    assert torch.equal(condition.tokens, captions.tokens)
+    assert torch.equal(condition.text, captions.text)
     given = controls_of(condition, 3)
     assert given is not None
     assert torch.equal(given[:, :, :, 5, 2], setup.controls.values[rows])

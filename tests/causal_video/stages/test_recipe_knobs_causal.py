@@ -138,7 +138,7 @@ def test_the_student_may_be_asked_on_noised_videos(inputs: VideoInputs, tmp_path
     done, condition = on_noised_data(config, setup, draw=draw, network=setup.student)
     x0, expected = setup.videos(draw.indices, trainer.device)
     assert done.new.shape == x0.shape
-    assert torch.equal(condition.tokens, expected.tokens)
+    assert torch.equal(condition.text, expected.text)
     calls: list[Tensor] = []
     handle = setup.student.register_forward_pre_hook(lambda _, given: calls.append(given[0].t))
     on_noised_data(config, setup, draw=draw, network=setup.student)

@@ -59,7 +59,7 @@ def test_batches_take_each_chunk_from_a_step_of_its_own(context: bool) -> None:
     conditions: Any = KnownConditions()
     source = OdeSource(pairs_of(context=context), conditions, seed=1)
     batch = source.batch(Draw(2, list(range(60)), torch.device("cpu")), SETTINGS)
-    row = batch.condition.tokens[:, 0, 0]
+    row = batch.condition.text[:, 0, 0]
     assert sorted(set(row.tolist())) == list(range(6))
     expected = 10 * row[:, None] + batch.t
     assert float((batch.x - expected[:, None, :, None, None]).abs().max()) < 1e-5

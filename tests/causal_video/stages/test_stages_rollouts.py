@@ -77,7 +77,7 @@ def test_a_given_image_comes_with_its_caption(inputs: VideoInputs, tmp_path: Pat
     rows, x0, captions = setup.real.rows(draw.indices, trainer.device)
     assert image is not None
     assert torch.equal(image, x0[:, :, :1])
-    assert torch.equal(condition.tokens, captions.tokens)
+    assert torch.equal(condition.text, captions.text)
     assert len(set(rows)) == 3
     plan = plan_rollout(config, setup.settings, 1)
     with torch.no_grad():

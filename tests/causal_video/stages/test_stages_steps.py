@@ -194,7 +194,7 @@ def test_guidance_of_the_causal_teacher_is_on_packed_calls() -> None:
     x_t, teacher = add_noise(batch.x0, batch.eps, t), frozen_teacher()
     networks = networks_of(build_student(), teacher, guidance=2.5)
     sides = []
-    for tokens in (NULL.tokens.expand(2, -1, -1), text()):
+    for tokens in (NULL.text.expand(2, -1, -1), text()):
         mask, time = networks.packed, batch.context_time
         sides.append(teacher.packed(batch.context, x_t, t, tokens, mask=mask, clean_time=time))  # pyright: ignore
     expected = sides[0] + 2.5 * (sides[1] - sides[0])
@@ -281,7 +281,7 @@ def test_context_captions_and_images_are_drawn_in_shares() -> None:
     assert float((context.flatten(1).std(dim=1) / time).mean()) == pytest.approx((2 / math.pi) ** 0.5, abs=0.06)
     assert context_of_batch(x0, many, 0.0)[1] is None
     full, null = Condition(torch.ones(400, 1, 1)), Condition(torch.zeros(1, 1, 1))
-    assert float(drop_captions(full, null, many, 0.25).tokens.mean()) == pytest.approx(0.75, abs=0.06)
+    assert float(drop_captions(full, null, many, 0.25).text.mean()) == pytest.approx(0.75, abs=0.06)
     assert drop_captions(full, null, many, 0.0) is full
     assert sum(gives_image(0.3, 7, step) for step in range(1000)) == pytest.approx(300, abs=45)
     assert not any(gives_image(0.0, 7, step) for step in range(100))

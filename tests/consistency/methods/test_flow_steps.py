@@ -51,7 +51,7 @@ class ExactFlowMap(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None) -> Tensor:
         self.sizes.append(len(x))
-        mean = condition.tokens[:, 0, 0].view(-1, 1, 1, 1)
+        mean = condition.text[:, 0, 0].view(-1, 1, 1, 1)
         mean = MEANS["null"] + self.guidance * (mean - MEANS["null"])
         t = t.view(-1, 1, 1, 1)
         r = t if r is None else r.view(-1, 1, 1, 1)
@@ -187,7 +187,7 @@ def test_guidance_from_data_drops_conditions_and_stays_in_its_interval() -> None
     batch = flow_batch(data, pair, exact_networks(guidance=2.0), settings, guide=guide)
     dropped = data.draw.uniform("flow_condition_drop") < 0.5
     assert 2 < int(dropped.sum()) < COUNT - 2
-    assert torch.equal(batch.condition.tokens[:, 0, 0] == MEANS["null"], dropped)
+    assert torch.equal(batch.condition.text[:, 0, 0] == MEANS["null"], dropped)
     plain = data.eps - data.x0
     same = (batch.velocity == plain).flatten(1).all(dim=1)
     assert torch.equal(same, dropped | (t > 0.5))

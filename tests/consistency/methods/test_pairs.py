@@ -19,8 +19,8 @@ from fewstep.consistency.methods.pairs import pairs_step
 from fewstep.consistency.sections import PairsConfig
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.export.run import export_run
-from fewstep.core.families.tiny_vae import tiny_decoder
 from fewstep.core.networks.perceptual import PixelDistance, load_lpips, squared_distance
+from fewstep.core.networks.tiny_vae import tiny_decoder
 from fewstep.core.settings import GridStudentConfig, TeacherConfig
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency

@@ -91,7 +91,7 @@ def test_misaligned_pairs_are_fakes_with_the_neighbours_prompt() -> None:
     pairs = judged_pairs(-1 - real, real, condition, misaligned=True)
     assert pairs.fakes == 8
     assert pairs.x0.flatten().tolist() == [-1, -2, -3, -4, 3, 0, 1, 2, 0, 1, 2, 3]
-    assert pairs.condition.tokens.flatten().tolist() == [0, 1, 2, 3] * 3
+    assert pairs.condition.text.flatten().tolist() == [0, 1, 2, 3] * 3
     assert judged_pairs(-1 - real, real, condition, misaligned=False).fakes == 4
     alone = judged_pairs(real[:1], real[:1], condition.index(slice(0, 1)), misaligned=True)
     assert (alone.fakes, len(alone.x0), alone.condition.batch_size) == (1, 2, 2)

@@ -143,7 +143,7 @@ def test_tangent_check_and_grid_have_the_guidance(sana: TinyInputs, tmp_path: Pa
     assert told is not None
     assert told.tolist() == [1.5, 1.5]
     # Equal captions share their embedding, and each latent has that of its own.
-    captions = setup.real.conditions.rows(range(7)).tokens
+    captions = setup.real.conditions.rows(range(7)).text
     assert captions.shape[0] == 7
     assert torch.equal(captions[1], captions[5])
     assert (captions[1] - captions[2]).abs().max() > 1e-3

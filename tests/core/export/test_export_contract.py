@@ -28,8 +28,8 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.record import RECORD_FILE, StudentReport, read_record
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.workflow import write_comfyui_files
-from fewstep.core.families.guidance_off import drop_guidance_off, with_guidance_off
 from fewstep.core.grids import step_grid
+from fewstep.core.networks.guidance_off import drop_guidance_off, with_guidance_off
 from fewstep.core.networks.other_models import load_network
 from fewstep.core.weights import find_weights, load_weights
 from fewstep.evaluation.systems import read_system

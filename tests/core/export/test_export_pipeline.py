@@ -224,7 +224,8 @@ def test_wrong_scheduler_parameters_are_seen_in_the_timesteps(teachers, tmp_path
     output = tmp_path / "export"
     spec = SamplerSpec(step_grid(4, shift=3.0), "sde")
     export_sd3(teachers, output, sampler=spec)
-    plan = plan_scheduler(BUILDERS["sd3"](), spec)
+    pipeline = BUILDERS["sd3"]()
+    plan = plan_scheduler(pipeline, build_family(pipeline), spec)
     _, seen = run_export(output, 4)
     check_timesteps(seen, plan)
     file = output / "scheduler" / "scheduler_config.json"

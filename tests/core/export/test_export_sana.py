@@ -17,8 +17,9 @@ from fewstep.core.export.run import export_run
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_angles, sprint_teacher, sprint_times
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
-from fewstep.core.families.sana_networks import with_guidance_embedding
+from fewstep.core.families.table import build_family
 from fewstep.core.networks.lora import add_lora
+from fewstep.core.networks.sana_networks import with_guidance_embedding
 from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import RunSettings
 from fewstep.core.teacher import Teacher
@@ -223,6 +224,6 @@ def test_dpm_solver_with_flow_sigmas_is_a_flow() -> None:
     pipeline: Any = build_sana(dense=True)
     pipeline.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     assert nearest_exportable_times(pipeline, (1.0, 0.37)) == (1.0, 0.37)
-    plan = plan_scheduler(pipeline, SamplerSpec((1.0, 0.5), "sde"))
+    plan = plan_scheduler(pipeline, build_family(pipeline), SamplerSpec((1.0, 0.5), "sde"))
     assert type(plan.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert plan.network_timesteps == (1.0, 0.5)

@@ -27,10 +27,16 @@ from fewstep.core.export.schedulers import (
     plan_scheduler,
     table_indices,
 )
+from fewstep.core.families.sd3 import Sd3Family
 from fewstep.core.grids import step_grid, three_step_parameters
 from fewstep.core.paths import VariancePreserving
 
 SHAPE = (2, 4, 8, 8)
+
+
+def planned(pipeline, spec: SamplerSpec):
+    """The plan for a pipeline whose call hands the number of steps on, as that of SD3 does."""
+    return plan_scheduler(pipeline, Sd3Family(1000), spec)
 
 
 def lcm_boundary_deviation(index: int, timestep_scaling: float = LCM_TIMESTEP_SCALING) -> tuple[float, float]:
@@ -128,7 +134,7 @@ def draw_noise(seed: int, count: int) -> list[Tensor]:
 @given(steps=st.integers(1, 8), shift=st.floats(0.2, 20.0), sampler=st.sampled_from(["sde", "ode"]))
 def test_flow_scheduler_steps_on_any_shifted_grid(steps, shift, sampler):
     times = step_grid(steps, shift=shift)
-    plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, sampler))
+    plan = planned(flow_pipeline(), SamplerSpec(times, sampler))
     assert plan.extra_arguments() == {}
     scheduler = set_timesteps(plan)
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([*times, 0.0]), rtol=0, atol=2e-6)
@@ -140,7 +146,7 @@ def test_flow_scheduler_steps_on_any_shifted_grid(steps, shift, sampler):
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 def test_flow_scheduler_does_the_update_of_the_student(steps, shift, sampler):
     times = step_grid(steps, shift=shift)
-    plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, sampler))
+    plan = planned(flow_pipeline(), SamplerSpec(times, sampler))
     noise = torch.randn(SHAPE)
     # the scheduler draws after the last step too, and multiplies that by zero
     draws = draw_noise(7, steps)
@@ -155,17 +161,17 @@ def test_flow_scheduler_does_the_update_of_the_student(steps, shift, sampler):
 
 
 def test_two_flow_steps_reach_any_second_time():
-    plan = plan_scheduler(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec((1.0, 0.123), "sde"))
+    plan = planned(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec((1.0, 0.123), "sde"))
     assert set_timesteps(plan).sigmas.tolist() == pytest.approx([1.0, 0.123, 0.0], abs=2e-6)
 
 
 def test_flow_grid_without_a_shift_goes_into_the_call():
     times = (1.0, 0.7, 0.5, 0.2)
-    plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, "sde"))
+    plan = planned(flow_pipeline(), SamplerSpec(times, "sde"))
     assert plan.extra_arguments() == {"sigmas": [1.0, 0.7, 0.5, 0.2]}
     assert set_timesteps(plan).sigmas.tolist() == pytest.approx([1.0, 0.7, 0.5, 0.2, 0.0], abs=1e-7)
     with pytest.raises(ValueError, match=r"\(1\.0, 0\.7, 0\.5, 0\.2\).*PlainPipeline takes no `sigmas`.*step_grid"):
-        plan_scheduler(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
+        planned(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
 
 
 @settings(max_examples=80, deadline=None)
@@ -174,23 +180,23 @@ def test_flow_grid_without_a_shift_goes_into_the_call():
 def test_three_steps_from_one_on_need_no_argument(middle: float, share: float):
     """Any grid (1, a, b) that the scheduler can reach, FastWan's 1000, 757, 522 among them; others go into the call."""
     times = (1.0, middle, middle * share)
-    plan = plan_scheduler(flow_pipeline(), SamplerSpec(times, "sde"))
+    plan = planned(flow_pipeline(), SamplerSpec(times, "sde"))
     reached = plan.extra_arguments() == {}
     assert reached <= (three_step_parameters(times) is not None)
     assert set_timesteps(plan).sigmas.tolist() == pytest.approx([*times, 0.0], abs=2e-6)
     if (middle, share) == (0.757, 0.522 / 0.757):
         assert reached
-        plan_scheduler(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
+        planned(PlainPipeline(FlowMatchEulerDiscreteScheduler()), SamplerSpec(times, "sde"))
 
 
 def test_flow_grid_that_starts_late_goes_into_the_call():
-    plan = plan_scheduler(flow_pipeline(), SamplerSpec((0.9,), "sde"))
+    plan = planned(flow_pipeline(), SamplerSpec((0.9,), "sde"))
     assert set_timesteps(plan).sigmas.tolist() == pytest.approx([0.9, 0.0], abs=1e-7)
 
 
 def test_planning_leaves_the_pipeline_alone():
     pipeline = flow_pipeline()
-    plan = plan_scheduler(pipeline, SamplerSpec(step_grid(4), "sde"))
+    plan = planned(pipeline, SamplerSpec(step_grid(4), "sde"))
     assert pipeline.scheduler.config.shift == 3.0
     assert plan.scheduler.config.stochastic_sampling is True
     assert len(plan.scheduler.timesteps) == 1000
@@ -203,7 +209,7 @@ def test_every_grid_of_lcm_is_found_without_arguments(original, fraction):
     scheduler: Any = LCMScheduler(original_inference_steps=original)
     scheduler.set_timesteps(steps)
     indices = scheduler.timesteps.tolist()
-    plan = plan_scheduler(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of(indices), "sde"))
+    plan = planned(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of(indices), "sde"))
     assert plan.extra_arguments() == {}
     assert set_timesteps(plan).timesteps.tolist() == indices
 
@@ -213,7 +219,7 @@ def test_every_grid_of_lcm_is_found_without_arguments(original, fraction):
     [((999,), 1), ((999, 499), 2), ((999, 749, 499, 249), 4), ((999, 666, 333), 1000), ((399,), None)],
 )
 def test_lcm_grids_of_known_models(indices, original):
-    plan = plan_scheduler(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of(indices), "sde"))
+    plan = planned(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of(indices), "sde"))
     assert isinstance(plan.scheduler, LCMScheduler)
     assert plan.network_timesteps == indices
     assert plan.timesteps == (None if original else indices)
@@ -226,7 +232,7 @@ def test_lcm_grids_of_known_models(indices, original):
 @pytest.mark.parametrize("sampler", ["sde", "ode"])
 @pytest.mark.parametrize("indices", [(999,), (999, 499), (999, 749, 499, 249), (999, 600, 100, 3)])
 def test_table_scheduler_does_the_update_of_the_student(indices, sampler, prediction_type):
-    plan = plan_scheduler(GeneratorPipeline(table_scheduler(prediction_type)), SamplerSpec(times_of(indices), sampler))
+    plan = planned(GeneratorPipeline(table_scheduler(prediction_type)), SamplerSpec(times_of(indices), sampler))
     table = table_scheduler().alphas_cumprod.double()
     alphas, sigmas = [*table[list(indices)].sqrt().tolist(), 1.0], [*(1 - table[list(indices)]).sqrt().tolist(), 0.0]
     noise, draws = torch.randn(SHAPE), draw_noise(7, len(indices) - 1)
@@ -246,14 +252,14 @@ def test_table_scheduler_does_the_update_of_the_student(indices, sampler, predic
 
 def test_ode_on_a_table_uses_ddim_where_its_grid_fits():
     pipeline = GeneratorPipeline(table_scheduler())
-    uniform = plan_scheduler(pipeline, SamplerSpec(times_of((999, 749, 499, 249)), "ode"))
+    uniform = planned(pipeline, SamplerSpec(times_of((999, 749, 499, 249)), "ode"))
     assert isinstance(uniform.scheduler, DDIMScheduler)
     assert uniform.extra_arguments() == {}
-    other = plan_scheduler(pipeline, SamplerSpec(times_of((999, 666, 333)), "ode"))
+    other = planned(pipeline, SamplerSpec(times_of((999, 666, 333)), "ode"))
     assert isinstance(other.scheduler, EulerDiscreteScheduler)
     assert other.extra_arguments() == {"timesteps": [999, 666, 333]}
     with pytest.raises(ValueError, match=r"PlainPipeline takes no `timesteps`.*\(998, 665, 332\)"):
-        plan_scheduler(PlainPipeline(table_scheduler()), SamplerSpec(times_of((999, 666, 333)), "ode"))
+        planned(PlainPipeline(table_scheduler()), SamplerSpec(times_of((999, 666, 333)), "ode"))
 
 
 @pytest.mark.parametrize(("index", "default_skip"), [(249, 5e-8), (9, 4e-5)])
@@ -273,17 +279,17 @@ def test_lcm_boundary_scaling_is_below_fp32(index, default_skip):
 
 def test_ode_on_a_table_starts_at_its_last_entry():
     times = (1.0, *times_of((499,)))
-    assert plan_scheduler(GeneratorPipeline(table_scheduler()), SamplerSpec(times, "sde")).network_timesteps == (
+    assert planned(GeneratorPipeline(table_scheduler()), SamplerSpec(times, "sde")).network_timesteps == (
         999,
         499,
     )
     with pytest.raises(ValueError, match=r"start on the noise table, at 0\.9359\d* instead of 1\.0"):
-        plan_scheduler(GeneratorPipeline(table_scheduler()), SamplerSpec(times, "ode"))
+        planned(GeneratorPipeline(table_scheduler()), SamplerSpec(times, "ode"))
 
 
 def test_lcm_at_index_zero_is_refused():
     with pytest.raises(ValueError, match="ends at table index 0"):
-        plan_scheduler(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of((999, 0)), "sde"))
+        planned(GeneratorPipeline(table_scheduler()), SamplerSpec(times_of((999, 0)), "sde"))
 
 
 def test_time_one_means_the_last_table_entry():
@@ -293,9 +299,9 @@ def test_time_one_means_the_last_table_entry():
 def test_times_between_table_entries_are_refused_with_the_nearest_grid():
     pipeline = GeneratorPipeline(table_scheduler())
     with pytest.raises(ValueError, match=r"999\.0, 673\.155, 353\.89, 95\.314.*nearest grid.*0\.7498"):
-        plan_scheduler(pipeline, SamplerSpec(step_grid(4), "sde"))
+        planned(pipeline, SamplerSpec(step_grid(4), "sde"))
     times = nearest_exportable_times(pipeline, step_grid(4))
-    plan = plan_scheduler(pipeline, SamplerSpec(times, "sde"))
+    plan = planned(pipeline, SamplerSpec(times, "sde"))
     assert plan.network_timesteps == (999, 673, 354, 95)
     assert times[0] == pytest.approx(table_path().flow_time_range[1], abs=1e-12)
     assert max(abs(a - b) for a, b in zip(times[1:], step_grid(4)[1:], strict=True)) < 1e-3
@@ -316,7 +322,7 @@ def test_times_between_table_entries_are_refused_with_the_nearest_grid():
 )
 def test_source_of_the_noise_between_steps(pipeline, steps, sampler, expected):
     times = step_grid(steps) if sampler == "sde" and expected == "global" else times_of((999, 499)[:steps])
-    assert plan_scheduler(pipeline, SamplerSpec(times, sampler)).step_noise == expected
+    assert planned(pipeline, SamplerSpec(times, sampler)).step_noise == expected
 
 
 def test_other_schedulers_and_samplers_are_refused():
@@ -333,4 +339,4 @@ def test_other_schedulers_and_samplers_are_refused():
     pipeline = NoTable()
     del pipeline.scheduler.alphas_cumprod
     with pytest.raises(ValueError, match="HeunDiscreteScheduler; exports exist for"):
-        plan_scheduler(pipeline, SamplerSpec((1.0,), "sde"))
+        planned(pipeline, SamplerSpec((1.0,), "sde"))

@@ -189,4 +189,4 @@ def test_networks_and_samplers_that_do_not_fit(
 
 def test_a_noise_table_has_no_flow_map() -> None:
     with pytest.raises(ValueError, match="DDIMScheduler; flow maps of two times are exported with FlowMatchEuler"):
-        plan_scheduler(build_sd15(), SamplerSpec((1.0,), "flow_map"))
+        plan_scheduler(build_sd15(), build_family(build_sd15()), SamplerSpec((1.0,), "flow_map"))

@@ -11,6 +11,7 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.record import Figure, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
+from fewstep.core.families.table import build_family
 from fewstep.core.families.unet import noise_table
 from fewstep.core.grids import step_grid
 from tests.tiny_pipelines import build_sd15, save_pipeline
@@ -38,7 +39,7 @@ def test_v_prediction_with_zero_terminal_snr_exports(tmp_path: Path, sampler: An
     if sampler == "ode":
         uneven = SamplerSpec(nearest_exportable_times(pipeline, (0.99, 0.4)), "ode")
         with pytest.raises(ValueError, match="zero terminal SNR, on which Euler steps of stock schedulers"):
-            plan_scheduler(pipeline, uneven)
+            plan_scheduler(pipeline, build_family(pipeline), uneven)
 
 
 def table_times(pipeline: Any, indices: tuple[int, ...]) -> tuple[float, ...]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.sana import SanaFamily
-from fewstep.core.families.sana_networks import with_dense_time, with_guidance_embedding, with_qk_norm
 from fewstep.core.families.table import build_family
 from fewstep.core.networks.lora import add_lora, merge_lora
+from fewstep.core.networks.sana_networks import with_dense_time, with_guidance_embedding, with_qk_norm
 from fewstep.core.teacher import Teacher
 from tests.tiny_sana import LATENT_SHAPE, PIXELS, build_sana
 
@@ -79,10 +79,10 @@ def call_default(name: str) -> Any:
 
 def test_prompts_do_not_depend_on_their_batch(pipeline, conditions) -> None:
     alone = build_family(pipeline).encode_prompts(pipeline, PROMPTS[:1])
-    assert alone.tokens.shape == (1, 5, 32)
-    assert torch.allclose(alone.tokens, conditions[0].tokens[:1, :5], atol=1e-5)
+    assert alone.text.shape == (1, 5, 32)
+    assert torch.allclose(alone.text, conditions[0].text[:1, :5], atol=1e-5)
     joined = Condition.cat([alone, conditions[0]])
-    assert joined.tokens.shape == (3, 7, 32)
+    assert joined.text.shape == (3, 7, 32)
     denoiser = Denoiser(pipeline.transformer, build_family(pipeline))
     x_t = noise()[:1].expand(2, -1, -1, -1)
     out = denoiser(x_t, torch.full((2,), 0.4), joined.index(torch.tensor([0, 1])))
@@ -298,7 +298,5 @@ def test_sprint_pipeline_has_a_family_without_a_teachers_grid(pipeline) -> None:
     with pytest.raises(ValueError, match="few-step student"):
         family.teacher_grid(sprint, 4)
     a, b = (build_family(pipe).encode_prompts(pipe, PROMPTS) for pipe in (pipeline, sprint))
-    assert torch.equal(a.tokens, b.tokens)
-    assert torch.equal(
-        build_family(sprint).encode_null(sprint).tokens, build_family(pipeline).encode_null(pipeline).tokens
-    )
+    assert torch.equal(a.text, b.text)
+    assert torch.equal(build_family(sprint).encode_null(sprint).text, build_family(pipeline).encode_null(pipeline).text)

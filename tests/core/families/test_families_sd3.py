@@ -50,7 +50,7 @@ def test_one_counted_token_equals_256_stock_tokens_with_gradient(sd35: bool) -> 
     assert tokens.shape[1] == 77 + 256
     family = build_family(ours)
     condition = family.encode_prompts(ours, PROMPTS)
-    assert condition.tokens.shape[1] == 78
+    assert condition.text.shape[1] == 78
     assert condition.token_counts is not None
     assert condition.token_counts.sum().item() == 77 + 256
     t = torch.tensor([0.3, 1.0])
@@ -96,7 +96,7 @@ def test_null_is_the_empty_prompt() -> None:
     null = build_family(pipeline).encode_null(pipeline)
     tokens, pooled = stock_embeds(pipeline, [""])
     assert null.pooled is not None
-    assert torch.equal(null.tokens, tokens)
+    assert torch.equal(null.text, tokens)
     assert torch.equal(null.pooled, pooled)
     assert null.token_counts is None
 

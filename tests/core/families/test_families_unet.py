@@ -169,10 +169,10 @@ def test_null_of_sdxl_follows_force_zeros_for_empty_prompt() -> None:
     pipeline, family, _ = build("sdxl", "epsilon")
     null = family.encode_null(pipeline)
     assert null.pooled is not None
-    assert null.tokens.abs().max() == 0
+    assert null.text.abs().max() == 0
     assert null.pooled.abs().max() == 0
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    assert torch.equal(family.encode_null(pipeline).tokens, family.encode_prompts(pipeline, [""]).tokens)
+    assert torch.equal(family.encode_null(pipeline).text, family.encode_prompts(pipeline, [""]).text)
 
 
 def test_decoding_equals_the_stock_pipeline_and_encoding_scales() -> None:

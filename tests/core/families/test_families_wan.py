@@ -53,7 +53,7 @@ def test_velocity_is_the_transformer_output_at_1000_t() -> None:
     x_t, t = normal(2, *VIDEO_LATENTS), torch.tensor([0.25, 0.9])
     condition = family.encode_prompts(pipeline, PROMPTS)
     velocity = Denoiser(pipeline.transformer, family)(x_t, t, condition)
-    expected = pipeline.transformer(x_t, 1000 * t, condition.tokens, return_dict=False)[0]
+    expected = pipeline.transformer(x_t, 1000 * t, condition.text, return_dict=False)[0]
     assert torch.equal(velocity, expected)
     assert velocity.shape == (2, *VIDEO_LATENTS)
 
@@ -65,7 +65,7 @@ def test_time_per_frame_is_told_per_token() -> None:
     t = torch.tensor([[0.0, 0.5, 1.0], [0.2, 0.2, 0.9]])
     tokens = (1000 * t).repeat_interleave(FRAME_TOKENS, dim=1)
     assert tokens.shape == (2, 48)
-    expected = pipeline.transformer(x_t, tokens, condition.tokens, return_dict=False)[0]
+    expected = pipeline.transformer(x_t, tokens, condition.text, return_dict=False)[0]
     assert torch.equal(denoiser(x_t, t, condition), expected)
     shared = torch.tensor([0.3, 0.8])
     same = denoiser(x_t, shared[:, None].expand(-1, 3), condition)
@@ -101,15 +101,15 @@ def test_prompts_are_encoded_as_in_the_stock_pipeline() -> None:
     pipeline: Any = build_video_pipeline()
     family = build_family(pipeline)
     tokens, null = pipeline.encode_prompt(PROMPTS, None, True, max_sequence_length=512)
-    assert (family.encode_prompts(pipeline, PROMPTS).tokens - tokens).abs().max() < 1e-5
-    assert (family.encode_null(pipeline).tokens - null[:1]).abs().max() < 1e-5
+    assert (family.encode_prompts(pipeline, PROMPTS).text - tokens).abs().max() < 1e-5
+    assert (family.encode_null(pipeline).text - null[:1]).abs().max() < 1e-5
     assert tokens.shape == (2, 512, TEXT_WIDTH)
     assert tokens[:, 12:].abs().max() == 0.0
 
 
 def test_short_tokenizer_shortens_the_text() -> None:
     pipeline: Any = build_video_pipeline(text_tokens=16)
-    tokens = build_family(pipeline).encode_prompts(pipeline, PROMPTS).tokens
+    tokens = build_family(pipeline).encode_prompts(pipeline, PROMPTS).text
     expected, _ = pipeline.encode_prompt(PROMPTS, None, False, max_sequence_length=16)
     assert tokens.shape == (2, 16, TEXT_WIDTH)
     assert (tokens - expected).abs().max() < 1e-5
