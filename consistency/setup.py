@@ -33,7 +33,6 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import exportable_times, student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
@@ -41,6 +40,7 @@ from fewstep.core.networks.perceptual import Distance, PixelDistance, load_lpips
 from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.networks.tiny_vae import tiny_decoder
 from fewstep.core.student import Student
+from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role

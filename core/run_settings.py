@@ -26,6 +26,7 @@ class RunSettings:
         method: name of the method, for people.
         teacher_path, teacher_variant, teacher_revision, teacher_subfolder, teacher_lora, teacher_lora_scale: of the
             pipeline that was distilled.
+        teacher_embedded_guidance: what its network is told; None is the stock pipeline's own.
         guidance: that is in the student's weights, or that it is told.
         student_path: of the pipeline whose network the student started from; None is the teacher's.
         negative_prompt: what the guidance led away from; None is the stock pipeline's own.
@@ -59,6 +60,7 @@ class RunSettings:
     teacher_subfolder: str | None = None
     teacher_lora: str | None = None
     teacher_lora_scale: float = 1.0
+    teacher_embedded_guidance: float | None = None
     student_path: str | None = None
     negative_prompt: str | None = None
     times: tuple[float, ...] | None = None
@@ -78,7 +80,9 @@ class RunSettings:
     @property
     def base(self) -> ModelSource:
         """Where the pipeline is that the student's network is of."""
-        return self.teacher if self.student_path is None else ModelSource(path=self.student_path)
+        if self.student_path is None:
+            return self.teacher
+        return ModelSource(path=self.student_path, embedded_guidance=self.teacher_embedded_guidance)
 
     @property
     def teacher(self) -> ModelSource:
@@ -90,6 +94,7 @@ class RunSettings:
             subfolder=self.teacher_subfolder,
             lora=self.teacher_lora,
             lora_scale=self.teacher_lora_scale,
+            embedded_guidance=self.teacher_embedded_guidance,
         )
 
     def save(self, run: str | Path) -> Path:

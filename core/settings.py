@@ -64,8 +64,15 @@ class ModelSource:
     layout that diffusers knows (its own, kohya's, ComfyUI's)."""
     lora_scale: float = 1.0
     """Its scale."""
+    embedded_guidance: float | None = None
+    """The guidance that a guidance-distilled network is told in every call (FLUX.1-dev, FLUX.2-dev, HunyuanVideo);
+    empty is the stock pipeline's own. The student is trained at it and called with it. Guidance by a second call on top
+    of it is guidance, and mostly 1 there."""
 
     def __post_init__(self) -> None:
+        told = self.embedded_guidance
+        if told is not None and not (math.isfinite(told) and told > 0):
+            raise ValueError(f"embedded_guidance is {told}; it must be a positive number")
         if self.lora is None and self.lora_scale != 1.0:
             raise ValueError(f"lora_scale is {self.lora_scale}, and there is no lora: leave it out")
         if not math.isfinite(self.lora_scale) or self.lora_scale == 0:
@@ -101,6 +108,7 @@ class TeacherConfig(ModelSource):
             # What lies under the student, which adapters of the teacher alone do not.
             "teacher_lora": None if self.lora_apart else self.lora,
             "teacher_lora_scale": 1.0 if self.lora_apart else self.lora_scale,
+            "teacher_embedded_guidance": self.embedded_guidance,
             "teacher_dtype": self.dtype,
             "teacher_quantise": self.quantise,
             "guidance": self.guidance,

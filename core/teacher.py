@@ -48,7 +48,14 @@ class Teacher:
         ValueError: no family is known for the pipeline.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, *, path: str, negative_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        path: str,
+        negative_prompt: str | None = None,
+        embedded_guidance: float | None = None,
+    ) -> None:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -56,7 +63,8 @@ class Teacher:
         require_teacher(type(pipeline).__name__, configs_of(pipeline))
         self.pipeline = pipeline
         self.path = path
-        self.family = build_family(pipeline)
+        family = build_family(pipeline)
+        self.family = family if embedded_guidance is None else family.telling(embedded_guidance)
         self.denoiser = Denoiser(self.family.network(pipeline), self.family)
         # What lies under adapters of the teacher's own (`lora_apart`), where it has them.
         self._plain: Denoiser | None = None
@@ -129,7 +137,8 @@ class Teacher:
                 quantise(getattr(pipeline, name), quantised)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, path=source.path, negative_prompt=negative_prompt)
+        told = source.embedded_guidance
+        return cls(pipeline, path=source.path, negative_prompt=negative_prompt, embedded_guidance=told)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided velocity, u + guidance (c - u) as the family combines it, fp32 at least; guidance is one or [B]."""

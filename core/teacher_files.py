@@ -39,6 +39,11 @@ def check_teacher(source: ModelSource) -> None:
         if entry is not None and _is_there(entry):
             configs[component] = _component_config(source, folder, component, str(entry[1]))
     require_teacher(name, configs)
+    if source.embedded_guidance is not None and not any(one.get("guidance_embeds") for one in configs.values()):
+        raise ValueError(
+            f"embedded_guidance is {source.embedded_guidance}, and the network of {source.path} has no embedding of a "
+            "guidance (guidance_embeds): leave it out; guidance is the scale of two calls"
+        )
     for component in ("text_encoder", "tokenizer"):
         if not _is_there(index.get(component)):
             raise ValueError(f"{source.path} has no {component} in its {INDEX}: prompts could not be encoded")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.causal_video.model.prefix import Prefix
-from fewstep.core.families.attention_jvp_processors import merge_heads, project_out, rotate_pairs
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.tangents.processors import merge_heads, project_out, rotate_pairs
 from fewstep.kernels.attention import attention
 from fewstep.kernels.mask import AttentionMask
 

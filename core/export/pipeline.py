@@ -181,6 +181,10 @@ def _prepare(
         raise ValueError("lora_only cannot hold a second time, which goes into the time layers: export it merged.")
     device = next(network.parameters()).device
     teacher = Teacher.load(teacher_path, device=device)
+    if lora_only and not hasattr(teacher.pipeline, "load_lora_weights"):
+        raise ValueError(
+            f"lora_only is given, and {type(teacher.pipeline).__name__} cannot load adapters: export them merged"
+        )
     is_sprint = is_sprint_network(network)
     if is_sprint and lora_only:
         raise ValueError(

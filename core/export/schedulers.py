@@ -144,7 +144,7 @@ def _flow_scheduler(
     Nothing is taken from the teacher's scheduler but the number of its timesteps: a shift or a last sigma that was left
     in would bend the student's grid.
     """
-    if family.call_grid == "linspace":
+    if family.call_sigmas(spec.steps) is not None:
         # The call's own sigmas fall evenly to 1 / K, and the shift is all that happens to them.
         parameters = (shift_of_grid(spec.times) or 1.0, None)
     else:

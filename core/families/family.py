@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +33,6 @@ class Family(Protocol):
         makes_videos: whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w].
         lora_targets: ends of the names of the layers that get adapters.
         block_lists: the network's lists of blocks in the order of the call.
-        call_grid: what a stock call hands to its scheduler: the number of "steps", or evenly falling sigmas, "linspace"
-            from 1 to 1 / steps.
         time_scale: the scheduler's time at t = 1.
     """
 
@@ -43,7 +40,6 @@ class Family(Protocol):
     lora_targets: ClassVar[tuple[str, ...]]
     makes_videos: ClassVar[bool] = False
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
-    call_grid: ClassVar[Literal["steps", "linspace"]] = "steps"
     time_scale: float
 
     # The network.
@@ -139,6 +135,11 @@ class Family(Protocol):
         """What the network is called with at the canonical time t."""
         return self.time_scale * t
 
+    def call_sigmas(self, steps: int) -> list[float] | None:
+        """The sigmas that a stock call without any hands to its scheduler; None where it hands on the number of steps.
+        The scheduler shifts them still."""
+        return None
+
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """`mu` of a stock call for latents of this shape, where the scheduler shifts by the size."""
         raise ValueError(f"pipelines of {self.name} hand no size to their scheduler; set use_dynamic_shifting to false")
@@ -147,13 +148,8 @@ class Family(Protocol):
         self, scheduler: Any, steps: int, *, shape: tuple[int, ...] | None = None, sigmas: Sequence[float] | None = None
     ) -> None:
         """What a stock call does to its scheduler, for latents of this shape, and with `sigmas` as its argument."""
-        arguments: dict[str, Any] = {}
-        if sigmas is not None:
-            arguments["sigmas"] = list(sigmas)
-        elif self.call_grid == "linspace":
-            arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-        else:
-            arguments["num_inference_steps"] = steps
+        own = self.call_sigmas(steps) if sigmas is None else list(sigmas)
+        arguments: dict[str, Any] = {"num_inference_steps": steps} if own is None else {"sigmas": own}
         if scheduler.config.get("use_dynamic_shifting"):
             if shape is None:
                 raise ValueError("a scheduler that shifts by the size needs the shape of the latents")
@@ -177,7 +173,7 @@ class Family(Protocol):
     # An embedded guidance.
 
     def has_guidance_embedding(self, network: Any) -> bool:
-        """Whether the network is called with a guidance scale (`condition.guidance`), which is then in every call."""
+        """Whether the network is told the guidance of the run (SANA-Sprint), which is then in every call."""
         return False
 
     @property
@@ -258,16 +254,44 @@ def require_pictures(name: str, frames: int | None) -> None:
         raise ValueError(f"frames is {frames}, and a teacher of the family {name} makes pictures")
 
 
-def require_fixed_grid(scheduler: Mapping[str, Any]) -> None:
-    """Raises ValueError for a flow scheduler whose times do not follow from the number of steps alone."""
-    if any(scheduler.get(name) for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas")):
+def require_fixed_grid(scheduler: Mapping[str, Any], *, by_size: bool = False) -> None:
+    """Raises ValueError for a flow scheduler that draws noise, turns the times round, or whose times do not follow from
+    the number of steps alone; `by_size` where the family knows how a stock call shifts them by the size."""
+    names = ("stochastic_sampling", "invert_sigmas", *(() if by_size else ("use_dynamic_shifting",)))
+    if any(scheduler.get(name) for name in names):
+        fixed = "" if by_size else ", so that its grid follows from the steps alone: set a fixed shift"
         raise ValueError(
-            "the teacher's scheduler must have use_dynamic_shifting, stochastic_sampling and invert_sigmas off, so "
-            "that its grid follows from the steps alone: set a fixed shift in scheduler/scheduler_config.json"
+            f"the teacher's scheduler must have {' and '.join(sorted(names))} off{fixed} in "
+            "scheduler/scheduler_config.json"
         )
     shift = scheduler.get("shift", 1.0)
     if shift is None or not shift > 0:
         raise ValueError(f"the teacher's scheduler has the shift {shift}, and it must be positive")
+
+
+def require_flow_scheduler(scheduler: Mapping[str, Any], model: str, *, by_size: bool = False) -> None:
+    """Raises ValueError for another scheduler than Euler on rectified flow, or a solver of higher order on its sigmas;
+    see `require_fixed_grid`."""
+    name = str(scheduler.get("_class_name"))
+    if name != "FlowMatchEulerDiscreteScheduler" and not scheduler.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{model} needs a FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas; this pipeline has "
+            f"{name}: replace scheduler/scheduler_config.json by the original model's"
+        )
+    require_fixed_grid(scheduler, by_size=by_size)
+
+
+def require_same_channels(network: Mapping[str, Any], *, default: int) -> None:
+    """Raises ValueError for the config of a network that takes other channels than it gives."""
+    takes, gives = (
+        network.get("in_channels", default),
+        network.get("out_channels") or network.get("in_channels", default),
+    )
+    if takes != gives:
+        raise ValueError(
+            f"the transformer takes {takes} channels and gives {gives}: it is told a picture beside the text; use a "
+            "model that is told text alone"
+        )
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 
 from fewstep.core.families.family import Configs, Family
+from fewstep.core.families.flux import FluxFamily, require_flux
+from fewstep.core.families.qwen_image import QwenImageFamily, require_qwen_image
 from fewstep.core.families.sana import SanaFamily, require_sana
 from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sd3 import Sd3Family, require_sd3
 from fewstep.core.families.unet import UnetFamily, require_unet
 from fewstep.core.families.wan import WanFamily, require_wan
+from fewstep.core.families.z_image import ZImageFamily, require_z_image
 
 
 class Kind(NamedTuple):
@@ -27,16 +30,20 @@ class Kind(NamedTuple):
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
-SANA = Kind(SanaFamily.from_pipeline, require_sana, ("transformer", "scheduler", "vae"))
+TRANSFORMER = ("transformer", "scheduler", "vae")
+SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
 FAMILIES: dict[str, Kind] = {
+    "FluxPipeline": Kind(FluxFamily.from_pipeline, require_flux, TRANSFORMER),
+    "QwenImagePipeline": Kind(QwenImageFamily.from_pipeline, require_qwen_image, TRANSFORMER),
     "SanaControlNetPipeline": SANA._replace(build=SanaControlFamily.from_pipeline),
     "SanaPipeline": SANA,
     "SanaSprintPipeline": SANA,
-    "StableDiffusion3Pipeline": Kind(Sd3Family.from_pipeline, require_sd3, ("transformer", "scheduler", "vae")),
+    "StableDiffusion3Pipeline": Kind(Sd3Family.from_pipeline, require_sd3, TRANSFORMER),
     "StableDiffusionPipeline": UNET,
     "StableDiffusionXLPipeline": UNET,
     "WanPipeline": Kind(WanFamily.from_pipeline, require_wan, ("transformer", "transformer_2", "scheduler", "vae")),
+    "ZImagePipeline": Kind(ZImageFamily.from_pipeline, require_z_image, TRANSFORMER),
 }
 
 

@@ -321,7 +321,8 @@ def test_a_network_without_tangent_names_the_setting(
     inputs: TinyInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_consistency(inputs, tmp_path, "meanflow")
-    monkeypatch.setattr("fewstep.core.families.attention_jvp.NETWORKS", ())
+    # What was known is no more.
+    monkeypatch.setattr("fewstep.core.tangents.network.REPLACEMENTS", {})
     with pytest.raises(ValueError, match=r"set meanflow\.tangent to 'central'"):
         start_consistency(config)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.families.table import build_family
 from fewstep.core.networks.lora import add_lora
+from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.training.ema import Ema
 from fewstep.core.two_time import (
     GATE,

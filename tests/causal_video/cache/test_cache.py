@@ -14,7 +14,7 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.prefix import KeysValues, Prefix
 from fewstep.causal_video.model.rope import FrameGrid, rotary_angles
 from fewstep.causal_video.policy import CachePolicy, PositionKind, QuantiseKind
-from fewstep.core.families.attention_jvp_processors import rotate_pairs
+from fewstep.core.tangents.processors import rotate_pairs
 from tests.causal_video.tiny_causal import (
     FRAME_TOKENS,
     build_student,

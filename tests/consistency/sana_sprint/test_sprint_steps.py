@@ -18,10 +18,10 @@ from fewstep.consistency.sana_sprint.step import (
 from fewstep.core.config import OptimizerConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.discriminator import build_heads
-from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.networks.sana_networks import with_guidance_embedding
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.randomness import Draw
+from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from tests.tiny_sana import LATENT_SHAPE, build_sana
 

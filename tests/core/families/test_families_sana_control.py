@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import guided_velocity
-from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.families.sana_control import ControlledSana, SanaControlFamily, controlnet_of, with_controlnet
 from fewstep.core.families.table import build_family
+from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from tests.tiny_sana import LATENT_SHAPE, PIXELS, build_controlled_sana, build_sana
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from fewstep.core.condition import Condition
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.families.attention_jvp import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.families.family import network_dtype
 from fewstep.core.networks.lora import add_lora
 from fewstep.core.settings import TeacherConfig
+from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer

@@ -224,8 +224,10 @@ def key_bias_of(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     return attention_mask[:, 0]
 
 
-def key_biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v, [B, H, M, d].
+def key_biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T + bias) v, [B, H, M, d].
 
     The bias becomes columns of the keys that meet ones in the queries, so it needs no mask of M N numbers and no kernel
     that knows of it. A dtype narrower than fp32 gets a second column with what rounding the first one lost. Columns are
@@ -236,10 +238,11 @@ def key_biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor
         key: [B, H, N, d].
         value: [B, H, N, d].
         bias: [B or 1, N], or None for no bias. It gets no gradient and is taken to have no tangent.
+        scale: None is 1 / sqrt(d).
     """
     if bias is None:
-        return attention(query, key, value)
-    scale = query.shape[-1] ** -0.5
+        return attention(query, key, value, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     limits = torch.finfo(key.dtype)
     wanted = (bias.detach().to(torch.promote_types(key.dtype, torch.float32)) / scale).clamp(limits.min, limits.max)
     columns = [wanted.to(key.dtype)]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fewstep.core.families.attention_jvp import use_jvp_attention
-from fewstep.core.families.attention_jvp_processors import (
+from fewstep.core.tangents.network import use_jvp_attention
+from fewstep.core.tangents.processors import (
     JvpJointAttention,
     JvpSanaAttention,
     JvpUnetAttention,

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0, SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -20,18 +19,17 @@ from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
-from fewstep.core.families.attention_jvp_processors import (
+from fewstep.core.families.family import network_dtype
+from fewstep.core.families.sd3 import KeyBiasJointAttention
+from fewstep.core.tangents.fused import FUSED_TANGENT, with_fused_tangent
+from fewstep.core.tangents.processors import (
     JvpJointAttention,
     JvpSanaAttention,
     JvpUnetAttention,
     JvpWanAttention,
 )
-from fewstep.core.families.family import network_dtype
-from fewstep.core.families.sana_control import ControlledSana
-from fewstep.core.families.sd3 import KeyBiasJointAttention
 from fewstep.kernels.check_jvp import JvpCheck, check_jvp
 
-NETWORKS = (SD3Transformer2DModel, SanaTransformer2DModel, ControlledSana, WanTransformer3DModel, UNet2DConditionModel)
 # Stock processors and what takes their place.
 REPLACEMENTS: dict[type, Callable[[], Any]] = {
     JointAttnProcessor2_0: JvpJointAttention,
@@ -47,24 +45,27 @@ KEPT = (SanaLinearAttnProcessor2_0, JvpJointAttention, JvpSanaAttention, JvpWanA
 def use_jvp_attention(network: nn.Module) -> None:
     """Replace the attention processors of a diffusers network so that `torch.func.jvp` goes through it, in place.
 
-    Output, weights and their names stay; a second call changes nothing. SD3, SANA, Wan and the U-Nets of SD1.5 and SDXL
-    are known. The self-attention of SANA is linear and has forward mode as it is. Call this after a `Denoiser` was made
-    of the network, which sets processors too.
+    Output, weights and their names stay; a second call changes nothing. SD3, SANA, Wan and U-Nets have processors of
+    their own here; those of other networks run as they are, with this package's attention in the place of torch's fused
+    one (`with_fused_tangent`). The self-attention of SANA is linear and has forward mode as it is. Call this after a
+    `Denoiser` was made of the network, which sets processors too.
 
     Args:
         network: a diffusers model, not wrapped.
 
     Raises:
-        ValueError: the network or one of its processors is of another class.
+        ValueError: the network has no attention, or one of its processors computes in a way that is not known.
     """
-    if not isinstance(network, NETWORKS):
-        known = ", ".join(kind.__name__ for kind in NETWORKS)
+    modules = {name: module for name, module in network.named_modules() if callable(getattr(module, "processor", None))}
+    if not modules:
         raise ValueError(
-            f"{type(network).__name__} has no attention with tangents here; known networks are {known}, given "
-            "without a wrapper (for DDP, its module). For others, take the tangent by finite differences"
+            f"{type(network).__name__} has no attention that diffusers calls by a processor: give the network without "
+            "a wrapper (for DDP, its module), or take the tangent by finite differences"
         )
-    chosen = {name: with_tangent(name, processor) for name, processor in network.attn_processors.items()}
-    network.set_attn_processor(chosen)
+    # All are known before the first is set.
+    chosen = {name: with_tangent(name, module.processor) for name, module in modules.items()}
+    for name, module in modules.items():
+        module.processor = chosen[name]
     for module in network.modules():
         known = module._forward_pre_hooks.values()
         if isinstance(module, nn.GroupNorm) and normalise_in_own_dtype not in known:
@@ -84,15 +85,24 @@ def normalise_in_own_dtype(module: nn.GroupNorm, inputs: tuple[Tensor]) -> tuple
 def with_tangent(name: str, processor: Any) -> Any:
     """The processor itself if it has forward mode, or what takes its place."""
     kind = type(processor)
-    if kind in KEPT:
+    if kind in KEPT or hasattr(kind, FUSED_TANGENT):
         return processor
-    if kind not in REPLACEMENTS:
+    if kind in REPLACEMENTS:
+        return REPLACEMENTS[kind]()
+    # Processors of diffusers' dispatcher have these; all of them come down to torch's fused attention.
+    if not hasattr(kind, "_attention_backend"):
         known = ", ".join(stock.__name__ for stock in REPLACEMENTS)
         raise ValueError(
-            f"{name} is a {kind.__name__}, which has no counterpart with tangents; known ones are {known}. Set the "
-            "network's default attention processors first, or take the tangent by finite differences"
+            f"{name} is a {kind.__name__}, which has no counterpart with tangents; known ones are {known}, and those "
+            "of diffusers' attention dispatcher. Set the network's default attention processors first, or take the "
+            "tangent by finite differences"
         )
-    return REPLACEMENTS[kind]()
+    if processor._attention_backend is not None or processor._parallel_config is not None:
+        raise ValueError(
+            f"{name} has the attention backend {processor._attention_backend} or context parallelism of diffusers, "
+            "which has no tangent: call the network's reset_attention_backend(), or do without context parallelism"
+        )
+    return with_fused_tangent(processor)
 
 
 @dataclass(frozen=True)

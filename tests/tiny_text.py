@@ -1,0 +1,65 @@
+"""Tiny language models of the text encoders of newer pipelines, and tokenizers for them, made in memory."""
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable stand-ins of a byte-level vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + place) for place in range(len(others))]
+
+
+def build_qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, and the marks of a chat."""
+    letters = byte_letters()
+    vocab = {letter: number for number, letter in enumerate([*letters, *SPECIALS])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=list(SPECIALS[1:]))
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def build_qwen3(tokenizer: Qwen2Tokenizer, *, width: int = 16, layers: int = 2) -> Qwen3Model:
+    """A Qwen3 language model."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+    )
+    return Qwen3Model(config).eval()
+
+
+def build_qwen_vl(tokenizer: Qwen2Tokenizer, *, width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with two layers of text and one of pictures."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [0],
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
