@@ -1,6 +1,13 @@
 """Tiny language models of the text encoders of newer pipelines, and tokenizers for them, made in memory."""
 
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = (
@@ -16,18 +23,18 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in plain] + [chr(256 + place) for place in range(len(others))]
 
 
-def build_qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token per byte, and the marks of a chat."""
-    letters = byte_letters()
-    vocab = {letter: number for number, letter in enumerate([*letters, *SPECIALS])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=list(SPECIALS[1:]))
+def build_qwen_tokenizer(extra: tuple[str, ...] = ()) -> Qwen2Tokenizer:
+    """One token per byte, the marks of a chat, and `extra` ones."""
+    marks = [*SPECIALS, *extra]
+    vocab = {letter: number for number, letter in enumerate([*byte_letters(), *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=marks[1:])
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
-def build_qwen3(tokenizer: Qwen2Tokenizer, *, width: int = 16, layers: int = 2) -> Qwen3Model:
-    """A Qwen3 language model."""
-    config = Qwen3Config(
+def qwen3_config(tokenizer: Qwen2Tokenizer, *, width: int, layers: int) -> Qwen3Config:
+    """Two heads."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=24,
@@ -37,7 +44,16 @@ def build_qwen3(tokenizer: Qwen2Tokenizer, *, width: int = 16, layers: int = 2) 
         head_dim=8,
         max_position_embeddings=1024,
     )
-    return Qwen3Model(config).eval()
+
+
+def build_qwen3(tokenizer: Qwen2Tokenizer, *, width: int = 16, layers: int = 2) -> Qwen3Model:
+    """A Qwen3 language model without its last layer."""
+    return Qwen3Model(qwen3_config(tokenizer, width=width, layers=layers)).eval()
+
+
+def build_qwen3_causal(tokenizer: Qwen2Tokenizer, *, width: int = 16, layers: int = 2) -> Qwen3ForCausalLM:
+    """A whole Qwen3 language model."""
+    return Qwen3ForCausalLM(qwen3_config(tokenizer, width=width, layers=layers)).eval()
 
 
 def build_qwen_vl(tokenizer: Qwen2Tokenizer, *, width: int = 16) -> Qwen2_5_VLForConditionalGeneration:

@@ -65,7 +65,7 @@ def make_probe(
     shape = (len(PROBE_PROMPTS), *family.latent_shape(pipeline, height, width, frames))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(device)
     # Stock calls draw the noise between steps in the shape of their own state.
-    state = family.stock_latents(pipeline, latents).shape
+    state = family.stock_state(pipeline, latents).shape
     with _seeded(PROBE_SEED, device):
         drawn = [torch.randn(state, device=device) for _ in range(spec.steps - 1)]
     renoise = tuple(family.canonical_latents(pipeline, noise, tuple(shape[1:])) for noise in drawn)

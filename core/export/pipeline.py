@@ -263,6 +263,7 @@ def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
         pipeline = anyflow_pipeline(pipeline, stored, job.plan.scheduler)
     else:
         pipeline.register_modules(**{job.network_name: stored, "scheduler": job.plan.scheduler, **absent})
+        job.teacher.family.mark_student(pipeline)
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     if job.dtype != torch.float32:
         for module in modules:

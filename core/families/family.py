@@ -225,12 +225,19 @@ class Family(Protocol):
         """What a stock call takes as `latents` for these canonical ones, such as packed patches."""
         return latents
 
+    def stock_state(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """What the scheduler of a stock call steps on, for these canonical latents; noise is drawn in its shape."""
+        return self.stock_latents(pipeline, latents)
+
     def canonical_latents(self, pipeline: Any, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Canonical latents [B, *shape] of what a stock call gives as latents."""
+        """Canonical latents [B, *shape] of what a stock call gives as latents, or of its state."""
         return latents
 
     def require_exportable(self, sampler: Sampling, steps: int) -> None:
         """Raises ValueError, before a training, for a student that no stock call of this family steps as trained."""
+
+    def mark_student(self, pipeline: Any) -> None:
+        """Change in place what a stock pipeline has to say of itself where its network is a few-step student."""
 
     def stand_ins(self, pipeline: Any, absent: tuple[str, ...]) -> dict[str, Any]:
         """A component for each of these that are None, with which the pipeline does exactly what it does without.

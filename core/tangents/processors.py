@@ -242,9 +242,9 @@ def key_biased_attention(
     """
     if bias is None:
         return attention(query, key, value, scale=scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     limits = torch.finfo(key.dtype)
-    wanted = (bias.detach().to(torch.promote_types(key.dtype, torch.float32)) / scale).clamp(limits.min, limits.max)
+    wanted = (bias.detach().to(torch.promote_types(key.dtype, torch.float32)) / factor).clamp(limits.min, limits.max)
     columns = [wanted.to(key.dtype)]
     if limits.bits < 32:
         columns.append((wanted - columns[0]).to(key.dtype))
