@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ from fewstep.core.data import (
     LatentSource,
     PromptConditions,
     PromptsWithGuidance,
+    embedded_prompts,
+    find_prompt_pictures,
     read_prompts,
+    require_told_pictures,
 )
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
@@ -62,6 +66,7 @@ class ConsistencyData:
     pictures: LatentDataset | None
     control: LatentDataset | None
     fake_score: StoredWeights | None
+    told: tuple[Path, ...] = ()
 
     @classmethod
     def read(cls, config: ConsistencyConfig) -> ConsistencyData:
@@ -76,7 +81,9 @@ class ConsistencyData:
         real = LatentDataset.load(config.data.latents)
         if config.pairs is not None:
             real.require_noise("data.latents")
-        return cls(read_prompts(config.data.prompts), init, real, pictures, control, fake_score)
+        prompts = read_prompts(config.data.prompts)
+        told = find_prompt_pictures(config.data.pictures, prompts)
+        return cls(prompts, init, real, pictures, control, fake_score, told)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
     settings, sprint = config.student, config.sana_sprint
+    require_told_pictures(teacher, data.told)
     shape = run_shape(config.data, data.real, teacher)
     if sprint is not None:
         check_sprint_teacher(teacher, controlled=data.control is not None)
@@ -130,7 +138,7 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         student_role.total_updates, fake_role.total_updates = updates_of_roles(config)
 
     def embed(prompts: Sequence[str], control: LatentDataset | None = None) -> PromptConditions:
-        return embedded_prompts(config, teacher, prompts, None if control is None else control.latents)
+        return run_prompts(config, teacher, prompts, None if control is None else control.latents)
 
     mcm = None
     if config.mcm is not None:
@@ -149,7 +157,9 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         teacher=teacher,
         student=Student(denoiser, times, config.student_settings.sampler),
         student_role=student_role,
-        prompts=embed(data.prompts) if data.control is None else real.conditions,
+        prompts=run_prompts(config, teacher, data.prompts, None, data.told)
+        if data.control is None
+        else real.conditions,
         latent_shape=shape,
         real=real,
         fake_score=fake_score,
@@ -210,14 +220,18 @@ def add_time_weight(config: ConsistencyConfig, trainer: Trainer, denoiser: Denoi
     return trainer.add_role("time_weight", build_time_weight(config.run.seed), config.student.optimizer)
 
 
-def embedded_prompts(
-    config: ConsistencyConfig, teacher: Teacher, prompts: Sequence[str], control: Tensor | None
+def run_prompts(
+    config: ConsistencyConfig,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    control: Tensor | None,
+    pictures: Sequence[Path] = (),
 ) -> PromptConditions:
     """The conditions of prompts; for sana_sprint with the guidance, and with what a ControlNet follows."""
     settings = config.data
     cache, height, width = settings.cache_prompts, settings.height, settings.width
     if config.sana_sprint is None:
-        return PromptConditions(teacher, prompts, cache=cache, height=height, width=width)
+        return embedded_prompts(teacher, settings, prompts, pictures)
     guidance = config.teacher.guidance
     return PromptsWithGuidance(
         teacher, prompts, cache=cache, height=height, width=width, guidance=guidance, control=control

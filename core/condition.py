@@ -171,14 +171,15 @@ class Condition:
     def where(self, mask: Tensor, other: Condition) -> Condition:
         """Replace samples: mask [B] bool keeps a sample where True and takes it from `other` where False.
 
-        `other` is a batch of the same size or of one, for instance the unconditional embedding of prompt dropout.
+        `other` is a batch of the same size or of one, for instance the unconditional embedding of prompt dropout. What
+        belongs to the samples themselves (`FieldRule.of_sample`) stays.
 
         Raises:
             ValueError: the mask is not bool [B], or `other` differs in shape, fields or token_counts.
         """
         if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             raise ValueError(f"mask must be bool [{self.batch_size}], got {mask.dtype} {tuple(mask.shape)}")
-        mine, theirs = _same_length([self, other.expand(self.batch_size)])
+        mine, theirs = _same_length([self, other.expand(self.batch_size).of_same_samples(self)])
         _require_same_layout(mine, theirs)
         return mine._map_named(
             lambda name, x: torch.where(

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.condition import Condition
+from fewstep.core.media.pictures import find_pictures, read_picture
 from fewstep.core.randomness import shared_integer
+from fewstep.core.settings import SampleDataConfig
 from fewstep.core.teacher import Teacher
 
 ENCODE_BATCH = 64
@@ -44,6 +46,32 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     return prompts
 
 
+def find_prompt_pictures(folder: str | None, prompts: Sequence[str]) -> tuple[Path, ...]:
+    """The pictures of a folder in the order of their names, one for each prompt; none for no folder.
+
+    Raises ValueError when they are not as many, or cannot be found.
+    """
+    if folder is None:
+        return ()
+    found = find_pictures(folder)
+    if len(found) != len(prompts):
+        raise ValueError(
+            f"data.pictures {folder} holds {len(found)} pictures for {len(prompts)} prompts: give one for each, named "
+            "in their order"
+        )
+    return tuple(found)
+
+
+def require_told_pictures(teacher: Teacher, pictures: Sequence[Path]) -> None:
+    """Raises ValueError unless there are pictures just where the teacher's network is told one."""
+    if teacher.family.takes_picture and not pictures:
+        raise ValueError(
+            f"{teacher.path} is told a picture beside the text: set data.pictures to a folder with one for each prompt"
+        )
+    if pictures and not teacher.family.takes_picture:
+        raise ValueError(f"data.pictures is set, and {teacher.path} is told no picture: leave it out")
+
+
 @lru_cache(maxsize=8)
 def epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order in which an epoch visits `count` rows: a permutation given by (seed, epoch)."""
@@ -59,7 +87,8 @@ def rows_of_samples(samples: Sequence[int], count: int, seed: int) -> list[int]:
 class PromptConditions:
     """Prompts with their embeddings: when `cache`, each different one is encoded once and kept; else per batch.
 
-    Height and width in pixels are told to networks that are conditioned on them (SDXL).
+    Height and width in pixels are told to networks that are conditioned on them (SDXL). `pictures` are files, one for
+    each prompt, that a network is told besides; they are read when their row is.
     Raises ValueError without prompts.
     """
 
@@ -71,12 +100,15 @@ class PromptConditions:
         cache: bool,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
+        pictures: Sequence[Path] = (),
     ) -> None:
         if not prompts:
             raise ValueError("no prompts given; at least one is needed")
         self.teacher = teacher
         self.prompts = tuple(prompts)
-        self.height, self.width = height, width
+        self.height, self.width, self.frames = height, width, frames
+        self.pictures = tuple(pictures)
         self.cached: Condition | None = None
         if cache:
             different = list(dict.fromkeys(self.prompts))
@@ -91,11 +123,19 @@ class PromptConditions:
         return len(self.prompts)
 
     def rows(self, rows: Sequence[int]) -> Condition:
-        """The condition of the prompts at these rows."""
+        """The condition of the prompts at these rows, with their pictures where there are any."""
         if self.cached is not None:
             places = [self.places[self.prompts[row]] for row in rows]
-            return self.cached.index(torch.tensor(places, device=self.cached.device))
-        return self._encode([self.prompts[row] for row in rows])
+            condition = self.cached.index(torch.tensor(places, device=self.cached.device))
+        else:
+            condition = self._encode([self.prompts[row] for row in rows])
+        if not self.pictures:
+            return condition
+        size = self.teacher.family.call_arguments(
+            self.teacher.pipeline, height=self.height, width=self.width, frames=self.frames
+        )
+        pixels = [read_picture(self.pictures[row], size["height"], size["width"]) for row in rows]
+        return self.teacher.with_pictures(condition, torch.stack(pixels), frames=self.frames)
 
     def of_samples(self, samples: Sequence[int], seed: int) -> Condition:
         """The condition of these sample numbers: every epoch visits every prompt once."""
@@ -201,6 +241,14 @@ class PromptsWithGuidance(PromptConditions):
         return super()._encode(prompts).with_guidance(self.guidance)
 
 
+def embedded_prompts(
+    teacher: Teacher, data: SampleDataConfig, prompts: Sequence[str], pictures: Sequence[Path] = ()
+) -> PromptConditions:
+    """The conditions of prompts and their pictures, for samples of the size of a run."""
+    size = {"height": data.height, "width": data.width, "frames": data.frames}
+    return PromptConditions(teacher, prompts, cache=data.cache_prompts, pictures=pictures, **size)
+
+
 # Another order for real data and pairs than for prompts: the same seed would pair each prompt with the same picture.
 REAL_SEED, PAIR_SEED, INPUT_SEED = 1, 2, 3
 
@@ -216,7 +264,8 @@ class LatentSource:
     def rows(self, samples: Sequence[int], device: torch.device) -> tuple[list[int], Tensor, Condition]:
         """Row numbers, latents [B, C, H, W] and conditions for these sample numbers."""
         rows = rows_of_samples(samples, len(self.dataset.prompts), self.seed)
-        return rows, self.dataset.latents[rows].to(device), self.conditions.rows(rows)
+        latents = self.dataset.latents[rows].to(device)
+        return rows, latents, self.conditions.teacher.with_first_frames(self.conditions.rows(rows), latents)
 
     def captions(self, samples: Sequence[int]) -> list[str]:
         """The captions of these sample numbers."""

@@ -38,7 +38,8 @@ class FakeScore(nn.Module):
         self, denoiser: Denoiser, *, heads: nn.Module | None = None, blocks: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        denoiser.family.feature_modules(denoiser.network, blocks)
+        if heads is not None or blocks is not None:
+            denoiser.family.feature_modules(denoiser.network, blocks)
         self.denoiser = denoiser
         self.heads = heads
         self.blocks = None if blocks is None else tuple(blocks)

@@ -26,6 +26,7 @@ class RunSettings:
         method: name of the method, for people.
         teacher_path, teacher_variant, teacher_revision, teacher_subfolder, teacher_lora, teacher_lora_scale: of the
             pipeline that was distilled.
+        teacher_pipeline: its class, where that is not what its files say.
         teacher_embedded_guidance: what its network is told; None is the stock pipeline's own.
         guidance: that is in the student's weights, or that it is told.
         student_path: of the pipeline whose network the student started from; None is the teacher's.
@@ -60,6 +61,7 @@ class RunSettings:
     teacher_subfolder: str | None = None
     teacher_lora: str | None = None
     teacher_lora_scale: float = 1.0
+    teacher_pipeline: str | None = None
     teacher_embedded_guidance: float | None = None
     student_path: str | None = None
     negative_prompt: str | None = None
@@ -82,7 +84,8 @@ class RunSettings:
         """Where the pipeline is that the student's network is of."""
         if self.student_path is None:
             return self.teacher
-        return ModelSource(path=self.student_path, embedded_guidance=self.teacher_embedded_guidance)
+        told = self.teacher_embedded_guidance
+        return ModelSource(path=self.student_path, pipeline=self.teacher_pipeline, embedded_guidance=told)
 
     @property
     def teacher(self) -> ModelSource:
@@ -94,6 +97,7 @@ class RunSettings:
             subfolder=self.teacher_subfolder,
             lora=self.teacher_lora,
             lora_scale=self.teacher_lora_scale,
+            pipeline=self.teacher_pipeline,
             embedded_guidance=self.teacher_embedded_guidance,
         )
 

@@ -64,6 +64,9 @@ class ModelSource:
     layout that diffusers knows (its own, kohya's, ComfyUI's)."""
     lora_scale: float = 1.0
     """Its scale."""
+    pipeline: str | None = None
+    """Class of the pipeline, where it is another than its model_index.json says: WanImageToVideoPipeline for the image
+    mode of Wan 2.2 TI2V-5B."""
     embedded_guidance: float | None = None
     """The guidance that a guidance-distilled network is told in every call (FLUX.1-dev, FLUX.2-dev, HunyuanVideo);
     empty is the stock pipeline's own. The student is trained at it and called with it. Guidance by a second call on top
@@ -85,6 +88,8 @@ class TeacherConfig(ModelSource):
 
     guidance: float = 1.0
     """Guidance weight w of the real score, u + w (c - u); 1 is no guidance."""
+    guidance_low: float | None = None
+    """The same for the expert of little noise of Wan 2.2 A14B; empty is guidance."""
     negative_prompt: str | None = None
     """What u is told; empty is the stock pipeline's own (the empty prompt; zeros for SDXL). Recipes of Wan have one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -108,6 +113,7 @@ class TeacherConfig(ModelSource):
             # What lies under the student, which adapters of the teacher alone do not.
             "teacher_lora": None if self.lora_apart else self.lora,
             "teacher_lora_scale": 1.0 if self.lora_apart else self.lora_scale,
+            "teacher_pipeline": self.pipeline,
             "teacher_embedded_guidance": self.embedded_guidance,
             "teacher_dtype": self.dtype,
             "teacher_quantise": self.quantise,
@@ -119,6 +125,8 @@ class TeacherConfig(ModelSource):
         super().__post_init__()
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}; it must be a number")
+        if self.guidance_low is not None and not math.isfinite(self.guidance_low):
+            raise ValueError(f"guidance_low is {self.guidance_low}; it must be a number")
         if self.lora_apart and self.lora is None:
             raise ValueError("lora_apart is set, and there is no lora: leave it out")
 
@@ -314,6 +322,9 @@ class SampleDataConfig(DataConfig):
 
     frames: int | None = None
     """Pixel frames of a video, for teachers of videos; empty is the teacher's own."""
+    pictures: str | None = None
+    """Folder with a picture for each prompt, in the order of their names, for teachers that are told one, such as the
+    first frame of a video. Latents of real videos bring their own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,9 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
 from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
+from fewstep.core.networks.experts import Experts
 from fewstep.core.networks.guidance_off import drop_guidance_off
 from fewstep.core.networks.lora import add_lora_file, merge_lora_file
 from fewstep.core.networks.other_models import load_network
@@ -28,7 +31,7 @@ from fewstep.core.networks.shared import beside
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
 from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
-from fewstep.core.weights import NETWORK_FOLDERS
+from fewstep.core.weights import EXPERT_FOLDERS
 
 
 class Teacher:
@@ -73,6 +76,8 @@ class Teacher:
         else:
             self.null_condition = self.family.encode_prompts(pipeline, [negative_prompt])
         self.text_encoders_freed = False
+        # Guidance of the expert of little noise, where it is another than that of the other.
+        self.guidance_low: float | None = None
         self._bases: dict[str, Denoiser] = {}
 
     @classmethod
@@ -86,6 +91,12 @@ class Teacher:
         teacher = cls.load(
             source, device=device, dtype=dtype, vae_dtype=vae_dtype, quantised=kept, negative_prompt=negative
         )
+        if settings.guidance_low is not None and not isinstance(teacher.denoiser.network, Experts):
+            raise ValueError(
+                f"teacher.guidance_low is {settings.guidance_low}, and {settings.path} has no second expert: leave it "
+                "out"
+            )
+        teacher.guidance_low = settings.guidance_low
         if settings.lora_apart and settings.lora is not None:
             teacher._plain = teacher.denoiser
             network = beside(teacher.denoiser.network)
@@ -122,16 +133,21 @@ class Teacher:
         if vae_dtype == torch.float16 and _is_unstable_in_half(folder):
             vae_dtype = torch.float32
         # Read in its own precision: a bf16 autoencoder that is widened afterwards has lost its digits.
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = pipeline_class(source.pipeline).from_pretrained(
             folder,
-            dtype={"default": dtype, "vae": vae_dtype, **dict.fromkeys(NETWORK_FOLDERS, network_dtype or dtype)},
+            dtype={"default": dtype, "vae": vae_dtype, **dict.fromkeys(EXPERT_FOLDERS, network_dtype or dtype)},
             use_safetensors=True,
             variant=variant_of(folder, source.variant),
             **dict.fromkeys(null_components),
         )
+        if source.lora is not None and getattr(pipeline, "transformer_2", None) is not None:
+            raise ValueError(
+                f"teacher.lora {source.lora} is one file, and {source.path} has two networks: merge a LoRA into each "
+                "with diffusers (load_into_transformer_2), and give the folder that save_pretrained writes"
+            )
         if source.lora is not None:
             merge_lora_file(pipeline, source.lora, scale=source.lora_scale)
-        for name in NETWORK_FOLDERS:
+        for name in EXPERT_FOLDERS:
             if getattr(pipeline, name, None) is not None:
                 drop_guidance_off(getattr(pipeline, name))
                 quantise(getattr(pipeline, name), quantised)
@@ -143,6 +159,10 @@ class Teacher:
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided velocity, u + guidance (c - u) as the family combines it, fp32 at least; guidance is one or [B]."""
         combine = self.family.combine
+        network = self.denoiser.network
+        if self.guidance_low is not None and isinstance(network, Experts) and not isinstance(guidance, Tensor):
+            # Each expert has its own.
+            guidance = torch.where(network.is_high(t), guidance, self.guidance_low)
         return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance, combine)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
@@ -164,14 +184,19 @@ class Teacher:
         if path is None or path == self.path:
             return self._plain or self.denoiser
         if path not in self._bases:
-            ours, components = (self._plain or self.denoiser).network, self.pipeline.components
-            name = next(name for name, component in components.items() if component is ours)
+            ours = (self._plain or self.denoiser).network
             dtype, device = network_dtype(ours), self.null_condition.device
-            self._bases[path] = Denoiser(load_network(ours, name, path, dtype=dtype, device=device), self.family)
+            parts = {
+                name: load_network(part, name, path, dtype=dtype, device=device)
+                for name, part in self.family.parts(ours).items()
+            }
+            self._bases[path] = Denoiser(self.family.assembled(parts), self.family)
         return self._bases[path]
 
     def encode(self, prompts: list[str], *, height: int | None = None, width: int | None = None) -> Condition:
         """Embeddings of the prompts, without gradient. Height and width in pixels are told to SDXL alone.
+
+        Networks that are told a picture, too, need `with_pictures` or `with_first_frames` besides.
 
         Raises:
             ValueError: the text encoders were freed, or there is no prompt.
@@ -183,6 +208,25 @@ class Teacher:
         if len(prompts) == 0:
             raise ValueError("there is no prompt to encode: give at least one, which may be empty")
         return self.family.encode_prompts(self.pipeline, list(prompts), height=height, width=width)
+
+    @torch.no_grad()
+    def with_pictures(self, condition: Condition, pixels: Tensor, *, frames: int | None = None) -> Condition:
+        """The same that is told pictures [B, 3, H, W] in [0, 1], one for each sample, for videos of that many frames.
+
+        Raises:
+            ValueError: the network is told no picture, or their size is none of its samples.
+        """
+        shape = self.latent_shape(pixels.shape[2], pixels.shape[3], frames=frames)
+        fields = self.family.picture_fields(self.pipeline, pixels.to(condition.device), shape)
+        return dataclasses.replace(condition, **fields)
+
+    @torch.no_grad()
+    def with_first_frames(self, condition: Condition, latents: Tensor) -> Condition:
+        """The same that is told the first frames of videos that these are latents of, where the network is told any."""
+        if not self.family.takes_picture:
+            return condition
+        fields = self.family.first_frame_fields(self.pipeline, latents.to(condition.device))
+        return dataclasses.replace(condition, **fields)
 
     def free_text_encoders(self) -> None:
         """Drop the text encoders to save memory; `encode` raises from now on. The tokenizers stay."""
@@ -233,6 +277,17 @@ class Teacher:
             time = torch.full((len(x_t),), t, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             x_t = x_t + (t_next - t) * self.velocity(x_t, time, condition, guidance)
         return x_t
+
+
+def pipeline_class(name: str | None) -> Any:
+    """The class of diffusers that loads a pipeline; None is the one that its own files name.
+
+    Raises ValueError for a name that no family is for.
+    """
+    if name is None:
+        return DiffusionPipeline
+    require_known_class(name)
+    return getattr(diffusers, name)
 
 
 def _is_unstable_in_half(folder: Path) -> bool:

@@ -31,7 +31,7 @@ def check_teacher(source: ModelSource) -> None:
     folder = local_folder(source)
     index = read_index(folder) if folder is not None else _hub_json(source, INDEX)
     # The class first: what is missing in a folder that cannot be a teacher is no news.
-    name = str(index.get("_class_name"))
+    name = source.pipeline or str(index.get("_class_name"))
     require_known_class(name)
     configs: dict[str, Mapping[str, Any]] = {"": index}
     for component in config_components(name):

@@ -26,6 +26,7 @@ LIVE_FILE, EMA_FILE = "student", "student_ema"
 RECORDS = (SETTINGS_FILE, "distillation.json")
 # Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
 NETWORK_FOLDERS = ("transformer", "unet")
+EXPERT_FOLDERS = (*NETWORK_FOLDERS, "transformer_2")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 ADAPTERS_NAME = "pytorch_lora_weights.safetensors"
 # Key of the header in which diffusers keeps rank and scale.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from fewstep.core.data import (
@@ -14,7 +16,10 @@ from fewstep.core.data import (
     LatentDataset,
     LatentSource,
     PromptConditions,
+    embedded_prompts,
+    find_prompt_pictures,
     read_prompts,
+    require_told_pictures,
 )
 from fewstep.core.export.schedulers import exportable_times
 from fewstep.core.fake_score import FakeScore
@@ -73,6 +78,7 @@ class DmdData:
     pairs: LatentDataset | None
     inputs: LatentDataset | None
     fake_score: StoredWeights | None
+    pictures: tuple[Path, ...] = ()
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -91,7 +97,9 @@ class DmdData:
         folder = None if config.noised_data is None else config.noised_data.latents
         inputs = None if folder is None else LatentDataset.load(folder)
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
-        return cls(read_prompts(config.data.prompts), init, real, pairs, inputs, fake_score)
+        prompts = read_prompts(config.data.prompts)
+        pictures = find_prompt_pictures(config.data.pictures, prompts)
+        return cls(prompts, init, real, pairs, inputs, fake_score, pictures)
 
 
 def build_setup(
@@ -105,6 +113,7 @@ def build_setup(
     # A scorer that is not there fails before the teacher is loaded.
     scorers = differentiable_scorers(config.refl, data.asked, scorers, device=trainer.device)
     teacher = Teacher.of(config.teacher, device=trainer.device)
+    require_told_pictures(teacher, data.pictures)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     read = {"gan.latents": data.real, "regression.pairs": data.pairs, "noised_data.latents": data.inputs}
     for key, dataset in read.items():
@@ -130,10 +139,8 @@ def build_setup(
     if heads is not None and config.gan is not None and config.gan.optimizer is not None:
         heads_role = trainer.add_role("discriminator", heads, config.gan.optimizer)
 
-    def embed(prompts: Sequence[str]) -> PromptConditions:
-        return PromptConditions(
-            teacher, prompts, cache=config.data.cache_prompts, height=config.data.height, width=config.data.width
-        )
+    def embed(prompts: Sequence[str], pictures: Sequence[Path] = ()) -> PromptConditions:
+        return embedded_prompts(teacher, config.data, prompts, pictures)
 
     def source(dataset: LatentDataset | None, offset: int) -> LatentSource | None:
         return None if dataset is None else LatentSource(dataset, embed(dataset.prompts), config.run.seed + offset)
@@ -146,7 +153,7 @@ def build_setup(
         fake_score=fake_score,
         blocks=None if config.gan is None else config.gan.chosen_blocks,
         blended=None if config.blended_real is None else BlendedReal(teacher, fake_score, config.blended_real),
-        prompts=embed(data.prompts),
+        prompts=embed(data.prompts, data.pictures),
         latent_shape=shape,
         real=source(data.real, REAL_SEED),
         pairs=source(data.pairs, PAIR_SEED),
@@ -166,7 +173,8 @@ def build_judges(
         return fake_score, None
     on_teacher = gan.features == "teacher"
     trunk = teacher.denoiser if on_teacher else fake_score.denoiser
-    heads = build_gan_heads(gan, trunk, shape=shape, null=teacher.null_condition, seed=config.run.seed)
+    told = teacher.with_first_frames(teacher.null_condition, torch.zeros((1, *shape)))
+    heads = build_gan_heads(gan, trunk, shape=shape, null=told, seed=config.run.seed)
     if on_teacher:
         return fake_score, heads
     return FakeScore(fake_score.denoiser, heads=heads, blocks=gan.chosen_blocks), None

@@ -82,8 +82,9 @@ class Validation:
         with trainer.accelerator.main_process_first():
             self.judge = load_judge(config, data.prompts, device=trainer.device)
         self.texts = self.judge.reference.sample_prompts(config.samples)
-        size = {"height": data.height, "width": data.width}
-        self.conditions = PromptConditions(setup.teacher, self.texts, cache=data.cache_prompts, **size)
+        self.conditions = PromptConditions(
+            setup.teacher, self.texts, cache=data.cache_prompts, height=data.height, width=data.width
+        )
         self.judge.require_samples(config.samples)
 
     def figures(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.core.condition import Condition
+from fewstep.core.export.adapters import load_adapter_files
 from fewstep.core.export.contract import CALL_KEY
 from fewstep.core.families.family import Family
 from fewstep.core.families.table import build_family
@@ -46,7 +47,7 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
     choice: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "variant": variant_of(folder, None)}
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **choice, **absent)
     if folder != Path(path):
-        pipeline.load_lora_weights(path)
+        load_adapter_files(pipeline, path)
         scheduler = json.loads((Path(path) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         kind = getattr(diffusers, scheduler["_class_name"])
         pipeline.register_modules(scheduler=kind.from_pretrained(path, subfolder="scheduler"))

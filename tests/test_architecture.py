@@ -17,6 +17,7 @@ ALLOWED_PLACES = {
         "core/teacher_files.py",
         "core/families/*",
         "core/networks/*",
+        "core/tangents/*",
         "core/export/*",
         "embedded/*",
         "evaluation/generation.py",

@@ -7,12 +7,17 @@ beside them, distribution matching on all, adapters on the bf16 base, and the ca
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from fewstep.causal_video.stages.consistency import check_tangent as check_causal_tangent
 from fewstep.causal_video.stages.redmd import RolloutReward
@@ -32,6 +37,15 @@ from fewstep.evaluation.scorers.settings import ScorerConfig
 from tests.causal_video.tiny_causal_run import start_causal, tiny_causal
 from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
+from tests.core.families.checks import TinyModel
+from tests.core.families.test_families_flux import MODEL as FLUX
+from tests.core.families.test_families_flux2 import KLEIN
+from tests.core.families.test_families_qwen_image import MODEL as QWEN_IMAGE
+from tests.core.families.test_families_wan_experts import PICTURE as WAN_IMAGE_EXPERTS
+from tests.core.families.test_families_wan_experts import TEXT as WAN_EXPERTS
+from tests.core.families.test_families_wan_image import MODEL as WAN_IMAGE
+from tests.core.families.test_families_wan_image import TI2V as WAN_TI2V
+from tests.core.families.test_families_z_image import MODEL as Z_IMAGE
 from tests.dmd.tiny_run import PROMPTS, TinyInputs, changed, start, tiny_config
 from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipeline
 from tests.tiny_sana import build_sana
@@ -47,7 +61,19 @@ FAMILIES: dict[str, Any] = {
     "wan": lambda: build_video_pipeline(text_tokens=8),
     "wan_time_per_token": lambda: build_video_pipeline(text_tokens=8, expand_timesteps=True),
 }
+# Families that came later: one step of distribution matching, of adapters, of dCM and of rCM on each.
+LATER: dict[str, TinyModel] = {
+    "flux": FLUX,
+    "flux2": KLEIN,
+    "qwen_image": QWEN_IMAGE,
+    "z_image": Z_IMAGE,
+    "wan_image": WAN_IMAGE,
+    "wan_ti2v": WAN_TI2V,
+    "wan_experts": WAN_EXPERTS,
+    "wan_image_experts": WAN_IMAGE_EXPERTS,
+}
 # Tangents along time of SD3 and Wan are tested elsewhere; those of a table's U-Net and of SANA here.
+VIDEOS = ("wan", "wan_time_per_token")
 CONSISTENT = ("sd15", "sdxl", "sana", "wan_time_per_token")
 ADAPTERS = {"student.lora_rank": 2, "fake_score.lora_rank": 2}
 MATCHINGS = ("dmd", "sid", "f_distill", "adapters", "teacher_gan", "refl")
@@ -64,6 +90,8 @@ STAGES = (
 )
 # Logged numbers that are means over a batch of 4, so that bf16's errors of single numbers average out.
 CLOSE: dict[str, Any] = {"rel": 0.1, "abs": 4e-3}
+# Networks that are told t in bf16, as by their stock calls, see another time by up to 0.4 %; these have wide weights.
+ROUGH: dict[str, Any] = {"rel": 0.2, "abs": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -71,25 +99,41 @@ class FamilyInputs:
     """A tiny model of a family on disk, and data of its shape."""
 
     inputs: TinyInputs
-    size: dict[str, int]
+    size: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyInputs]:
-    found = {}
-    for name, build in FAMILIES.items():
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FamilyInputs]:
+    """Inputs of a family, made when they are first asked for."""
+
+    @functools.cache
+    def of(name: str) -> FamilyInputs:
         folder = tmp_path_factory.mktemp(name)
-        teacher = save_pipeline(build(), folder / "teacher")
-        size = {"height": 32, "width": 32, "frames": 5} if name.startswith("wan") else {}
-        shape = Teacher.load(teacher).latent_shape(**size)
+        pipeline = LATER[name].build() if name in LATER else FAMILIES[name]()
+        teacher = save_pipeline(pipeline, folder / "teacher")
+        size: dict[str, Any] = {"height": 32, "width": 32, "frames": 5} if name in VIDEOS else {}
+        size = dict(LATER[name].size) if name in LATER else size
+        loaded = Teacher.load(teacher)
+        shape = loaded.latent_shape(**size)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
         latents = 0.3 + 0.8 * sample_noise(9, range(5), shape, stream="data")
         captions = tuple(f"picture {number}" for number in range(5))
         LatentDataset(latents, captions).save(folder / "latents")
         LatentDataset(latents, captions, latents.flip(0)).save(folder / "pairs")
         inputs = TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "pairs")
-        found[name] = FamilyInputs(inputs, size)
-    return found
+        if loaded.family.takes_picture:
+            size["pictures"] = str(write_pictures(folder / "pictures", len(PROMPTS)))
+        return FamilyInputs(inputs, size)
+
+    return of
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        pixels = torch.randint(256, (24, 40, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder
 
 
 def in_both(config: Any, first_step: Any) -> tuple[dict[str, float], dict[str, float]]:
@@ -103,10 +147,12 @@ def in_both(config: Any, first_step: Any) -> tuple[dict[str, float], dict[str, f
     return results[0], results[1]
 
 
-def assert_close(exact: dict[str, float], half: dict[str, float], names: tuple[str, ...]) -> None:
+def assert_close(
+    exact: dict[str, float], half: dict[str, float], names: tuple[str, ...], allowed: dict[str, Any] = CLOSE
+) -> None:
     assert exact.keys() == half.keys()
     for name in names:
-        assert half[name] == pytest.approx(exact[name], **CLOSE), name
+        assert half[name] == pytest.approx(exact[name], **allowed), name
     assert exact != half
 
 
@@ -118,10 +164,12 @@ def dmd_first(config: Any) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", MATCHINGS)
-@pytest.mark.parametrize("name", list(FAMILIES))
-def test_matching(families: dict[str, FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
-    family = families[name]
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [*itertools.product(FAMILIES, MATCHINGS), *itertools.product(LATER, ("dmd", "adapters"))],
+)
+def test_matching(families: Callable[[str], FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
+    family = families(name)
     gan = GanConfig(latents=str(family.inputs.latents), weight=0.1, discriminator_weight=0.5)
     changes: dict[str, Any] = {f"data.{key}": value for key, value in family.size.items()} | {"student.steps": 2}
     changes |= {
@@ -150,10 +198,12 @@ def consistency_first(config: Any) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", CONSISTENT)
-def test_consistency(families: dict[str, FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
-    family = families[name]
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [*itertools.product(CONSISTENT, OBJECTIVES), *itertools.product(LATER, ("dcm", "rcm"))],
+)
+def test_consistency(families: Callable[[str], FamilyInputs], tmp_path: Path, name: str, objective: str) -> None:
+    family = families(name)
     sections: dict[str, Any] = {
         "scm": {"scm": ScmConfig(time_std=0.8)},
         "dcm": {"dcm": DcmConfig(grid_steps=8)},
@@ -178,7 +228,12 @@ def test_consistency(families: dict[str, FamilyInputs], tmp_path: Path, name: st
     names = tuple(
         name for name in ("consistency_loss", "tangent", "pair_distance", "student_grad_norm") if name in exact
     )
-    assert_close(exact, half, names)
+    if name in LATER:
+        # Their loss is the square of a small difference, whose gradient bf16's rounding moves by a third.
+        assert_close(exact, half, ("consistency_loss",), ROUGH)
+        assert 0 < half["student_grad_norm"] < 2 * exact["student_grad_norm"]
+    else:
+        assert_close(exact, half, names)
 
 
 @pytest.mark.slow

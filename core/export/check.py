@@ -35,6 +35,7 @@ class Probe:
     seed: torch's global generator, set to it, draws `renoise` one after the other, in the state of the stock call; a
         CPU generator of it draws `latents`.
     guidance: the scale that a network with a guidance embedding is told, None for others.
+    picture: [1, 3, H, W] that a network is told, None for others.
     frames: pixel frames of a video, None for the pipeline's own, and for pictures.
     """
 
@@ -46,6 +47,7 @@ class Probe:
     seed: int
     guidance: float | None = None
     frames: int | None = None
+    picture: Tensor | None = None
 
 
 def make_probe(
@@ -69,7 +71,14 @@ def make_probe(
     with _seeded(PROBE_SEED, device):
         drawn = [torch.randn(state, device=device) for _ in range(spec.steps - 1)]
     renoise = tuple(family.canonical_latents(pipeline, noise, tuple(shape[1:])) for noise in drawn)
-    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED, frames=frames)
+    picture = None
+    if family.takes_picture:
+        size = family.call_arguments(pipeline, height=height, width=width, frames=frames)
+        sides = (size["height"], size["width"])
+        # Of 8 bits, as a picture of a file is.
+        eight_bits = torch.randint(256, (1, 3, *sides), generator=torch.Generator().manual_seed(PROBE_SEED))
+        picture = (eight_bits / 255).to(device)
+    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED, frames=frames, picture=picture)
 
 
 def training_latents(
@@ -78,6 +87,11 @@ def training_latents(
     """What the student of the training makes of a probe, with the text encoders of `pipeline`: latents [B, C, H, W]."""
     with torch.no_grad():
         condition = family.encode_prompts(pipeline, list(probe.prompts), height=probe.height, width=probe.width)
+    if probe.picture is not None:
+        with torch.no_grad():
+            fields = family.picture_fields(pipeline, probe.picture, tuple(probe.latents.shape[1:]))
+        told = {name: field.expand(condition.batch_size, *field.shape[1:]) for name, field in fields.items()}
+        condition = replace(condition, **told)
     if probe.guidance is not None:
         scales = torch.full((condition.batch_size,), probe.guidance, device=probe.latents.device)
         condition = replace(condition, guidance=scales)
@@ -105,11 +119,14 @@ def pipeline_latents(
     def record(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         timestep = next((named[name] for name in ("timestep", "t") if name in named), None)
         timestep = positional[1] if timestep is None else timestep
-        seen.append(float(torch.as_tensor(timestep).flatten()[0]))
+        # Where times are told per token, those of a given first frame are 0.
+        seen.append(float(torch.as_tensor(timestep).flatten()[-1]))
 
     handles = [getattr(pipeline, name).register_forward_pre_hook(record, with_kwargs=True) for name in networks]
     pipeline.set_progress_bar_config(disable=True)
     arguments = family.text_arguments(probe.prompts, guided=False) | size | dict(guidance) | plan.extra_arguments()
+    if probe.picture is not None:
+        arguments |= family.picture_arguments(probe.picture)
     arguments |= family.latent_arguments(pipeline, probe.latents, probe.seed)
     try:
         with _seeded(probe.seed, probe.latents.device):

@@ -19,6 +19,7 @@ from fewstep.core.config import OptimizerConfig
 from fewstep.core.export.directory import check_finite, new_directory
 from fewstep.core.export.run import find_checkpoint, load_base, load_run_student
 from fewstep.core.networks.build import build_fake_score
+from fewstep.core.networks.experts import Experts
 from fewstep.core.networks.lora import lora_layers, merge_lora
 from fewstep.core.run_settings import RunSettings, read_settings
 from fewstep.core.settings import FakeScoreConfig, ModelSource
@@ -66,6 +67,8 @@ def export_network(
         weights = "ema" if role == "student" else "live"
         loaded = load_run_student(Path(run), settings, checkpoint=checkpoint, weights=weights)
         source, teacher, network = settings.base, loaded.teacher, loaded.student.denoiser.network
+    if isinstance(network, Experts):
+        raise ValueError(f"{run}: its network is two experts, and this writes one; export its student")
     network = copy.deepcopy(network)
     if lora_layers(network):
         merge_lora(network)

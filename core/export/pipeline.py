@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from fewstep.core.export.adapters import load_adapter_files, write_adapters
 from fewstep.core.export.anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
 from fewstep.core.export.check import (
     ExportMismatchError,
@@ -21,7 +22,6 @@ from fewstep.core.export.check import (
     relative_difference,
     training_latents,
 )
-from fewstep.core.export.comfyui import write_comfyui
 from fewstep.core.export.components import absent_components
 from fewstep.core.export.contract import keep_call, keep_vllm_call
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
@@ -40,7 +40,7 @@ from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
 from fewstep.core.networks.guidance_off import with_guidance_off
-from fewstep.core.networks.lora import ADAPTER, lora_state_dict, merge_lora
+from fewstep.core.networks.lora import lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.two_time import second_time_of
@@ -68,7 +68,6 @@ class _Job:
 
     teacher: Teacher
     teacher_path: str | ModelSource
-    network_name: str
     spec: SamplerSpec
     plan: SchedulerPlan
     report: StudentReport
@@ -144,7 +143,8 @@ def _export(job: _Job, network: nn.Module, output: Path) -> ExportRecord:
     keep_call(job.plan.scheduler, record.call_arguments())
     with new_directory(output) as draft:
         if job.lora_only:
-            _write_adapters(job, stored, draft)
+            write_adapters(job.teacher, stored, draft, dtype=job.dtype)
+            job.plan.scheduler.save_pretrained(draft / "scheduler")
         else:
             _write_pipeline(job, stored, draft)
         remove_machine_names(draft, public_name(job.report.base_model))
@@ -198,8 +198,6 @@ def _prepare(
             f"the student is a {type(network).__name__}, the teacher's network a {type(expected).__name__}. Give the "
             "diffusers network itself, without wrappers."
         )
-    components = teacher.pipeline.components
-    network_name = next(name for name, component in components.items() if component is expected)
     any_step = is_anyflow_student(network)
     plan = (
         plan_anyflow(cast(Any, teacher.pipeline), spec)
@@ -211,7 +209,7 @@ def _prepare(
     if teacher.family.has_guidance_embedding(network):
         probe = replace(probe, guidance=report.guidance)
     pipeline_name = "AnyFlowPipeline" if any_step else type(teacher.pipeline).__name__
-    return _Job(teacher, teacher_path, network_name, spec, plan, report, dtype, probe, lora_only, pipeline_name)
+    return _Job(teacher, teacher_path, spec, plan, report, dtype, probe, lora_only, pipeline_name)
 
 
 def _plain_network(trained: nn.Module, job: _Job) -> Any:
@@ -226,13 +224,18 @@ def _plain_network(trained: nn.Module, job: _Job) -> Any:
         return merged
     if second_time_of(merged) is not None:
         bake_second_time(merged, job.plan.network_timesteps)
-    plain = cast(Any, type(merged)).from_config(merged.config)
-    plain.load_state_dict(merged.state_dict())
-    plain = plain.to(device=next(merged.parameters()).device, dtype=dtype).eval()
-    if isinstance(plain, UNet2DConditionModel):
-        plain = with_guidance_off(plain)
+    family = job.teacher.family
+    plain = family.assembled({name: _stock_copy(part, dtype) for name, part in family.parts(merged).items()})
     check_finite(plain.state_dict(), dtype)
     return plain
+
+
+def _stock_copy(network: Any, dtype: torch.dtype) -> Any:
+    """A stock network with these weights."""
+    plain = type(network).from_config(network.config)
+    plain.load_state_dict(network.state_dict())
+    plain = plain.to(device=next(network.parameters()).device, dtype=dtype).eval()
+    return with_guidance_off(plain) if isinstance(plain, UNet2DConditionModel) else plain
 
 
 def _with_exact_tables(stored: nn.Module, trained: nn.Module) -> nn.Module:
@@ -262,7 +265,8 @@ def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
     if is_anyflow_student(stored):
         pipeline = anyflow_pipeline(pipeline, stored, job.plan.scheduler)
     else:
-        pipeline.register_modules(**{job.network_name: stored, "scheduler": job.plan.scheduler, **absent})
+        networks = job.teacher.family.parts(stored)
+        pipeline.register_modules(**networks, scheduler=job.plan.scheduler, **absent)
         job.teacher.family.mark_student(pipeline)
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     if job.dtype != torch.float32:
@@ -278,20 +282,6 @@ def _write_pipeline(job: _Job, stored: nn.Module, draft: Path) -> None:
     pipeline.register_modules(**dict.fromkeys(absent))
 
 
-def _write_adapters(job: _Job, stored: Any, draft: Path) -> None:
-    state, config = lora_state_dict(stored), stored.peft_config[ADAPTER]
-    tensors = {name: tensor.to(job.dtype).contiguous() for name, tensor in state.items()}
-    metadata = config.to_dict() | {"base_model_name_or_path": None}
-    scale = config.lora_alpha / config.r
-    write_comfyui(state, draft, family=job.teacher.family.name, scale=scale, dtype=job.dtype)
-    job.teacher.pipeline.save_lora_weights(
-        draft,
-        safe_serialization=True,
-        **{f"{job.network_name}_lora_layers": tensors, f"{job.network_name}_lora_adapter_metadata": metadata},
-    )
-    job.plan.scheduler.save_pretrained(draft / "scheduler")
-
-
 def _training_latents(job: _Job, network: nn.Module) -> Tensor:
     return training_latents(network, job.teacher.family, pipeline=job.teacher.pipeline, spec=job.spec, probe=job.probe)
 
@@ -304,7 +294,7 @@ def _verify(job: _Job, draft: Path, *, stored_latents: Tensor, trained_latents: 
         job.plan,
         job.probe,
         guidance=job.guidance,
-        networks=(job.network_name,),
+        networks=tuple(job.teacher.family.parts(job.teacher.denoiser.network)),
     )
     check_timesteps(seen, job.plan)
     verification = Verification(
@@ -335,7 +325,7 @@ def _load(job: _Job, draft: Path) -> Any:
     base = Teacher.load(job.teacher_path, network_dtype=getattr(torch, job.report.base_dtype))
     base.denoiser.float()
     pipeline: Any = base.pipeline
-    pipeline.load_lora_weights(draft)
+    load_adapter_files(pipeline, draft)
     pipeline.register_modules(scheduler=type(job.plan.scheduler).from_pretrained(draft, subfolder="scheduler"))
     return pipeline
 

@@ -233,7 +233,7 @@ def exportable_times(pipeline: DiffusionPipeline, family: Family, grid: Grid, sa
     """
     times = student_times(pipeline, grid)
     spec = SamplerSpec(times, sampler)
-    family.require_exportable(spec.sampler, spec.steps)
+    family.require_exportable(spec.sampler, spec.times)
     plan_scheduler(pipeline, family, spec)
     return times
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
@@ -32,6 +33,7 @@ class Family(Protocol):
         name: in messages and records.
         makes_videos: whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w].
         lora_targets: ends of the names of the layers that get adapters.
+        takes_picture: whether the network is told a picture beside the text, such as the first frame.
         block_lists: the network's lists of blocks in the order of the call.
         time_scale: the scheduler's time at t = 1.
     """
@@ -39,6 +41,7 @@ class Family(Protocol):
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     makes_videos: ClassVar[bool] = False
+    takes_picture: ClassVar[bool] = False
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     time_scale: float
 
@@ -51,6 +54,11 @@ class Family(Protocol):
     def parts(self, network: Any) -> dict[str, Any]:
         """The stock networks that it is made of, by the names that the pipeline has for them."""
         return {"transformer": network}
+
+    def assembled(self, parts: Mapping[str, Any]) -> Any:
+        """The network that is made of such parts."""
+        (network,) = parts.values()
+        return network
 
     def prepare_network(self, network: Any) -> None:
         """Change in place what `velocity` relies on; the network still works in its stock pipeline."""
@@ -119,6 +127,24 @@ class Family(Protocol):
         Raises ValueError for a size that the pipeline cannot make, and for frames of pictures.
         """
         ...
+
+    # Pictures that the network is told.
+
+    def picture_fields(self, pipeline: Any, pixels: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Fields of a condition for pictures [B, 3, H, W] in [0, 1] that a network is told, for latents [B, *shape].
+
+        Raises ValueError where it is told none.
+        """
+        raise ValueError(f"pictures are given, and networks of {self.name} are told none: leave them out")
+
+    def first_frame_fields(self, pipeline: Any, latents: Tensor) -> dict[str, Tensor]:
+        """The same for the first frames of videos of which there are latents."""
+        pixels = self.decode_latents(pipeline, latents[:, :, :1])[:, :, 0]
+        return self.picture_fields(pipeline, pixels, tuple(latents.shape[1:]))
+
+    def picture_arguments(self, pixels: Tensor) -> dict[str, Any]:
+        """Arguments of a stock call that is told a picture [1, 3, H, W]."""
+        return {}
 
     # Times.
 
@@ -233,7 +259,7 @@ class Family(Protocol):
         """Canonical latents [B, *shape] of what a stock call gives as latents, or of its state."""
         return latents
 
-    def require_exportable(self, sampler: Sampling, steps: int) -> None:
+    def require_exportable(self, sampler: Sampling, times: Sequence[float]) -> None:
         """Raises ValueError, before a training, for a student that no stock call of this family steps as trained."""
 
     def mark_student(self, pipeline: Any) -> None:
@@ -299,6 +325,12 @@ def require_same_channels(network: Mapping[str, Any], *, default: int) -> None:
             f"the transformer takes {takes} channels and gives {gives}: it is told a picture beside the text; use a "
             "model that is told text alone"
         )
+
+
+def picture_images(pixels: Tensor) -> list[Image.Image]:
+    """Pictures [B, 3, H, W] in [0, 1] as images of 8 bits, as a user gives them to a stock call."""
+    eight_bits = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in eight_bits]
 
 
 def given(**values: Any) -> dict[str, Any]:

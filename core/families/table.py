@@ -16,6 +16,7 @@ from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sd3 import Sd3Family, require_sd3
 from fewstep.core.families.unet import UnetFamily, require_unet
 from fewstep.core.families.wan import WanFamily, require_wan
+from fewstep.core.families.wan_image import WanImageFamily, require_wan_image
 from fewstep.core.families.z_image import ZImageFamily, require_z_image
 
 
@@ -31,6 +32,7 @@ class Kind(NamedTuple):
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
+EXPERTS = ("transformer", "transformer_2", "scheduler", "vae")
 TRANSFORMER = ("transformer", "scheduler", "vae")
 SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
@@ -45,8 +47,25 @@ FAMILIES: dict[str, Kind] = {
     "StableDiffusion3Pipeline": Kind(Sd3Family.from_pipeline, require_sd3, TRANSFORMER),
     "StableDiffusionPipeline": UNET,
     "StableDiffusionXLPipeline": UNET,
-    "WanPipeline": Kind(WanFamily.from_pipeline, require_wan, ("transformer", "transformer_2", "scheduler", "vae")),
+    "WanImageToVideoPipeline": Kind(WanImageFamily.from_pipeline, require_wan_image, EXPERTS),
+    "WanPipeline": Kind(WanFamily.from_pipeline, require_wan, EXPERTS),
     "ZImagePipeline": Kind(ZImageFamily.from_pipeline, require_z_image, TRANSFORMER),
+}
+
+
+# Relatives of known pipelines, and why they are none of them.
+TEXT_ALONE = "its network is told pictures beside the text, which its students would need in training, too; use {}"
+RELATIVES = {
+    **dict.fromkeys(
+        ("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"), TEXT_ALONE.format("FLUX.1-dev or schnell")
+    ),
+    "Flux2KleinKVPipeline": "it keeps keys of pictures between its calls; use FLUX.2-klein",
+    **dict.fromkeys(
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"),
+        TEXT_ALONE.format("Qwen-Image"),
+    ),
+    "ZImageOmniPipeline": TEXT_ALONE.format("Z-Image"),
+    **dict.fromkeys(("WanVACEPipeline", "WanAnimatePipeline"), TEXT_ALONE.format("Wan text- or image-to-video")),
 }
 
 
@@ -81,7 +100,7 @@ def require_teacher(name: str, configs: Configs) -> None:
     does, or it is a few-step student (which a family may well call)."""
     kind = FAMILIES[name]
     # Wan says itself which of its two networks it lacks.
-    optional = ("transformer", "transformer_2") if kind.require is require_wan else ()
+    optional = ("transformer", "transformer_2") if "transformer_2" in kind.components else ()
     lost = [part for part in kind.components if part not in configs and part not in optional]
     if lost:
         raise ValueError(f"the pipeline has no {lost[0]} (null or malformed in model_index.json): a teacher needs it")
@@ -89,6 +108,8 @@ def require_teacher(name: str, configs: Configs) -> None:
 
 
 def require_known_class(name: str) -> None:
-    """Raises ValueError for the class of a pipeline that no family is for, with those that are known."""
+    """Raises ValueError for the class of a pipeline that no family is for, with the reason or those that are known."""
+    if name in RELATIVES:
+        raise ValueError(f"{name} is no teacher here: {RELATIVES[name]}")
     if name not in FAMILIES:
         raise ValueError(f"no family for the pipeline class {name}; known are {', '.join(sorted(FAMILIES))}")

@@ -6,6 +6,7 @@ Legend: B batch, F latent frames, N text tokens, D width of a token, M video tok
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -21,7 +22,11 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.autoencoder import latent_frames, vae_encode
-from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_fixed_grid
+from fewstep.core.families.family import Configs, Family, Sampling, network_dtype, pixel_size, require_fixed_grid
+from fewstep.core.networks.experts import Experts
+
+# Nearer to a boundary of experts than this a time would fall on either side by its rounding.
+BOUNDARY_TOLERANCE = 1e-4
 
 WanScheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
 
@@ -43,11 +48,13 @@ class WanFamily(Family):
         text_tokens: length of the text; 512, or the tokenizer's `model_max_length` where that is less. A stock pipeline
             must then be called with it as `max_sequence_length`.
         time_per_token: `expand_timesteps` of the pipeline.
+        boundary: of the two networks of Wan 2.2 A14B (`Experts`), `boundary_ratio` of the pipeline; None for one.
     """
 
     time_scale: float
     text_tokens: int = STOCK_TEXT_TOKENS
     time_per_token: bool = False
+    boundary: float | None = None
     name: ClassVar[str] = "wan"
     makes_videos: ClassVar[bool] = True
     block_lists: ClassVar[tuple[str, ...]] = ("blocks",)
@@ -60,14 +67,45 @@ class WanFamily(Family):
             time_scale=_require_flow_scheduler(pipeline).config["num_train_timesteps"],
             text_tokens=min(STOCK_TEXT_TOKENS, pipeline.tokenizer.model_max_length),
             time_per_token=bool(pipeline.config["expand_timesteps"]),
+            boundary=pipeline.config["boundary_ratio"],
         )
 
-    def network(self, pipeline: WanPipeline) -> WanTransformer3DModel:
-        assert pipeline.transformer is not None
-        return pipeline.transformer
+    def network(self, pipeline: WanPipeline) -> Any:
+        """The transformer, or both as `Experts`."""
+        if self.boundary is None:
+            return pipeline.transformer
+        return self.assembled({"transformer": pipeline.transformer, "transformer_2": pipeline.transformer_2})
 
-    def velocity(self, network: WanTransformer3DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The transformer's output at time `time_scale` t. Raises ValueError when sizes do not fit."""
+    def parts(self, network: Any) -> dict[str, Any]:
+        """The transformer, or both."""
+        return network.parts if isinstance(network, Experts) else {"transformer": network}
+
+    def assembled(self, parts: Mapping[str, Any]) -> Any:
+        """The one of them, or both as `Experts`."""
+        if self.boundary is None:
+            return super().assembled(parts)
+        return Experts(**parts, boundary=self.boundary, time_scale=self.time_scale)
+
+    def blocks(self, network: Any) -> list[torch.nn.Module]:
+        """The blocks of the transformer. Raises ValueError for two: a feature would be of the one or the other."""
+        if isinstance(network, Experts):
+            raise ValueError("features of a network of two experts would be of the one or the other: leave gan out")
+        return super().blocks(network)
+
+    def require_exportable(self, sampler: Sampling, times: Sequence[float]) -> None:
+        """Raises ValueError for a time so near the boundary of two experts that rounding would choose."""
+        for time in times:
+            if self.boundary is not None and abs(time - self.boundary) < BOUNDARY_TOLERANCE:
+                raise ValueError(
+                    f"the student's time {time:g} lies on the boundary {self.boundary:g} of the teacher's two experts, "
+                    "where rounding would choose between them: use another student.shift, or other student.times"
+                )
+
+    def velocity(self, network: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output at time `time_scale` t, of each sample's expert. Raises ValueError when sizes do not
+        fit."""
+        if isinstance(network, Experts):
+            return network(self.velocity, x_t, t, condition)
         dtype = network_dtype(network)
         output = network(
             hidden_states=x_t.to(dtype),
@@ -177,15 +215,23 @@ def anyflow_family(pipeline: AnyFlowPipeline) -> WanFamily:
     )
 
 
-def require_wan(configs: Configs) -> None:
-    """Raises ValueError for a Wan of two networks (Wan 2.2 A14B), of images, or with no flow scheduler."""
-    index, scheduler = configs[""], configs["scheduler"]
-    if "transformer" not in configs or "transformer_2" in configs or index.get("boundary_ratio"):
+def require_experts(configs: Configs) -> None:
+    """Raises ValueError for a Wan that lacks one of its two networks, or the boundary between them."""
+    both = "transformer" in configs and "transformer_2" in configs
+    boundary = configs[""].get("boundary_ratio")
+    if "transformer" not in configs or both != (boundary is not None):
         raise ValueError(
-            "this pipeline switches between two networks at boundary_ratio (Wan 2.2 A14B), and a teacher here is "
-            "one network: use Wan 2.1 or Wan 2.2 TI2V-5B, or a folder with transformer alone whose "
-            "model_index.json has no transformer_2 and boundary_ratio null, which is right for times above it only"
+            f"this pipeline has {', '.join(name for name in ('transformer', 'transformer_2') if name in configs)} and "
+            f"boundary_ratio {boundary}; one network has none, and two switch there: download all of its folders"
         )
+    if boundary is not None and not 0 < boundary < 1:
+        raise ValueError(f"boundary_ratio is {boundary}, and lies between 0 and 1: correct model_index.json")
+
+
+def require_wan(configs: Configs) -> None:
+    """Raises ValueError for a Wan that lacks a network, that is told an image, or with no flow scheduler."""
+    require_experts(configs)
+    scheduler = configs["scheduler"]
     network = configs["transformer"]
     takes, gives, image = network.get("in_channels", 16), network.get("out_channels", 16), network.get("image_dim")
     if takes != gives or image is not None:

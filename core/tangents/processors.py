@@ -251,4 +251,4 @@ def key_biased_attention(
     column = torch.stack(columns, dim=-1)[:, None]
     wide_key = torch.cat([key, column.expand(*key.shape[:3], -1)], dim=-1)
     ones = query.new_ones(1).expand(*query.shape[:3], len(columns))
-    return attention(torch.cat([query, ones], dim=-1), wide_key, value, scale=scale)
+    return attention(torch.cat([query, ones], dim=-1), wide_key, value, scale=factor)

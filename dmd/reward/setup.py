@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from fewstep.core.data import LatentDataset, PromptConditions, read_prompts
+from fewstep.core.data import (
+    LatentDataset,
+    PromptConditions,
+    embedded_prompts,
+    find_prompt_pictures,
+    read_prompts,
+    require_told_pictures,
+)
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.schedulers import exportable_times
 from fewstep.core.fake_score import FakeScore
@@ -73,6 +81,7 @@ class RewardData:
     init: StoredWeights | None
     fake_score: StoredWeights | None
     real: LatentDataset | None = None
+    pictures: tuple[Path, ...] = ()
 
     @classmethod
     def read(cls, config: RewardRunConfig, needs: Needs) -> RewardData:
@@ -90,7 +99,8 @@ class RewardData:
             fits = config.fake_score is not None and found.holds_adapters == (config.fake_score.lora_rank > 0)
             fake_score = found if fits else None
         real = None if needs.pixel_gan is None else LatentDataset.load(needs.pixel_gan.latents)
-        return cls(read_prompts(config.data.prompts), init, fake_score, real)
+        prompts = read_prompts(config.data.prompts)
+        return cls(prompts, init, fake_score, real, find_prompt_pictures(config.data.pictures, prompts))
 
 
 def require_same_steps(student: RewardStudentConfig, init: StoredWeights) -> None:
@@ -156,6 +166,7 @@ def build_setup(
     means and deviations stay those of the configuration. Raises ValueError when a component or a file does not fit.
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
+    require_told_pictures(teacher, data.pictures)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     videos = teacher.family.makes_videos
     if videos and (needs.pixel_gan is not None or needs.latent_reward is not None):
@@ -178,8 +189,7 @@ def build_setup(
     student_role.total_updates = config.run.steps * config.student.updates_per_rollout
     fake_score, fake_role = add_fake_score(config, data, teacher, trainer)
     snapshots = {name: add_snapshot(name, network, config, trainer) for name, network in copies.items()}
-    size = {"height": config.data.height, "width": config.data.width}
-    prompts = PromptConditions(teacher, data.prompts, cache=config.data.cache_prompts, **size)
+    prompts = embedded_prompts(teacher, config.data, data.prompts, data.pictures)
     pixel_role, pixel_real = add_discriminator(config, needs, data.real, trainer, times=times, shape=shape)
     return RewardSetup(
         teacher=teacher,

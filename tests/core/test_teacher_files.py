@@ -33,7 +33,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 # kind: (the pipeline it is made of, the file that is changed, the change, what is said)
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "flux": ("sd3", "model_index.json", {"_class_name": "FluxPipeline"}, "no family for the pipeline class FluxPip"),
+    "unknown": ("sd3", "model_index.json", {"_class_name": "PiaPipeline"}, "no family for the pipeline class PiaPip"),
+    "fill": ("sd3", "model_index.json", {"_class_name": "FluxFillPipeline"}, "FluxFillPipeline is no teacher here"),
     "lcm": ("sd15", "unet/config.json", {"time_cond_proj_dim": 256}, "an input for the guidance .time_cond_proj_dim"),
     "lcm scheduler": ("sdxl", "scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "few-step student"),
     "edm": ("sdxl", "scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "DDPM table of betas"),
@@ -49,7 +50,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "no shift": ("sd3", "scheduler/scheduler_config.json", {"shift": 0.0}, "the shift 0.0, and it must be positive"),
     "dynamic": ("sd3", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "follows from the steps"),
     "sd3 of pictures": ("sd3", "transformer/config.json", {"in_channels": 33}, "takes 33 channels and gives"),
-    "two experts": ("wan", "model_index.json", {"boundary_ratio": 0.9}, "switches between two networks"),
+    "two experts": ("wan", "model_index.json", {"boundary_ratio": 0.9}, "two switch there"),
     "image to video": ("wan", "transformer/config.json", {"in_channels": 36}, "takes 36 channels and gives"),
     "image tokens": ("wan", "transformer/config.json", {"image_dim": 1280}, "image_dim 1280: it is told an image"),
     "wan of ddim": ("wan", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "Wan needs a Flow"),

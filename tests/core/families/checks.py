@@ -7,7 +7,7 @@ A family's test file builds its model and inherits `FamilyChecks`; the same func
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,22 @@ class TinyModel:
         return teacher.latent_shape(size.get("height"), size.get("width"), frames=size.get("frames"))
 
 
+def picture_of(model: TinyModel) -> Tensor:
+    """One picture of 8 bits, [1, 3, H, W]."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(256, (1, 3, model.size["height"], model.size["width"]), generator=generator) / 255
+
+
+def told(model: TinyModel, teacher: Teacher, prompts: Sequence[str] | None = None) -> Condition:
+    """The condition of prompts, with the picture where the network is told one."""
+    texts = list(model.prompts if prompts is None else prompts)
+    condition = teacher.encode(texts, height=model.size.get("height"), width=model.size.get("width"))
+    if not teacher.family.takes_picture:
+        return condition
+    pictures = picture_of(model).expand(len(texts), -1, -1, -1)
+    return teacher.with_pictures(condition, pictures, frames=model.size.get("frames"))
+
+
 def noise_of(shape: tuple[int, ...], count: int = len(PROMPTS), seed: int = SEED) -> Tensor:
     return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
 
@@ -85,6 +101,7 @@ def stock_latents(model: TinyModel, teacher: Teacher, noise: Tensor, *, steps: i
     arguments = family.text_arguments(model.prompts, guided=guidance != 1)
     arguments |= family.call_arguments(pipeline, **model.size) | family.guidance_arguments(guidance)
     arguments |= family.latent_arguments(pipeline, noise, SEED) | {"num_inference_steps": steps}
+    arguments |= family.picture_arguments(picture_of(model))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         found = family.latent_call(pipeline, arguments)
@@ -96,7 +113,7 @@ def trajectory_difference(model: TinyModel, *, steps: int = 4) -> float:
     teacher = model.teacher()
     noise = noise_of(model.shape(teacher), len(model.prompts))
     expected = stock_latents(model, teacher, noise, steps=steps, guidance=model.guidance)
-    condition = teacher.encode(list(model.prompts), height=model.size.get("height"), width=model.size.get("width"))
+    condition = told(model, teacher)
     return distance(teacher.sample(noise, condition, steps=steps, guidance=model.guidance), expected)
 
 
@@ -114,7 +131,7 @@ def network_times(model: TinyModel, dtype: torch.dtype) -> tuple[list[float], li
     for network in teacher.family.parts(teacher.denoiser.network).values():
         network.register_forward_pre_hook(record, with_kwargs=True)
     noise = noise_of(model.shape(teacher), len(model.prompts))
-    condition = teacher.encode(list(model.prompts))
+    condition = told(model, teacher)
     stock_latents(model, teacher, noise.to(dtype), steps=3, guidance=1.0)
     stock = list(seen)
     seen.clear()
@@ -149,7 +166,7 @@ def tangent_errors(model: TinyModel) -> tuple[float, float]:
     teacher = model.teacher()
     denoiser = teacher.denoiser.copy(trainable=False).double()
     use_jvp_attention(denoiser.network)
-    condition = teacher.encode(list(model.prompts)).to(dtype=torch.float64)
+    condition = told(model, teacher).to(dtype=torch.float64)
     x_t = noise_of(model.shape(teacher), len(model.prompts)).double()
     with Float64Inside():
         found = check_denoiser_jvp(denoiser, x_t, torch.tensor([0.4, 0.7], dtype=torch.float64), condition)
@@ -163,9 +180,11 @@ def alone_difference(model: TinyModel) -> float:
     teacher = model.teacher()
     x_t, t = noise_of(model.shape(teacher)), torch.tensor([0.4, 0.7])
     with torch.no_grad():
-        joined = Condition.cat([teacher.encode([prompt]) for prompt in model.prompts])
+        joined = Condition.cat([told(model, teacher, [prompt]) for prompt in model.prompts])
         together = teacher.denoiser(x_t, t, joined)
-        alone = [teacher.denoiser(x_t[i : i + 1], t[i : i + 1], teacher.encode([model.prompts[i]])) for i in (0, 1)]
+        alone = [
+            teacher.denoiser(x_t[i : i + 1], t[i : i + 1], told(model, teacher, [model.prompts[i]])) for i in (0, 1)
+        ]
     return distance(together, torch.cat(alone))
 
 
@@ -205,9 +224,7 @@ class FamilyChecks:
         x_t, t = noise_of(self.model.shape(teacher)), torch.tensor([0.4, 0.7])
         blocks = range(len(teacher.family.blocks(teacher.denoiser.network)))
         with torch.no_grad():
-            velocity, features = teacher.denoiser.velocity_and_features(
-                x_t, t, teacher.encode(list(self.model.prompts)), list(blocks)
-            )
+            velocity, features = teacher.denoiser.velocity_and_features(x_t, t, told(self.model, teacher), list(blocks))
         assert velocity.shape == x_t.shape
         channels = teacher.family.feature_channels(teacher.denoiser.network, list(blocks))
         assert [tuple(one.shape[:2]) for one in features] == [(2, width) for width in channels]
@@ -218,9 +235,10 @@ class FamilyChecks:
     def test_pixels_are_those_of_the_stock_decoder(self) -> None:
         teacher = self.model.teacher()
         latents = noise_of(self.model.shape(teacher), 1)
-        pixels = teacher.decode(latents)
+        with torch.no_grad():
+            pixels = teacher.decode(latents)
+            again = teacher.encode_pixels(pixels)
         assert pixels.shape[-2:] == (self.model.size["height"], self.model.size["width"])
-        again = teacher.encode_pixels(pixels)
         assert again.shape == latents.shape
         assert 0 <= pixels.min() < pixels.max() <= 1
 
@@ -259,9 +277,10 @@ class FamilyChecks:
         noise = noise_of(self.model.shape(teacher))
         family = teacher.family
         call = record.call_arguments() | family.text_arguments(self.model.prompts, guided=False)
+        call |= family.picture_arguments(picture_of(self.model))
         found = family.latent_call(stock, call | family.latent_arguments(stock, noise, SEED))
         found = family.canonical_latents(stock, found, tuple(noise.shape[1:]))
-        condition = teacher.encode(list(self.model.prompts))
+        condition = told(self.model, teacher)
         x, denoiser = noise, Denoiser(student, family)
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
             with torch.no_grad():

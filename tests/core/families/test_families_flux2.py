@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,9 @@ def build_patched_vae() -> AutoencoderKLFlux2:
         sample_size=16,
     ).eval()
     generator = torch.Generator().manual_seed(1)
-    vae.bn.running_mean.copy_(0.3 * torch.randn(16, generator=generator))
-    vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
+    statistics: dict[str, Any] = dict(vae.bn.named_buffers())
+    statistics["running_mean"].copy_(0.3 * torch.randn(16, generator=generator))
+    statistics["running_var"].copy_(0.5 + torch.rand(16, generator=generator))
     return vae
 
 
