@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from fewstep.core.families.family import Configs, Family
 from fewstep.core.families.flux import FluxFamily, require_flux
 from fewstep.core.families.flux2 import Flux2Family, require_flux2
+from fewstep.core.families.hunyuan_video import HunyuanVideoFamily, require_hunyuan_video
+from fewstep.core.families.ltx import LtxFamily, require_ltx
 from fewstep.core.families.qwen_image import QwenImageFamily, require_qwen_image
 from fewstep.core.families.sana import SanaFamily, require_sana
 from fewstep.core.families.sana_control import SanaControlFamily
@@ -40,6 +42,8 @@ FAMILIES: dict[str, Kind] = {
     "Flux2KleinPipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
     "Flux2Pipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
     "FluxPipeline": Kind(FluxFamily.from_pipeline, require_flux, TRANSFORMER),
+    "HunyuanVideoPipeline": Kind(HunyuanVideoFamily.from_pipeline, require_hunyuan_video, TRANSFORMER),
+    "LTXPipeline": Kind(LtxFamily.from_pipeline, require_ltx, TRANSFORMER),
     "QwenImagePipeline": Kind(QwenImageFamily.from_pipeline, require_qwen_image, TRANSFORMER),
     "SanaControlNetPipeline": SANA._replace(build=SanaControlFamily.from_pipeline),
     "SanaPipeline": SANA,

@@ -85,7 +85,7 @@ def fused_attention(
     bias = attn_mask
     if attn_mask.dtype == torch.bool:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, MASKED)
-    if bias.ndim == 4 and bias.shape[1:3] == (1, 1):
+    if bias.ndim == 4 and bias.shape[2] == 1 and torch.equal(bias, bias[:, :1].expand_as(bias)):
         return key_biased_attention(query, key, value, bias[:, 0, 0], scale=scale)
     return _dense_attention(query, key, value, attn_mask, bias, scale)
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0, SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -63,7 +64,8 @@ def use_jvp_attention(network: nn.Module) -> None:
             "a wrapper (for DDP, its module), or take the tangent by finite differences"
         )
     # All are known before the first is set.
-    chosen = {name: with_tangent(name, module.processor) for name, module in modules.items()}
+    in_unet = isinstance(network, UNet2DConditionModel)
+    chosen = {name: with_tangent(name, module.processor, in_unet=in_unet) for name, module in modules.items()}
     for name, module in modules.items():
         module.processor = chosen[name]
     for module in network.modules():
@@ -82,11 +84,14 @@ def normalise_in_own_dtype(module: nn.GroupNorm, inputs: tuple[Tensor]) -> tuple
     return (x if module.weight is None else x.to(module.weight.dtype),)
 
 
-def with_tangent(name: str, processor: Any) -> Any:
+def with_tangent(name: str, processor: Any, *, in_unet: bool) -> Any:
     """The processor itself if it has forward mode, or what takes its place."""
     kind = type(processor)
     if kind in KEPT or hasattr(kind, FUSED_TANGENT):
         return processor
+    if kind is AttnProcessor2_0 and not in_unet:
+        # Elsewhere than in U-Nets it is given masks that differ between queries, too.
+        return with_fused_tangent(processor)
     if kind in REPLACEMENTS:
         return REPLACEMENTS[kind]()
     # Processors of diffusers' dispatcher have these; all of them come down to torch's fused attention.
