@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from fewstep.core.families.table import config_components, require_known_class, require_teacher
+from fewstep.core.families.table import config_components, require_known_class, require_teacher, text_components
 from fewstep.core.settings import ModelSource
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -44,7 +44,7 @@ def check_teacher(source: ModelSource) -> None:
             f"embedded_guidance is {source.embedded_guidance}, and the network of {source.path} has no embedding of a "
             "guidance (guidance_embeds): leave it out; guidance is the scale of two calls"
         )
-    for component in ("text_encoder", "tokenizer"):
+    for component in text_components(name):
         if not _is_there(index.get(component)):
             raise ValueError(f"{source.path} has no {component} in its {INDEX}: prompts could not be encoded")
     if folder is not None:

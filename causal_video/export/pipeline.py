@@ -31,12 +31,13 @@ from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.causal_video.stream.world import spread
-from fewstep.core.export.check import PROBE_PROMPTS, PROBE_SEED, ExportMismatchError, relative_difference
+from fewstep.core.export.check import PROBE_SEED, ExportMismatchError, relative_difference
 from fewstep.core.export.directory import check_finite, check_output, new_directory, remove_machine_names
 from fewstep.core.export.model_card import license_of
 from fewstep.core.export.pipeline import DTYPE_NAMES, LIBRARIES, ROUNDING_TOLERANCES, SAMPLER_TOLERANCE
 from fewstep.core.export.record import Verification, public_name
 from fewstep.core.export.run import find_checkpoint, load_base
+from fewstep.core.families.wan import WanFamily
 from fewstep.core.networks.lora import merge_lora
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
@@ -228,7 +229,7 @@ def write_pipeline(pipeline: Any, stored: WanTransformer3DModel, draft: Path, dt
 
 def probe_noise(pipeline: CausalVideoPipeline) -> ChunkNoise:
     """The noise of a stream that is opened with the probe's seed."""
-    indices = tuple(range(len(PROBE_PROMPTS)))
+    indices = tuple(range(len(WanFamily.probe_prompts)))
     return ChunkNoise(PROBE_SEED, indices, pipeline.latent_size(), stream="stream")
 
 
@@ -248,7 +249,7 @@ def probe_rollout(
     opened = CausalVideoPipeline(pipeline, settings, defaults)
     exits = settings.schedule.exits(settings.schedule.longest - 1, probe_chunks(settings))
     frames = settings.layout.extended(probe_chunks(settings)).frames
-    condition = VideoCondition(opened.encode(PROBE_PROMPTS), extra=probe_controls(opened, frames))
+    condition = VideoCondition(opened.encode(WanFamily.probe_prompts), extra=probe_controls(opened, frames))
     video = rollout(opened.network, condition, probe_noise(opened), settings, exits=exits).video
     pipeline.register_modules(transformer=before)
     return video
@@ -260,7 +261,7 @@ def probe_stream(loaded: CausalVideoPipeline) -> Tensor:
     layout = loaded.settings.layout.extended(chunks)
     held = probe_controls(loaded, layout.frames)
     actions = None if held is None else held.split(layout.lengths, dim=2)
-    session = loaded.open(list(PROBE_PROMPTS), seed=PROBE_SEED, decode=False)
+    session = loaded.open(list(WanFamily.probe_prompts), seed=PROBE_SEED, decode=False)
     return torch.cat([output.latents for output in session.stream(chunks, actions)], dim=2)
 
 
@@ -271,7 +272,7 @@ def probe_controls(pipeline: CausalVideoPipeline, frames: int) -> Tensor | None:
         return None
     paces = torch.arange(1, channels + 1, device=pipeline.device)[:, None]
     values = (paces * torch.arange(frames, device=pipeline.device) % 5).float() / 4
-    return spread(values[None].expand(len(PROBE_PROMPTS), -1, -1), height, width)
+    return spread(values[None].expand(len(WanFamily.probe_prompts), -1, -1), height, width)
 
 
 @torch.no_grad()

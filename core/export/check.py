@@ -19,7 +19,6 @@ from fewstep.core.families.family import Family
 from fewstep.core.student import Student
 from fewstep.core.two_time import second_time_of
 
-PROBE_PROMPTS = ("a cat", "7")
 PROBE_SEED = 20240514
 TIMESTEP_TOLERANCE, TIME_TOLERANCE = 1e-3, 2e-6
 
@@ -64,7 +63,7 @@ def make_probe(
 
     Raises ValueError where frames are given for pictures.
     """
-    shape = (len(PROBE_PROMPTS), *family.latent_shape(pipeline, height, width, frames))
+    shape = (len(family.probe_prompts), *family.latent_shape(pipeline, height, width, frames))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(device)
     # Stock calls draw the noise between steps in the shape of their own state.
     state = family.stock_state(pipeline, latents).shape
@@ -78,7 +77,7 @@ def make_probe(
         # Of 8 bits, as a picture of a file is.
         eight_bits = torch.randint(256, (1, 3, *sides), generator=torch.Generator().manual_seed(PROBE_SEED))
         picture = (eight_bits / 255).to(device)
-    return Probe(PROBE_PROMPTS, height, width, latents, renoise, PROBE_SEED, frames=frames, picture=picture)
+    return Probe(family.probe_prompts, height, width, latents, renoise, PROBE_SEED, frames=frames, picture=picture)
 
 
 def training_latents(

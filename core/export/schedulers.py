@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -24,7 +25,7 @@ from diffusers import (
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_angles
 from fewstep.core.families.family import Family
-from fewstep.core.families.unet import noise_table
+from fewstep.core.families.noise_table import ddim_of, noise_table
 from fewstep.core.grids import (
     euler_scheduler_parameters,
     shift_of_grid,
@@ -37,6 +38,10 @@ from fewstep.core.run_settings import Sampler
 
 # The scheduler computes in fp32; one ulp of a time near 1 is 6e-8 and a handful of operations follow.
 GRID_TOLERANCE = 2e-6
+
+
+# A scheduler with this shifts its noise table by a scale of its own (CogVideoX).
+SHIFTED_TABLE = "snr_shift_scale"
 
 
 # A canonical time in fp32 reproduces its table index to about 1e-3 where the table is flattest in t.
@@ -53,7 +58,7 @@ class SchedulerPlan:
     """A scheduler and what the pipeline has to be called with for it to step on the student's grid.
 
     scheduler: a FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler, LCMScheduler, DDIMScheduler,
-        EulerDiscreteScheduler or SCMScheduler.
+        CogVideoXDDIMScheduler, EulerDiscreteScheduler or SCMScheduler.
     network_timesteps: what the network is called with, in the units of the pipeline (fp32 values or table indices).
     step_noise: where the noise between steps comes from, "none" if there is none: the "generator" of the call, or
         torch's "global" one, because the pipeline does not hand its generator to the scheduler.
@@ -266,7 +271,7 @@ def _plan_variance_preserving(pipeline: DiffusionPipeline, spec: SamplerSpec) ->
         raise ValueError(f"the grid {spec.times} ends at table index 0, where LCM returns its input. Use index >= 1.")
     step_noise = _step_noise(pipeline, spec)
     if spec.sampler == "sde" or spec.steps == 1:
-        scheduler, native = _lcm_scheduler(pipeline.scheduler.config, indices)
+        scheduler, native = _lcm_scheduler(pipeline.scheduler, indices)
     else:
         _, last_time = path.flow_time_range
         if spec.times[0] > last_time + GRID_TOLERANCE:
@@ -274,7 +279,7 @@ def _plan_variance_preserving(pipeline: DiffusionPipeline, spec: SamplerSpec) ->
                 f"an ode grid must start on the noise table, at {last_time} instead of {spec.times[0]}: from there on "
                 "stock schedulers step along the predicted noise. nearest_exportable_times gives such a grid."
             )
-        scheduler, native = _ode_scheduler(pipeline.scheduler.config, indices)
+        scheduler, native = _ode_scheduler(pipeline.scheduler, indices)
     if native:
         return SchedulerPlan(scheduler, spec.steps, indices, step_noise)
     if "timesteps" not in inspect.signature(pipeline.__call__).parameters:
@@ -290,10 +295,10 @@ def _uniform_indices(table_length: int, steps: int) -> tuple[int, ...]:
     return tuple(i * (table_length // steps) - 1 for i in range(steps, 0, -1))
 
 
-def _lcm_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[LCMScheduler, bool]:
+def _lcm_scheduler(teacher: Any, indices: tuple[int, ...]) -> tuple[LCMScheduler, bool]:
     """LCMScheduler on the teacher's table, and whether it reaches `indices` from `num_inference_steps` alone."""
-    length, steps = config["num_train_timesteps"], len(indices)
-    settings: dict[str, Any] = _table_settings(config) | {"timestep_scaling": LCM_TIMESTEP_SCALING}
+    length, steps = teacher.config["num_train_timesteps"], len(indices)
+    settings: dict[str, Any] = _table_settings(teacher) | {"timestep_scaling": LCM_TIMESTEP_SCALING}
     # steps first: it is the readable one, and the grid of DMD2 (999, 749, 499, 249) has it
     for original_steps in range(steps, length + 1):
         if _lcm_indices(length, original_steps, steps) == indices:
@@ -309,14 +314,19 @@ def _lcm_indices(length: int, original_steps: int, steps: int) -> tuple[int, ...
     return tuple(int((original_steps - i) * stride - 1) for i in chosen)
 
 
-def _ode_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[DDIMScheduler | EulerDiscreteScheduler, bool]:
+def _ode_scheduler(teacher: Any, indices: tuple[int, ...]) -> tuple[Any, bool]:
     """DDIM where its own grid is `indices`, else Euler, which takes any indices as an argument of the call."""
-    settings = _table_settings(config)
+    settings, config = _table_settings(teacher), teacher.config
     length, steps = config["num_train_timesteps"], len(indices)
-    if length % steps == 0 and indices == _uniform_indices(length, steps):
+    uniform = length % steps == 0 and indices == _uniform_indices(length, steps)
+    if uniform and SHIFTED_TABLE in config:
+        own: Any = CogVideoXDDIMScheduler
+        ends = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+        return own.from_config({**config, **ends}), True
+    if uniform:
         ddim = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, **settings)
         return ddim, True
-    if settings["rescale_betas_zero_snr"]:
+    if config.get("rescale_betas_zero_snr"):
         raise ValueError(
             f"the teacher's table has zero terminal SNR, on which Euler steps of stock schedulers start from another "
             f"alpha; DDIM steps at the indices {_uniform_indices(length, steps)} of {steps} even steps alone. Train on "
@@ -326,8 +336,15 @@ def _ode_scheduler(config: dict, indices: tuple[int, ...]) -> tuple[DDIMSchedule
     return EulerDiscreteScheduler(timestep_spacing="leading", final_sigmas_type="zero", **settings), False
 
 
-def _table_settings(config: dict) -> dict[str, Any]:
+def _table_settings(teacher: Any) -> dict[str, Any]:
     """The teacher's noise table and prediction type, as arguments of a scheduler."""
+    config = teacher.config
+    if SHIFTED_TABLE in config:
+        # Other schedulers know no such shift, and any table by its betas.
+        table = ddim_of(teacher).alphas_cumprod.double()
+        betas = (1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])).tolist()
+        kept = {name: config[name] for name in ("num_train_timesteps", "prediction_type")}
+        return {**kept, "trained_betas": betas, "steps_offset": 1}
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     settings: dict[str, Any] = {name: config[name] for name in names}
     settings["rescale_betas_zero_snr"] = config.get("rescale_betas_zero_snr", False)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import vae_decode, vae_encode
+from fewstep.core.families.latents import vae_decode, vae_encode
 from fewstep.core.grids import validate_grid
 
 # Configs of a pipeline's components by name, as their JSON files have them; "" is the pipeline's own.
@@ -35,6 +35,7 @@ class Family(Protocol):
         lora_targets: ends of the names of the layers that get adapters.
         takes_picture: whether the network is told a picture beside the text, such as the first frame.
         block_lists: the network's lists of blocks in the order of the call.
+        probe_prompts: what an export is asked for when it is compared with the training.
         time_scale: the scheduler's time at t = 1.
     """
 
@@ -43,6 +44,7 @@ class Family(Protocol):
     makes_videos: ClassVar[bool] = False
     takes_picture: ClassVar[bool] = False
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    probe_prompts: ClassVar[tuple[str, ...]] = ("a cat", "7")
     time_scale: float
 
     # The network.

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -30,7 +29,7 @@ from fewstep.core.families.family import (
     require_pictures,
     require_same_channels,
 )
-from fewstep.core.families.packing import pack_patches, positions, require_even, unpack_patches
+from fewstep.core.families.latents import pack_patches, positions, require_even, require_scaling, unpack_patches
 
 # Lengths to which the text is padded, all of which the network attends to: dev, and schnell by its model card.
 TEXT_TOKENS, SCHNELL_TEXT_TOKENS = 512, 256

@@ -30,7 +30,7 @@ from fewstep.core.families.family import (
     require_pictures,
     require_same_channels,
 )
-from fewstep.core.families.packing import PATCH, flatten_positions, positions, unflatten_positions
+from fewstep.core.families.latents import PATCH, flatten_positions, positions, unflatten_positions
 
 AnyFlux2Pipeline: TypeAlias = Flux2Pipeline | Flux2KleinPipeline
 

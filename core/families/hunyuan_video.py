@@ -19,7 +19,6 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import latent_frames, require_scaling, vae_encode
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -28,6 +27,7 @@ from fewstep.core.families.family import (
     require_flow_scheduler,
     require_same_channels,
 )
+from fewstep.core.families.latents import latent_frames, require_scaling, vae_encode
 
 # What the stock call makes when it is told nothing, and tells the network.
 STOCK_SIZE, STOCK_FRAMES, TEXT_TOKENS, STOCK_GUIDANCE = (720, 1280), 129, 256, 6.0
@@ -117,9 +117,7 @@ class HunyuanVideoFamily(Family):
         """(C, F, h, w). Raises ValueError when a side is no multiple of 16 pixels, or frames are not 4 k + 1."""
         factor, patch = pipeline.vae_scale_factor_spatial, pipeline.transformer.config["patch_size"]
         height, width = pixel_size(STOCK_SIZE, height, width, multiple=max(16, factor * patch))
-        count = latent_frames(
-            STOCK_FRAMES if frames is None else frames, factor=pipeline.vae_scale_factor_temporal
-        )
+        count = latent_frames(STOCK_FRAMES if frames is None else frames, factor=pipeline.vae_scale_factor_temporal)
         return pipeline.transformer.config["in_channels"], count, height // factor, width // factor
 
     def call_sigmas(self, steps: int) -> list[float]:
@@ -133,7 +131,9 @@ class HunyuanVideoFamily(Family):
 
     def telling(self, guidance: float) -> Family:
         """The same told another guidance. Raises ValueError for networks without an embedding of it."""
-        return super().telling(guidance) if self.embedded_guidance is None else replace(self, embedded_guidance=guidance)
+        return (
+            super().telling(guidance) if self.embedded_guidance is None else replace(self, embedded_guidance=guidance)
+        )
 
     def call_arguments(
         self,

@@ -19,7 +19,6 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import latent_frames, vae_decode, vae_encode
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -28,7 +27,7 @@ from fewstep.core.families.family import (
     require_flow_scheduler,
     require_same_channels,
 )
-from fewstep.core.families.packing import flatten_positions, unflatten_positions
+from fewstep.core.families.latents import flatten_positions, latent_frames, unflatten_positions, vae_decode, vae_encode
 
 # What the stock call makes when it is told nothing.
 STOCK_SIZE, STOCK_FRAMES, FRAME_RATE, TEXT_TOKENS = (512, 704), 161, 25, 128

@@ -19,7 +19,6 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import vae_decode, vae_encode
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -28,7 +27,7 @@ from fewstep.core.families.family import (
     require_flow_scheduler,
     require_pictures,
 )
-from fewstep.core.families.packing import pack_patches, require_even, unpack_patches
+from fewstep.core.families.latents import pack_patches, require_even, unpack_patches, vae_decode, vae_encode
 
 # What the stock call keeps of a text.
 TEXT_TOKENS = 512

@@ -23,7 +23,6 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -33,6 +32,7 @@ from fewstep.core.families.family import (
     require_fixed_grid,
     require_pictures,
 )
+from fewstep.core.families.latents import require_scaling
 
 AnySanaPipeline = SanaPipeline | SanaSprintPipeline
 # Blocks whose outputs SANA-Sprint's discriminator reads, of the 20 that its network has (arXiv:2503.09641).

@@ -19,7 +19,6 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -29,6 +28,7 @@ from fewstep.core.families.family import (
     require_fixed_grid,
     require_pictures,
 )
+from fewstep.core.families.latents import require_scaling
 
 # Length of the T5 part in the stock pipeline; without T5 it appends as many zero tokens.
 T5_TOKENS = 256

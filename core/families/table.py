@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 
+from fewstep.core.families.cogvideox import CogVideoXFamily, require_cogvideox
+from fewstep.core.families.dit import DitFamily, require_dit
 from fewstep.core.families.family import Configs, Family
 from fewstep.core.families.flux import FluxFamily, require_flux
 from fewstep.core.families.flux2 import Flux2Family, require_flux2
 from fewstep.core.families.hunyuan_video import HunyuanVideoFamily, require_hunyuan_video
 from fewstep.core.families.ltx import LtxFamily, require_ltx
+from fewstep.core.families.pixart import PixArtFamily, require_pixart
 from fewstep.core.families.qwen_image import QwenImageFamily, require_qwen_image
 from fewstep.core.families.sana import SanaFamily, require_sana
 from fewstep.core.families.sana_control import SanaControlFamily
@@ -25,12 +28,14 @@ from fewstep.core.families.z_image import ZImageFamily, require_z_image
 class Kind(NamedTuple):
     """How the family of a pipeline is made, and what refuses one that it cannot call.
 
-    `require` takes the configs of the pipeline ("") and of these `components`, as their JSON files have them.
+    One that reads no text is told classes. `require` takes the configs of the pipeline ("") and of these `components`,
+    as their JSON files have them.
     """
 
     build: Callable[[Any], Family]
     require: Callable[[Configs], None]
     components: tuple[str, ...]
+    reads_text: bool = True
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
@@ -39,11 +44,14 @@ TRANSFORMER = ("transformer", "scheduler", "vae")
 SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
 FAMILIES: dict[str, Kind] = {
+    "CogVideoXPipeline": Kind(CogVideoXFamily.from_pipeline, require_cogvideox, TRANSFORMER),
+    "DiTPipeline": Kind(DitFamily.from_pipeline, require_dit, TRANSFORMER, reads_text=False),
     "Flux2KleinPipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
     "Flux2Pipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
     "FluxPipeline": Kind(FluxFamily.from_pipeline, require_flux, TRANSFORMER),
     "HunyuanVideoPipeline": Kind(HunyuanVideoFamily.from_pipeline, require_hunyuan_video, TRANSFORMER),
     "LTXPipeline": Kind(LtxFamily.from_pipeline, require_ltx, TRANSFORMER),
+    "PixArtSigmaPipeline": Kind(PixArtFamily.from_pipeline, require_pixart, TRANSFORMER),
     "QwenImagePipeline": Kind(QwenImageFamily.from_pipeline, require_qwen_image, TRANSFORMER),
     "SanaControlNetPipeline": SANA._replace(build=SanaControlFamily.from_pipeline),
     "SanaPipeline": SANA,
@@ -97,6 +105,11 @@ def configs_of(pipeline: DiffusionPipeline) -> dict[str, Mapping[str, Any]]:
 def config_components(name: str) -> tuple[str, ...]:
     """The components whose configs `require_teacher` reads for a class of pipelines."""
     return FAMILIES[name].components
+
+
+def text_components(name: str) -> tuple[str, ...]:
+    """The components without which a class of pipelines reads no text."""
+    return ("text_encoder", "tokenizer") if FAMILIES[name].reads_text else ()
 
 
 def require_teacher(name: str, configs: Configs) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.autoencoder import require_scaling
 from fewstep.core.families.family import (
     Configs,
     Family,
@@ -28,7 +27,7 @@ from fewstep.core.families.family import (
     require_flow_scheduler,
     require_pictures,
 )
-from fewstep.core.families.packing import require_even
+from fewstep.core.families.latents import require_even, require_scaling
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers import ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def add_lora(
     Raises:
         ValueError: the network takes no adapters or has some, an argument is out of range, or a target has no layer.
     """
-    if not isinstance(network, AdapterNetwork):
+    if not isinstance(network, AdapterNetwork) and not isinstance(network, ModelMixin):
         raise ValueError(f"{type(network).__name__} has no add_adapter: LoRA needs a diffusers model")
     if rank < 1 or not alpha > 0:
         raise ValueError(f"LoRA needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
@@ -74,7 +75,12 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         # peft annotates lora_alpha as int and divides it by the rank as a number.
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*targets])  # pyright: ignore[reportArgumentType]
-        network.add_adapter(config, ADAPTER)
+        if isinstance(network, AdapterNetwork):
+            network.add_adapter(config, ADAPTER)
+        else:
+            # PixArt and DiT are no adapter networks of diffusers; peft puts adapters into any.
+            inject_adapter_in_model(config, network, ADAPTER)
+            network.peft_config = {ADAPTER: config}  # pyright: ignore[reportArgumentType]
     generator = torch.Generator().manual_seed(seed)
     for name in lora_layers(network):
         _initialise(network.get_submodule(name), generator, start, rank)
@@ -89,10 +95,19 @@ def merge_lora(network: nn.Module) -> None:
     Raises:
         ValueError: the network has no adapters, or merging would make a weight not finite.
     """
-    if not isinstance(network, AdapterNetwork) or not lora_layers(network):
+    names = lora_layers(network)
+    if not names:
         raise ValueError("the network has no LoRA adapters to merge")
-    network.fuse_lora(safe_fusing=True)
-    network.unload_lora()
+    if isinstance(network, AdapterNetwork):
+        network.fuse_lora(safe_fusing=True)
+        network.unload_lora()
+        return
+    for name in names:
+        layer: Any = network.get_submodule(name)
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    del network.peft_config
 
 
 def merge_lora_file(pipeline: Any, source: str, *, scale: float) -> None:

