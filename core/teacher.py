@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.families.family import network_dtype
-from fewstep.core.families.table import build_family, configs_of, require_known_class, require_teacher
+from fewstep.core.families.table import (
+    build_family,
+    configs_of,
+    loading_arguments,
+    require_known_class,
+    require_teacher,
+)
 from fewstep.core.networks.experts import Experts
 from fewstep.core.networks.guidance_off import drop_guidance_off
 from fewstep.core.networks.lora import add_lora_file, merge_lora_file
@@ -30,7 +36,7 @@ from fewstep.core.networks.quantised import Quantisation, quantise
 from fewstep.core.networks.shared import beside
 from fewstep.core.paths import x0_from_velocity
 from fewstep.core.settings import DataConfig, ModelSource, TeacherConfig
-from fewstep.core.teacher_files import check_pipeline_folder, fetch, variant_of
+from fewstep.core.teacher_files import check_pipeline_folder, fetch, read_index, variant_of
 from fewstep.core.weights import EXPERT_FOLDERS
 
 
@@ -138,7 +144,7 @@ class Teacher:
             dtype={"default": dtype, "vae": vae_dtype, **dict.fromkeys(EXPERT_FOLDERS, network_dtype or dtype)},
             use_safetensors=True,
             variant=variant_of(folder, source.variant),
-            **dict.fromkeys(null_components),
+            **{**dict.fromkeys(null_components), **loading_arguments(source.pipeline or class_of(folder))},
         )
         if source.lora is not None and getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError(
@@ -277,6 +283,11 @@ class Teacher:
             time = torch.full((len(x_t),), t, dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
             x_t = x_t + (t_next - t) * self.velocity(x_t, time, condition, guidance)
         return x_t
+
+
+def class_of(folder: Path) -> str:
+    """The class that a pipeline's index names."""
+    return str(read_index(folder).get("_class_name"))
 
 
 def pipeline_class(name: str | None) -> Any:

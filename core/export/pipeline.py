@@ -39,6 +39,7 @@ from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import is_sprint_network, sprint_teacher
 from fewstep.core.export.schedulers import SchedulerPlan, plan_scheduler
 from fewstep.core.export.second_time import bake_second_time
+from fewstep.core.families.table import loading_arguments
 from fewstep.core.networks.guidance_off import with_guidance_off
 from fewstep.core.networks.lora import lora_state_dict, merge_lora
 from fewstep.core.settings import ModelSource
@@ -321,7 +322,8 @@ def _verify(job: _Job, draft: Path, *, stored_latents: Tensor, trained_latents: 
 def _load(job: _Job, draft: Path) -> Any:
     """The export as a user would load it, in fp32: diffusers casts to that by default, transformers does not."""
     if not job.lora_only:
-        return DiffusionPipeline.from_pretrained(draft, dtype=torch.float32)
+        # What an export leaves to those who load it, such as a guardrail, stands in here.
+        return DiffusionPipeline.from_pretrained(draft, dtype=torch.float32, **loading_arguments(job.pipeline_name))
     base = Teacher.load(job.teacher_path, network_dtype=getattr(torch, job.report.base_dtype))
     base.denoiser.float()
     pipeline: Any = base.pipeline

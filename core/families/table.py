@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 
 from fewstep.core.families.cogvideox import CogVideoXFamily, require_cogvideox
+from fewstep.core.families.cosmos import CosmosFamily, require_cosmos, without_guardrail
 from fewstep.core.families.dit import DitFamily, require_dit
 from fewstep.core.families.family import Configs, Family
 from fewstep.core.families.flux import FluxFamily, require_flux
@@ -29,13 +30,15 @@ class Kind(NamedTuple):
     """How the family of a pipeline is made, and what refuses one that it cannot call.
 
     One that reads no text is told classes. `require` takes the configs of the pipeline ("") and of these `components`,
-    as their JSON files have them.
+    as their JSON files have them. `stand_ins` are components that take the place of the pipeline's own when it is
+    loaded here.
     """
 
     build: Callable[[Any], Family]
     require: Callable[[Configs], None]
     components: tuple[str, ...]
     reads_text: bool = True
+    stand_ins: Callable[[], dict[str, Any]] = dict
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
@@ -45,6 +48,9 @@ SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
 FAMILIES: dict[str, Kind] = {
     "CogVideoXPipeline": Kind(CogVideoXFamily.from_pipeline, require_cogvideox, TRANSFORMER),
+    "Cosmos2_5_PredictBasePipeline": Kind(
+        CosmosFamily.from_pipeline, require_cosmos, TRANSFORMER, stand_ins=without_guardrail
+    ),
     "DiTPipeline": Kind(DitFamily.from_pipeline, require_dit, TRANSFORMER, reads_text=False),
     "Flux2KleinPipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
     "Flux2Pipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
@@ -70,6 +76,11 @@ TEXT_ALONE = "its network is told pictures beside the text, which its students w
 RELATIVES = {
     **dict.fromkeys(
         ("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"), TEXT_ALONE.format("FLUX.1-dev or schnell")
+    ),
+    **dict.fromkeys(
+        ("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
+        "its stock call repeats the last of its EDM sigmas, so that K steps are K - 1 and one step returns the noise, "
+        "and it cannot noise a state again: no student of it could be called as it was trained; use Cosmos Predict 2.5",
     ),
     "Flux2KleinKVPipeline": "it keeps keys of pictures between its calls; use FLUX.2-klein",
     **dict.fromkeys(
@@ -105,6 +116,11 @@ def configs_of(pipeline: DiffusionPipeline) -> dict[str, Mapping[str, Any]]:
 def config_components(name: str) -> tuple[str, ...]:
     """The components whose configs `require_teacher` reads for a class of pipelines."""
     return FAMILIES[name].components
+
+
+def loading_arguments(name: str) -> dict[str, Any]:
+    """Components with which a class of pipelines is loaded here, in the place of its own."""
+    return FAMILIES[name].stand_ins() if name in FAMILIES else {}
 
 
 def text_components(name: str) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class TinyModel:
         lora: whether the pipeline loads adapters.
         samplers: those of its exports.
         shift: of the grids of its students.
+        parts: components that those who load an export bring along.
         indices: of its students' grids by their steps, for networks on a noise table.
     """
 
@@ -60,6 +61,7 @@ class TinyModel:
     )
     lora: bool = True
     indices: Mapping[int, tuple[int, ...]] | None = None
+    parts: Callable[[], dict[str, Any]] = dict
     samplers: tuple[str, ...] = ("ode", "sde")
     shift: float = 3.0
 
@@ -287,7 +289,7 @@ class FamilyChecks:
         times = self.model.times(2, teacher)
         student = student_of(teacher)
         record = export_student(self.model, folder, tmp_path / "export", times, "ode", student=student)
-        stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "export")
+        stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "export", **self.model.parts())
         stock.set_progress_bar_config(disable=True)
         noise = noise_of(self.model.shape(teacher))
         family = teacher.family
