@@ -230,6 +230,11 @@ def generate(
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
     family = _family_of(pipeline)
+    if family.takes_picture:
+        raise ValueError(
+            f"{type(pipeline).__name__} is told a picture with each prompt, which the evaluation does not give: judge "
+            "finished videos (--pictures), or its text-to-video model"
+        )
     shape = family.latent_shape(pipeline, grid.height, grid.width, frames=grid.frames)
     size = family.call_arguments(pipeline, height=grid.height, width=grid.width, frames=grid.frames)
     name = type(pipeline.scheduler).__name__

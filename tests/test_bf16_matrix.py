@@ -38,8 +38,14 @@ from tests.causal_video.tiny_causal_run import start_causal, tiny_causal
 from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
 from tests.core.families.checks import TinyModel
+from tests.core.families.test_families_cogvideox import LARGE as COGVIDEOX
+from tests.core.families.test_families_cosmos import MODEL as COSMOS
+from tests.core.families.test_families_dit import MODEL as DIT
 from tests.core.families.test_families_flux import MODEL as FLUX
 from tests.core.families.test_families_flux2 import KLEIN
+from tests.core.families.test_families_hunyuan_video import MODEL as HUNYUAN_VIDEO
+from tests.core.families.test_families_ltx import MODEL as LTX
+from tests.core.families.test_families_pixart import MODEL as PIXART
 from tests.core.families.test_families_qwen_image import MODEL as QWEN_IMAGE
 from tests.core.families.test_families_wan_experts import PICTURE as WAN_IMAGE_EXPERTS
 from tests.core.families.test_families_wan_experts import TEXT as WAN_EXPERTS
@@ -67,12 +73,20 @@ LATER: dict[str, TinyModel] = {
     "flux2": KLEIN,
     "qwen_image": QWEN_IMAGE,
     "z_image": Z_IMAGE,
+    "hunyuan_video": HUNYUAN_VIDEO,
+    "ltx": LTX,
+    "cosmos": COSMOS,
+    "pixart": PIXART,
+    "dit": DIT,
+    "cogvideox": COGVIDEOX,
     "wan_image": WAN_IMAGE,
     "wan_ti2v": WAN_TI2V,
     "wan_experts": WAN_EXPERTS,
     "wan_image_experts": WAN_IMAGE_EXPERTS,
 }
 # Tangents along time of SD3 and Wan are tested elsewhere; those of a table's U-Net and of SANA here.
+# DiT's stock call knows even grids of its table alone.
+GRIDS: dict[str, Any] = {"dit": {"student.steps": 2, "student.timesteps": (999.0, 499.0)}}
 VIDEOS = ("wan", "wan_time_per_token")
 CONSISTENT = ("sd15", "sdxl", "sana", "wan_time_per_token")
 ADAPTERS = {"student.lora_rank": 2, "fake_score.lora_rank": 2}
@@ -110,14 +124,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family
     def of(name: str) -> FamilyInputs:
         folder = tmp_path_factory.mktemp(name)
         pipeline = LATER[name].build() if name in LATER else FAMILIES[name]()
+        if name == "cosmos":
+            # The stand-in of its guardrail is no part of a model.
+            pipeline.register_modules(safety_checker=None)
         teacher = save_pipeline(pipeline, folder / "teacher")
         size: dict[str, Any] = {"height": 32, "width": 32, "frames": 5} if name in VIDEOS else {}
         size = dict(LATER[name].size) if name in LATER else size
         loaded = Teacher.load(teacher)
         shape = loaded.latent_shape(**size)
-        (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        # A teacher that is told classes reads numbers alone.
+        prompts = ("207", "1", "2", "3", "4") if name == "dit" else PROMPTS
+        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         latents = 0.3 + 0.8 * sample_noise(9, range(5), shape, stream="data")
-        captions = tuple(f"picture {number}" for number in range(5))
+        captions = prompts if name == "dit" else tuple(f"picture {number}" for number in range(5))
         LatentDataset(latents, captions).save(folder / "latents")
         LatentDataset(latents, captions, latents.flip(0)).save(folder / "pairs")
         inputs = TinyInputs(teacher, folder / "prompts.txt", folder / "latents", folder / "pairs")
@@ -172,6 +191,7 @@ def test_matching(families: Callable[[str], FamilyInputs], tmp_path: Path, name:
     family = families(name)
     gan = GanConfig(latents=str(family.inputs.latents), weight=0.1, discriminator_weight=0.5)
     changes: dict[str, Any] = {f"data.{key}": value for key, value in family.size.items()} | {"student.steps": 2}
+    changes |= GRIDS.get(name, {})
     changes |= {
         "dmd": {},
         "sid": {"dmd": None, "sid": SidObjective()},
@@ -185,7 +205,8 @@ def test_matching(families: Callable[[str], FamilyInputs], tmp_path: Path, name:
     exact, half = in_both(tiny_config(family.inputs, tmp_path / "run", changes), dmd_first)
     rewards = tuple(key for key in exact if key.startswith("reward_"))
     assert len(rewards) == (objective == "refl")
-    assert_close(exact, half, ("fake_score_loss", "matching_student_std", "matching_teacher_std", *rewards))
+    names = ("fake_score_loss", "matching_student_std", "matching_teacher_std", *rewards)
+    assert_close(exact, half, names, ROUGH if name in LATER else CLOSE)
 
 
 def consistency_first(config: Any) -> dict[str, float]:
@@ -222,7 +243,7 @@ def test_consistency(families: Callable[[str], FamilyInputs], tmp_path: Path, na
         },
     }[objective]
     config = tiny_consistency(family.inputs, tmp_path / "run", "dcm")
-    size = {f"data.{key}": value for key, value in family.size.items()}
+    size = {f"data.{key}": value for key, value in family.size.items()} | GRIDS.get(name, {})
     config = changed(config, {"dcm": None, **sections, **size})
     exact, half = in_both(config, consistency_first)
     names = tuple(

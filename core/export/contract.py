@@ -47,17 +47,21 @@ def own_size(folder: str | Path) -> tuple[int, int]:
     place = Path(folder)
     network = "transformer" if (place / "transformer").is_dir() else "unet"
     try:
-        latent = json.loads((place / network / "config.json").read_text(encoding="utf-8"))["sample_size"]
+        # Networks that take any size do not say one; their pipelines draw 128 latents a side.
+        latent = json.loads((place / network / "config.json").read_text(encoding="utf-8")).get("sample_size", 128)
         vae = json.loads((place / "vae" / "config.json").read_text(encoding="utf-8"))
-        levels = vae["encoder_block_out_channels" if "encoder_block_out_channels" in vae else "block_out_channels"]
+        halvings = vae.get("temperal_downsample")
+        if halvings is None:
+            # Every level of the autoencoder but the last halves both sides.
+            halvings = vae.get("encoder_block_out_channels") or vae["block_out_channels"]
+            halvings = halvings[1:]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{place} does not tell its picture size: {network}/config.json needs sample_size and vae/config.json "
-            f"block_out_channels ({error!r})"
+            f"{place} does not tell its picture size: {network}/config.json and vae/config.json with "
+            f"block_out_channels are needed ({error!r})"
         ) from error
     height, width = (latent, latent) if isinstance(latent, int) else latent
-    # Every level of the autoencoder but the last halves both sides.
-    factor = 2 ** (len(levels) - 1)
+    factor = 2 ** len(halvings)
     return height * factor, width * factor
 
 

@@ -132,11 +132,19 @@ def loading_snippet(record: ExportRecord, directory: str) -> str:
     lines = ["import torch"] if dtype or record.step_noise == "global" else []
     if record.weights == "lora":
         absent = "".join(f", {name}=None" for name in record.absent_components)
+        # The files of one model may serve a pipeline with a picture and one without.
+        kind = record.pipeline if record.told_picture else "DiffusionPipeline"
+        second = [
+            f'pipeline.load_lora_weights("{directory}", weight_name="{name}", load_into_transformer_2=True)'
+            for name in record.lora_files[1:]
+        ]
+        first = f', weight_name="{record.lora_files[0]}"' if second else ""
         lines += [
-            f"from diffusers import DiffusionPipeline, {record.scheduler}",
+            f"from diffusers import {kind}, {record.scheduler}",
             "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{record.base_model}"{dtype}{absent})',
-            f'pipeline.load_lora_weights("{directory}")',
+            f'pipeline = {kind}.from_pretrained("{record.base_model}"{dtype}{absent})',
+            f'pipeline.load_lora_weights("{directory}"{first})',
+            *second,
             f'pipeline.scheduler = {record.scheduler}.from_pretrained("{directory}", subfolder="scheduler")',
         ]
     else:
@@ -148,7 +156,11 @@ def loading_snippet(record: ExportRecord, directory: str) -> str:
     if record.step_noise == "global":
         lines.append("torch.manual_seed(0)")
     made = "frames = {}.frames[0]" if _kind(record) == "video" else "image = {}.images[0]"
-    lines.append(made.format(f'pipeline("a prompt", {arguments})'))
+    if record.told_picture:
+        size = f"({record.width}, {record.height})"
+        lines += [f'picture = load_image("picture.png").resize({size})']
+        lines.insert(0, "from diffusers.utils import load_image")
+    lines.append(made.format(f"pipeline({record.example_call}, {arguments})"))
     return "\n".join(lines) + "\n"
 
 

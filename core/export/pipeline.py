@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from fewstep.core.export.adapters import load_adapter_files, write_adapters
+from fewstep.core.export.adapters import LORA_FILES, load_adapter_files, write_adapters
 from fewstep.core.export.anyflow import anyflow_pipeline, is_anyflow_student, plan_anyflow
 from fewstep.core.export.check import (
     ExportMismatchError,
@@ -349,6 +349,9 @@ def _record(job: _Job, *, name: str) -> ExportRecord:
         num_inference_steps=plan.num_inference_steps,
         guidance_scale=job.guidance_scale,
         guidance_arguments=job.guidance,
+        example_call=job.teacher.family.example_call,
+        told_picture=job.teacher.family.takes_picture,
+        lora_files=LORA_FILES[: len(job.teacher.family.parts(job.teacher.denoiser.network))] if job.lora_only else (),
         other_arguments={name: value for name, value in size.items() if name not in NAMED_ARGUMENTS},
         sigmas=plan.sigmas,
         timesteps=plan.timesteps,

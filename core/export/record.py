@@ -77,6 +77,9 @@ class ExportRecord:
     guidance_scale: what the network is told where it is told a guidance, else 1.
     guidance_arguments: arguments of the call with which it makes no second call of the network, and tells it that.
     other_arguments: further arguments of the call, such as a frame rate.
+    example_call: what the call is given first, as Python.
+    lora_files: names of the files of adapters, of which a second is for the second of two networks.
+    told_picture: whether every call is told a picture beside the text.
     num_inference_steps, sigmas, timesteps, height, width: arguments of the pipeline's __call__, None where it needs
         none.
     max_timesteps, intermediate_timesteps: angles, arguments of SanaSprintPipeline.
@@ -128,6 +131,9 @@ class ExportRecord:
     training_sampler: Literal["sde", "ode", "flow_map"] | None = None
     guidance_arguments: dict[str, float] | None = None
     other_arguments: dict[str, Any] = field(default_factory=dict)
+    example_call: str = '"a prompt"'
+    lora_files: tuple[str, ...] = ()
+    told_picture: bool = False
 
     @property
     def guidance_off(self) -> bool:
@@ -176,8 +182,9 @@ def read_record(directory: str | Path) -> ExportRecord:
     """Read the `distillation.json` of an export. Raises FileNotFoundError if the directory has none."""
     content = json.loads((Path(directory) / RECORD_FILE).read_text(encoding="utf-8"))
     del content["call"]
-    for name in ("times", "network_timesteps", "sigmas", "timesteps", "absent_components"):
-        content[name] = None if content[name] is None else tuple(content[name])
+    for name in ("times", "network_timesteps", "sigmas", "timesteps", "absent_components", "lora_files"):
+        # Older records have no files of adapters.
+        content[name] = None if content.get(name, ()) is None else tuple(content.get(name, ()))
     content["figures"] = tuple(Figure(**figure) for figure in content["figures"])
     content["versions"] = tuple(content["versions"].items())
     if content["verification"] is not None:

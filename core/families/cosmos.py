@@ -73,6 +73,8 @@ class CosmosFamily(Family):
     text_tokens: int = TEXT_TOKENS
     spatial: int = 8
     name: ClassVar[str] = "cosmos"
+    # A picture would come first.
+    example_call: ClassVar[str] = 'prompt="a prompt"'
     makes_videos: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn1.to_q",

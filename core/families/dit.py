@@ -40,6 +40,7 @@ class DitFamily(TableFamily):
     classes: tuple[tuple[str, int], ...] = ()
     name: ClassVar[str] = "dit"
     probe_prompts: ClassVar[tuple[str, ...]] = ("207", "7")
+    example_call: ClassVar[str] = "class_labels=[207]"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     @staticmethod

@@ -36,6 +36,7 @@ class Family(Protocol):
         takes_picture: whether the network is told a picture beside the text, such as the first frame.
         block_lists: the network's lists of blocks in the order of the call.
         probe_prompts: what an export is asked for when it is compared with the training.
+        example_call: what a stock call is given first, as Python.
         time_scale: the scheduler's time at t = 1.
     """
 
@@ -45,6 +46,7 @@ class Family(Protocol):
     takes_picture: ClassVar[bool] = False
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     probe_prompts: ClassVar[tuple[str, ...]] = ("a cat", "7")
+    example_call: ClassVar[str] = '"a prompt"'
     time_scale: float
 
     # The network.

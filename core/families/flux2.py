@@ -57,6 +57,8 @@ class Flux2Family(Family):
     text_tokens: int
     embedded_guidance: float | None = None
     name: ClassVar[str] = "flux2"
+    # A picture would come first.
+    example_call: ClassVar[str] = 'prompt="a prompt"'
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
     # attn.to_out of the single blocks is a layer, and of the others a list: no ending means one alone.
     lora_targets: ClassVar[tuple[str, ...]] = (

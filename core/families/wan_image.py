@@ -36,6 +36,7 @@ class WanImageFamily(WanFamily):
     """
 
     name: ClassVar[str] = "wan_image"
+    example_call: ClassVar[str] = 'image=picture, prompt="a prompt"'
     takes_picture: ClassVar[bool] = True
 
     @staticmethod
