@@ -92,6 +92,8 @@ def test_settings_of_another_model_are_refused(tmp_path: Path, changes: dict[str
 def test_adapters_of_two_experts_are_trained_and_exported(tmp_path: Path, lora_only: bool) -> None:
     EXPERTS.build().save_pretrained(tmp_path / "model")
     adapters = {"student.lora_rank": 2, "fake_score.lora_rank": 2, "student.steps": 4, "student.shift": 5.0}
+    # Enough steps for the calls that learn to be of both experts.
+    adapters |= {"run.steps": 8, "fake_score.ratio": 1}
     run = trained(EXPERTS, tmp_path, {**adapters, "teacher.guidance_low": 1.5})
     folder, record = export_run(run, files=ExportFiles(lora_only=lora_only))
     assert record.verification is not None
