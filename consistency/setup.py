@@ -173,14 +173,14 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
 
 
 def times_of_student(config: ConsistencyConfig, teacher: Teacher) -> tuple[float, ...]:
-    """The times of the student's calls. Raises ValueError for those that no export of it could step on."""
-    settings, sampler = config.student, config.student_settings.sampler
+    """The times of the student's calls. Raises ValueError for those of one grid that no export could step on."""
+    settings, run = config.student, config.student_settings
     if config.sana_sprint is not None:
         return sprint_times(settings.steps)
-    if sampler == "flow_map":
-        # A flow map is exported for any times, or with its second time in the weights.
+    if run.any_steps or run.sampler == "flow_map":
+        # A student of all times can be exported on another grid than that of its samples, a flow map on any.
         return student_times(teacher.pipeline, settings)
-    return exportable_times(teacher.pipeline, teacher.family, settings, sampler)
+    return exportable_times(teacher.pipeline, teacher.family, settings, run.sampler)
 
 
 def student_role_every(sprint: SprintConfig | None) -> int:

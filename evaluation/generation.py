@@ -85,6 +85,17 @@ def _family_of(pipeline: Any) -> Family:
     return anyflow_family(pipeline) if isinstance(pipeline, AnyFlowPipeline) else build_family(pipeline)
 
 
+def _family_told_text(pipeline: Any) -> Family:
+    """How a pipeline is called. Raises ValueError for one that is told a picture beside the text."""
+    family = _family_of(pipeline)
+    if family.takes_picture:
+        raise ValueError(
+            f"{type(pipeline).__name__} is told a picture with each prompt, which the evaluation does not give: judge "
+            "finished videos (--pictures), or its text-to-video model"
+        )
+    return family
+
+
 def _pixels_of(output: Any) -> Tensor:
     """Pictures [B, 3, H, W], or videos [B, 3, T, H, W], whose frames stock pipelines give before the channels."""
     return output.frames.transpose(1, 2) if hasattr(output, "frames") else output.images
@@ -229,12 +240,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts for {len(indices)} indices; give one per image, at least one")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps is {steps} and batch_size {batch_size}; use at least 1")
-    family = _family_of(pipeline)
-    if family.takes_picture:
-        raise ValueError(
-            f"{type(pipeline).__name__} is told a picture with each prompt, which the evaluation does not give: judge "
-            "finished videos (--pictures), or its text-to-video model"
-        )
+    family = _family_told_text(pipeline)
     shape = family.latent_shape(pipeline, grid.height, grid.width, frames=grid.frames)
     size = family.call_arguments(pipeline, height=grid.height, width=grid.width, frames=grid.frames)
     name = type(pipeline.scheduler).__name__

@@ -28,6 +28,16 @@ from fewstep.core.training.run_directory import read_metrics
 from fewstep.dmd.config import DmdConfig
 from fewstep.dmd.reward.train import train_reward
 from fewstep.dmd.train import train_dmd
+from tests.core.families.checks import TinyModel
+from tests.core.families.test_families_flux import MODEL as FLUX
+from tests.core.families.test_families_flux2 import DEV as FLUX2_DEV
+from tests.core.families.test_families_flux2 import KLEIN
+from tests.core.families.test_families_hunyuan_video import MODEL as HUNYUAN_VIDEO
+from tests.core.families.test_families_qwen_image import MODEL as QWEN_IMAGE
+from tests.core.families.test_families_wan_experts import TEXT as WAN_EXPERTS
+from tests.core.families.test_families_wan_image import MODEL as WAN_IMAGE
+from tests.core.families.test_families_z_image import MODEL as Z_IMAGE
+from tests.test_bf16_matrix import write_pictures
 from tests.test_settings import ROOT, class_of, load
 from tests.tiny_pipelines import build_sd3, build_sd15, build_sdxl, save_pipeline
 from tests.tiny_sana import build_sana
@@ -51,6 +61,17 @@ SMALL: dict[str, Any] = {
     "wan21_1b": lambda: build_video_pipeline(text_tokens=8),
     "wan21_14b": lambda: build_video_pipeline(text_tokens=8),
     "wan22_5b": lambda: build_video_pipeline(text_tokens=8, expand_timesteps=True),
+}
+# Folders of models whose tiny ones say their size.
+MODELS: dict[str, TinyModel] = {
+    "flux1_dev": FLUX,
+    "flux2_dev": FLUX2_DEV,
+    "flux2_klein": KLEIN,
+    "qwen_image": QWEN_IMAGE,
+    "z_image": Z_IMAGE,
+    "wan21_i2v_14b": WAN_IMAGE,
+    "wan22_a14b": WAN_EXPERTS,
+    "hunyuan_video": HUNYUAN_VIDEO,
 }
 
 
@@ -163,11 +184,12 @@ def test_headers_that_are_wrong_are_found() -> None:
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """For each folder a tiny model, a smaller one where there are two, and data at its own size."""
     found: dict[str, dict[str, Path]] = {}
-    for name, build in SMALL.items():
+    for name, build in {**SMALL, **{name: model.build for name, model in MODELS.items()}}.items():
         folder = tmp_path_factory.mktemp(name)
         model = save_pipeline(build(), folder / "model")
-        teacher, is_video = Teacher.load(model), name.startswith("wan")
+        teacher, is_video = Teacher.load(model), name in SMALL and name.startswith("wan")
         size = {"height": 32, "width": 32, "frames": 9} if is_video else {}
+        size = MODELS[name].size if name in MODELS else size
         shape = teacher.latent_shape(**size)
         latents = 0.2 + 0.8 * sample_noise(9, range(5), shape, stream="data")
         captions = tuple(f"caption {number}" for number in range(5))
@@ -175,6 +197,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, P
         LatentDataset(latents, captions, latents.flip(0)).save(folder / "pairs")
         (folder / "prompts.txt").write_text("a red cat\ntwo dogs\nblue 7\n", encoding="utf-8")
         places = {key: folder / key for key in ("data", "pairs")}
+        places["pictures"] = write_pictures(folder / "pictures", 3)
         found[name] = {"model": model, **places, "prompts": folder / "prompts.txt"}
         if is_video:
             other: Any = build_video_pipeline(text_tokens=8, blocks=2, expand_timesteps=name == "wan22_5b")
@@ -204,11 +227,13 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
     """The settings of a tiny run: sizes, counts and places; what the recipe is about stays."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     is_video, batch = path.parent.name.startswith("wan"), 4
+    size = {"height": 32, "width": 32} if is_video else {"height": "null", "width": "null"}
+    size = MODELS[path.parent.name].size if path.parent.name in MODELS else size
     found: dict[str, Any] = {
         "teacher.path": parts["model"],
         "data.prompts": parts["prompts"],
-        "data.height": 32 if is_video else "null",
-        "data.width": 32 if is_video else "null",
+        "data.height": size["height"],
+        "data.width": size["width"],
         "data.sample_count": 1,
         "run.directory": directory,
         "run.steps": 2,
@@ -235,7 +260,9 @@ def overrides(path: Path, parts: dict[str, Path], directory: Path) -> list[str]:
         found |= {"data.latents": parts["pairs"], "pairs.metric": "latent", "pairs.mean_pooling": "false"}
         found |= {"pairs.lpips": "null", "pairs.autoencoder": "null"}
     if "frames" in values["data"]:
-        found["data.frames"] = 9
+        found["data.frames"] = size.get("frames", 9)
+    if "pictures" in values["data"]:
+        found["data.pictures"] = parts["pictures"]
     if "layout" in values["student"] and "policy" not in values["student"]:
         found["student.layout"] = "[1, 2]"
     if values["teacher"].get("lora") is not None:

@@ -149,4 +149,38 @@ def _difference(row: Mapping[str, Any]) -> str:
     return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] {word}"
 
 
-TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {"students": _students}
+def _families(root: Path, choice: Mapping[str, Any]) -> str:
+    """Rows of the families' table: parity, tangents, exports, checkpoints and lines."""
+    lines = [
+        "| model | trajectory | batch | tangents, state and time | exports, largest | sharded | fp16 | LoRA | lines |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in _record(root / choice["file"])["rows"]:
+        loaded = row["checkpoints"]
+        lora = "-" if loaded["lora"] is None else f"{loaded['lora']:.0e}"
+        cells = [row["model"], f"{row['trajectory']:.0e}", f"{row['batch_against_alone']:.0e}"]
+        found = [row["tangent_state"], row["tangent_time"]]
+        cells += ["-" if None in found else f"{found[0]:.0e}, {found[1]:.0e}", f"{max(row['exports'].values()):.0e}"]
+        cells += [f"{loaded['sharded']:.0e}", f"{loaded['fp16_variant']:.0e}", lora]
+        cells += [f"{row['family_lines']} + {row['test_lines']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sizes(root: Path, choice: Mapping[str, Any]) -> str:
+    """Parameters, and what they hold in memory in training."""
+    lines = [
+        "| model | billion parameters | one bf16 base, for adapters, GB | full training, GB | tokens at stock size |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in _record(root / choice["file"])["rows"]:
+        cells = [row["model"], f"{row['billions']:.2f}", f"{row['base_gb']:.1f}", f"{row['full_gb']:.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['tokens']:,}"]) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
+    "students": _students,
+    "families": _families,
+    "sizes": _sizes,
+}

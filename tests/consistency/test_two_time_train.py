@@ -321,8 +321,11 @@ def test_a_network_without_tangent_names_the_setting(
     inputs: TinyInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_consistency(inputs, tmp_path, "meanflow")
-    # What was known is no more.
-    monkeypatch.setattr("fewstep.core.tangents.network.REPLACEMENTS", {})
+
+    def unknown(name: str, processor: object, *, in_unet: bool) -> object:
+        raise ValueError(f"{name} has no counterpart with tangents")
+
+    monkeypatch.setattr("fewstep.core.tangents.network.with_tangent", unknown)
     with pytest.raises(ValueError, match=r"set meanflow\.tangent to 'central'"):
         start_consistency(config)
 

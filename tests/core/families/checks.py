@@ -23,7 +23,7 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.record import ExportRecord, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.grids import step_grid
-from fewstep.core.randomness import sample_noise
+from fewstep.core.networks.lora import add_lora
 from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from fewstep.kernels.check_jvp import Float64Inside
@@ -157,6 +157,18 @@ def student_of(teacher: Teacher) -> nn.Module:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def adapted_network(teacher: Teacher) -> nn.Module:
+    """The teacher's network with adapters that do something."""
+    network = copy.deepcopy(teacher.denoiser.network)
+    add_lora(network, rank=2, alpha=4.0, targets=teacher.family.lora_targets, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return network
 
 
@@ -306,16 +318,8 @@ class FamilyChecks:
 
     @pytest.mark.slow
     def test_adapters_load_into_the_stock_pipeline_or_are_refused(self, folder: Path, tmp_path: Path) -> None:
-        from fewstep.core.networks.lora import add_lora
-
         teacher = Teacher.load(folder)
-        network = copy.deepcopy(teacher.denoiser.network)
-        add_lora(network, rank=2, alpha=4.0, targets=teacher.family.lora_targets, seed=0)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        network = adapted_network(teacher)
         times = self.model.times(2, teacher)
         sampler = self.model.samplers[-1]
         if self.model.lora:
@@ -333,8 +337,3 @@ class FamilyChecks:
     @pytest.mark.slow
     def test_tangents_are_the_derivatives(self) -> None:
         assert max(tangent_errors(self.model)) < TANGENT
-
-
-def rows_of_noise(shape: tuple[int, ...], count: int) -> Tensor:
-    """Latents of data, for the inputs of a run."""
-    return 0.3 + 0.8 * sample_noise(9, range(count), shape, stream="data")
