@@ -6,11 +6,12 @@ canonical.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
-from PIL import Image
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
@@ -208,11 +209,17 @@ class Family(Protocol):
 
     @property
     def told_guidance(self) -> float | None:
-        """The scale that `encode_prompts` puts into its conditions, None where the network is told none."""
-        return None
+        """The scale that `encode_prompts` puts into its conditions, None where the network is told none.
 
-    def telling(self, guidance: float) -> Family:
+        It is `embedded_guidance` of families whose networks are.
+        """
+        return getattr(self, "embedded_guidance", None)
+
+    def telling(self, guidance: float) -> Any:
         """The same family that tells the network another guidance. Raises ValueError where it is told none."""
+        if self.told_guidance is not None:
+            own: Any = self
+            return dataclasses.replace(own, embedded_guidance=guidance)
         raise ValueError(
             f"embedded_guidance is {guidance}, and networks of {self.name} have no embedding of it: leave it out; "
             "guidance is the scale of two calls"
@@ -331,10 +338,16 @@ def require_same_channels(network: Mapping[str, Any], *, default: int) -> None:
         )
 
 
-def picture_images(pixels: Tensor) -> list[Image.Image]:
-    """Pictures [B, 3, H, W] in [0, 1] as images of 8 bits, as a user gives them to a stock call."""
-    eight_bits = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in eight_bits]
+def shift_of_tokens(scheduler: Any, tokens: int) -> float:
+    """The `mu` that stock calls hand to a scheduler that shifts by the size: linear in the number of tokens."""
+    config = scheduler.config
+    return calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
 
 
 def given(**values: Any) -> dict[str, Any]:

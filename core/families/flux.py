@@ -9,13 +9,12 @@ Legend: B batch, N text tokens, D width of a token, M image tokens (patches of 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +27,7 @@ from fewstep.core.families.family import (
     require_flow_scheduler,
     require_pictures,
     require_same_channels,
+    shift_of_tokens,
 )
 from fewstep.core.families.latents import pack_patches, positions, require_even, require_scaling, unpack_patches
 
@@ -134,26 +134,7 @@ class FluxFamily(Family):
 
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """The stock call's, linear in the number of tokens."""
-        config = scheduler.config
-        tokens = shape[-2] // 2 * (shape[-1] // 2)
-        return calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-
-    @property
-    def told_guidance(self) -> float | None:
-        """dev's embedded guidance."""
-        return self.embedded_guidance
-
-    def telling(self, guidance: float) -> Family:
-        """dev told another guidance. Raises ValueError for schnell."""
-        return (
-            super().telling(guidance) if self.embedded_guidance is None else replace(self, embedded_guidance=guidance)
-        )
+        return shift_of_tokens(scheduler, shape[-2] // 2 * (shape[-1] // 2))
 
     def call_arguments(
         self, pipeline: FluxPipeline, *, height: int | None = None, width: int | None = None, frames: int | None = None

@@ -9,7 +9,7 @@ autoencoder's [B, 32, 2 h, 2 w], channels first, then rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -159,17 +159,6 @@ class Flux2Family(Family):
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """The stock call's, which depends on the tokens and on the number of steps."""
         return compute_empirical_mu(image_seq_len=shape[-2] * shape[-1], num_steps=steps)
-
-    @property
-    def told_guidance(self) -> float | None:
-        """dev's embedded guidance."""
-        return self.embedded_guidance
-
-    def telling(self, guidance: float) -> Family:
-        """dev told another guidance. Raises ValueError for klein."""
-        return (
-            super().telling(guidance) if self.embedded_guidance is None else replace(self, embedded_guidance=guidance)
-        )
 
     def call_arguments(
         self,

@@ -10,7 +10,7 @@ Legend: B batch, F latent frames, N text tokens, D width of a token; latents [B,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -123,17 +123,6 @@ class HunyuanVideoFamily(Family):
     def call_sigmas(self, steps: int) -> list[float]:
         """Evenly down to 1 / steps."""
         return np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
-
-    @property
-    def told_guidance(self) -> float | None:
-        """The embedded guidance."""
-        return self.embedded_guidance
-
-    def telling(self, guidance: float) -> Family:
-        """The same told another guidance. Raises ValueError for networks without an embedding of it."""
-        return (
-            super().telling(guidance) if self.embedded_guidance is None else replace(self, embedded_guidance=guidance)
-        )
 
     def call_arguments(
         self,

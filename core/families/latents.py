@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 PATCH = 2
@@ -102,3 +103,9 @@ def require_even(name: str, size: tuple[int, ...]) -> None:
     """Raises ValueError for latents that no patches of 2 x 2 cover."""
     if any(side % PATCH for side in size[-2:]):
         raise ValueError(f"{name} takes latents of even height and width, got {tuple(size[-2:])}")
+
+
+def picture_images(pixels: Tensor) -> list[Image.Image]:
+    """Pictures [B, 3, H, W] in [0, 1] as images of 8 bits, as a user gives them to a stock call."""
+    eight_bits = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in eight_bits]

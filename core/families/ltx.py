@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import LTXPipeline, LTXVideoTransformer3DModel
-from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from fewstep.core.condition import Condition
@@ -26,6 +25,7 @@ from fewstep.core.families.family import (
     pixel_size,
     require_flow_scheduler,
     require_same_channels,
+    shift_of_tokens,
 )
 from fewstep.core.families.latents import flatten_positions, latent_frames, unflatten_positions, vae_decode, vae_encode
 
@@ -127,14 +127,7 @@ class LtxFamily(Family):
 
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """The stock call's, linear in the number of positions."""
-        config = scheduler.config
-        return calculate_shift(
-            shape[-3] * shape[-2] * shape[-1],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return shift_of_tokens(scheduler, shape[-3] * shape[-2] * shape[-1])
 
     def call_arguments(
         self, pipeline: LTXPipeline, *, height: int | None = None, width: int | None = None, frames: int | None = None

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 
 from fewstep.core.condition import Condition
@@ -26,6 +25,7 @@ from fewstep.core.families.family import (
     pixel_size,
     require_flow_scheduler,
     require_pictures,
+    shift_of_tokens,
 )
 from fewstep.core.families.latents import pack_patches, require_even, unpack_patches, vae_decode, vae_encode
 
@@ -145,14 +145,7 @@ class QwenImageFamily(Family):
 
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """The stock call's, linear in the number of tokens."""
-        config = scheduler.config
-        return calculate_shift(
-            shape[-2] // 2 * (shape[-1] // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return shift_of_tokens(scheduler, shape[-2] // 2 * (shape[-1] // 2))
 
     def text_arguments(self, prompts: Sequence[str], *, guided: bool) -> dict[str, Any]:
         """The prompts; the stock call guides where it is given a negative prompt."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,6 +26,7 @@ from fewstep.core.families.family import (
     pixel_size,
     require_flow_scheduler,
     require_pictures,
+    shift_of_tokens,
 )
 from fewstep.core.families.latents import require_even, require_scaling
 
@@ -111,14 +112,7 @@ class ZImageFamily(Family):
 
     def shift_parameter(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
         """The stock call's, linear in the number of tokens."""
-        config = scheduler.config
-        return calculate_shift(
-            shape[-2] // 2 * (shape[-1] // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return shift_of_tokens(scheduler, shape[-2] // 2 * (shape[-1] // 2))
 
     def prompt_arguments(
         self, pipeline: ZImagePipeline, condition: Condition, null: Condition | None
