@@ -84,15 +84,28 @@ def make_pairs(about: str = "") -> None:
     add("--guidance", type=float, default=1.0, help="of the teacher")
     add("--seed", type=int, default=0, help="of the noise")
     add("--batch_size", type=int, default=64, help="pairs at a time")
+    for side in ("height", "width", "frames"):
+        add(f"--{side}", type=int, help="of the samples in pixels, None is the pipeline's own; data.* of the run")
+    add("--pipeline", help="class of the pipeline; teacher.pipeline of the run")
+    add("--embedded_guidance", type=float, help="what the network is told; teacher.embedded_guidance of the run")
+    add("--guidance_low", type=float, help="of the expert of little noise; teacher.guidance_low of the run")
     options = parser.parse_args()
+    import torch
+
     from fewstep.core.data import read_prompts
-    from fewstep.core.latent_sources import teacher_pairs
+    from fewstep.core.latent_sources import PixelSize, teacher_pairs
+    from fewstep.core.settings import TeacherConfig
     from fewstep.core.teacher import Teacher
+    from fewstep.core.teacher_files import check_teacher
 
     def make() -> LatentDataset:
         prompts = read_prompts(options.prompts)
-        teacher = Teacher.load(options.teacher, device=options.device)
-        kinds = ("count", "steps", "guidance", "seed", "batch_size")
-        return teacher_pairs(teacher, prompts, **{name: getattr(options, name) for name in kinds})
+        told = {name: getattr(options, name) for name in ("pipeline", "embedded_guidance", "guidance_low")}
+        settings = TeacherConfig(path=options.teacher, **told)
+        check_teacher(settings)
+        teacher = Teacher.of(settings, device=torch.device(options.device))
+        kinds = {name: getattr(options, name) for name in ("count", "steps", "guidance", "seed", "batch_size")}
+        size = PixelSize(height=options.height, width=options.width, frames=options.frames)
+        return teacher_pairs(teacher, prompts, **kinds, size=size)
 
     _write(options.output, make, "pairs")

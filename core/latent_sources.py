@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,15 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelSize:
+    """Size of samples in pixels and pixel frames; None is the pipeline's own, and of `frames` also a picture."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+
 def teacher_pairs(
     teacher: Teacher,
     prompts: Sequence[str],
@@ -28,20 +38,30 @@ def teacher_pairs(
     guidance: float,
     seed: int,
     batch_size: int = 64,
+    size: PixelSize | None = None,
 ) -> LatentDataset:
     """Noise and what the teacher's ODE makes of it, for the regression loss of DMD1 (arXiv:2311.18828, Sec. 3.3).
 
-    Pair i has prompt i modulo their number and noise of (seed, i). Raises ValueError when count is below 1.
+    Pair i has prompt i modulo their number and noise of (seed, i); `size` None is the pipeline's own. Raises ValueError
+    when count is below 1, for a teacher that is told pictures, which prompts alone do not give, and for a size that the
+    teacher cannot make.
     """
     if count < 1:
         raise ValueError(f"count is {count}; at least one pair is needed")
+    if teacher.family.takes_picture:
+        raise ValueError(
+            f"{teacher.path} is told a picture with each prompt, and pairs are made of prompts alone: make them with a "
+            "teacher that is told text, or train without regression"
+        )
+    size = size or PixelSize()
+    shape = teacher.latent_shape(size.height, size.width, frames=size.frames)
     device = teacher.null_condition.device
     chosen = [prompts[index % len(prompts)] for index in range(count)]
     noise, latents = [], []
     for start in tqdm(range(0, count, batch_size), desc="teacher pairs"):
         rows = range(start, min(start + batch_size, count))
-        eps = sample_noise(seed, rows, teacher.latent_shape(), stream="teacher_pairs", device=device)
-        condition = teacher.encode([chosen[row] for row in rows])
+        eps = sample_noise(seed, rows, shape, stream="teacher_pairs", device=device)
+        condition = teacher.encode([chosen[row] for row in rows], height=size.height, width=size.width)
         noise.append(eps.cpu())
         latents.append(teacher.sample(eps, condition, steps=steps, guidance=guidance).cpu())
     return LatentDataset(torch.cat(latents), tuple(chosen), torch.cat(noise))

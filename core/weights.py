@@ -27,8 +27,11 @@ RECORDS = (SETTINGS_FILE, "distillation.json")
 # Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
 NETWORK_FOLDERS = ("transformer", "unet")
 EXPERT_FOLDERS = (*NETWORK_FOLDERS, "transformer_2")
+# A pair of experts, of much noise and of little, has the networks of its two folders under their names.
+EXPERTS = ("transformer", "transformer_2")
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-ADAPTERS_NAME = "pytorch_lora_weights.safetensors"
+# Of one network, and of the second of two experts.
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
 # Key of the header in which diffusers keeps rank and scale.
 LORA_METADATA = "lora_adapter_metadata"
 # A Denoiser's, a causal student's and a fake score's parameters carry the name of their one child.
@@ -40,7 +43,8 @@ class StoredWeights:
     """Files that together hold the weights of one network.
 
     `run` and `checkpoint` are the run directory and the checkpoint that they are of, where they are of one; `key` is
-    the setting that named them.
+    the setting that named them. `experts` are the names, in a pair of experts, of the network that each file is of;
+    none where the files are of one network.
     """
 
     key: str
@@ -48,17 +52,22 @@ class StoredWeights:
     files: tuple[Path, ...]
     run: Path | None = None
     checkpoint: Path | None = None
+    experts: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """Names of the tensors without what stands around the network. Raises ValueError for a file that is broken."""
         found: list[str] = []
-        for path in self.files:
+        for number, path in enumerate(self.files):
             try:
                 with safe_open(path, framework="pt") as file:
-                    found += file.keys()
+                    found += [self._expert(number) + _name_in(name, frozenset()) for name in list(file.keys())]
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
-        return tuple(_name_in(name, frozenset()) for name in found)
+        return tuple(found)
+
+    def _expert(self, number: int) -> str:
+        """What stands before the names of a file's tensors in a pair of experts."""
+        return f"{self.experts[number]}." if self.experts else ""
 
     @property
     def holds_adapters(self) -> bool:
@@ -77,10 +86,15 @@ class StoredWeights:
 
     def tensors(self, own: AbstractSet[str] = frozenset()) -> dict[str, Tensor]:
         """The tensors by their names in the network whose names are `own`. Raises ValueError for a broken file."""
+        own = frozenset() if self.experts else own
+        children = frozenset(name.partition(".")[0] for name in own)
         found: dict[str, Tensor] = {}
-        for path in self.files:
+        for number, path in enumerate(self.files):
             try:
-                found |= {_name_in(name, own): tensor for name, tensor in load_file(path).items()}
+                found |= {
+                    self._expert(number) + _name_in(name, own, children): tensor
+                    for name, tensor in load_file(path).items()
+                }
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
         return found
@@ -112,13 +126,14 @@ class StoredWeights:
         return file if file.is_file() else None
 
 
-def _name_in(name: str, own: AbstractSet[str]) -> str:
+def _name_in(name: str, own: AbstractSet[str], children: AbstractSet[str] = frozenset()) -> str:
     """The name without what stands around the network; one of the network's own is kept as it is.
 
-    A network may have a child that is called like a wrapper: SANA with a ControlNet has a `transformer`.
+    A network may have a child that is called like a wrapper: SANA with a ControlNet has a `transformer`, and so has a
+    pair of experts. Adapters, which the network may not have yet, are known by the names of its `children`.
     """
     for prefix in PREFIXES:
-        if name in own:
+        if name in own or (".lora_" in name and name.partition(".")[0] in children):
             return name
         name = name.removeprefix(prefix)
     return name
@@ -139,10 +154,16 @@ def find_weights(source: str, key: str = "student.init") -> StoredWeights:
         return _of_checkpoint(source, checkpoint, key)
     for folder in (path, *(path / name for name in NETWORK_FOLDERS)):
         files = _of_network(folder, key)
+        second = path / EXPERTS[1]
+        if files and folder.name == EXPERTS[0] and second.is_dir():
+            more = _of_network(second, key)
+            names = (*[EXPERTS[0]] * len(files), *[EXPERTS[1]] * len(more))
+            return StoredWeights(key, source, (*files, *more), experts=names)
         if files:
             return StoredWeights(key, source, files)
-    if (path / ADAPTERS_NAME).is_file():
-        return StoredWeights(key, source, (path / ADAPTERS_NAME,))
+    adapters = tuple(path / name for name in LORA_FILES if (path / name).is_file())
+    if adapters:
+        return StoredWeights(key, source, adapters, experts=EXPERTS if len(adapters) == len(EXPERTS) else ())
     raise ValueError(
         f"{key} {source} is no .safetensors file, no run directory or checkpoint, and no export with a transformer or "
         "unet: give one of them"

@@ -169,9 +169,9 @@ def require_pipeline(path: str | Path) -> None:
 
 
 def require_samples(samples: int) -> None:
-    """Raises ValueError for too few samples to hold every digit twice."""
+    """Raises ValueError for too few samples to say anything of a system."""
     if samples < MIN_SAMPLES:
-        raise ValueError(f"samples is {samples}; use at least {MIN_SAMPLES} (two of each embedded digit)")
+        raise ValueError(f"samples is {samples}; use at least {MIN_SAMPLES}: of fewer no figure says anything")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +256,26 @@ def test_consistency(families: Callable[[str], FamilyInputs], tmp_path: Path, na
         assert 0 < half["student_grad_norm"] < 2 * exact["student_grad_norm"]
     else:
         assert_close(exact, half, names)
+
+
+@pytest.mark.slow
+def test_a_time_that_bf16_rounds_names_what_to_set(families: Callable[[str], FamilyInputs], tmp_path: Path) -> None:
+    """FLUX rounds its time to the dtype of the frozen weights, a stair that central differences cannot judge."""
+    family = families("flux")
+    size = {f"data.{key}": value for key, value in family.size.items()}
+    config = tiny_consistency(family.inputs, tmp_path / "run", "dcm")
+    config = changed(config, {"dcm": None, "scm": ScmConfig(), "student.lora_rank": 2, **size})
+    assert consistency_first(config)["consistency_loss"] > 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = changed(config, {"teacher.dtype": "bfloat16", "run.mixed_precision": "bf16"})
+    with pytest.raises(ValueError, match=r"start once with teacher\.dtype float32 .* then with check_tangent false"):
+        consistency_first(half)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unchecked = changed(half, {"scm": ScmConfig(check_tangent=False)})
+    setup, trainer = start_consistency(unchecked)
+    metrics = consistency_step(unchecked, setup, trainer)
+    trainer.close()
+    assert 0 < float(metrics["consistency_loss"]) < math.inf
 
 
 @pytest.mark.slow

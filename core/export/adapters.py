@@ -10,9 +10,7 @@ import torch
 from fewstep.core.export.comfyui import write_comfyui
 from fewstep.core.networks.lora import ADAPTER, lora_state_dict
 from fewstep.core.teacher import Teacher
-
-# Of one network, and of the second of two.
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
+from fewstep.core.weights import LORA_FILES
 
 
 def write_adapters(teacher: Teacher, stored: Any, folder: Path, *, dtype: torch.dtype) -> None:

@@ -65,6 +65,7 @@ class SchedulerPlan:
     sigmas, timesteps: extra arguments of the pipeline's __call__, None where the scheduler needs none.
     max_timesteps, intermediate_timesteps: angles, extra arguments of SanaSprintPipeline's __call__; the first is None
         for other pipelines, the second for other than two steps.
+    step_times: canonical times of a rectified flow in the scheduler's own rounding, None for other schedulers.
     """
 
     scheduler: Any
@@ -75,6 +76,7 @@ class SchedulerPlan:
     timesteps: tuple[int, ...] | None = None
     max_timesteps: float | None = None
     intermediate_timesteps: float | None = None
+    step_times: tuple[float, ...] | None = None
 
     def extra_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the pipeline's __call__ beside `num_inference_steps` and `guidance_scale`."""
@@ -136,15 +138,17 @@ def _plan_flow(
             f"the grid {spec.times} is not a uniform grid with a time shift, and {type(pipeline).__name__} takes no "
             "`sigmas`. Train on step_grid(steps, shift=...), or on any grid (1, t) for two steps."
         )
-    scheduler, sigmas = found
-    return SchedulerPlan(scheduler, spec.steps, network_timesteps, _step_noise(pipeline, spec), sigmas=sigmas)
+    scheduler, sigmas, step_times = found
+    return SchedulerPlan(
+        scheduler, spec.steps, network_timesteps, _step_noise(pipeline, spec), sigmas=sigmas, step_times=step_times
+    )
 
 
 def _flow_scheduler(
     pipeline: DiffusionPipeline, family: Family, spec: SamplerSpec, num_train_timesteps: int
-) -> tuple[FlowMatchEulerDiscreteScheduler, tuple[float, ...] | None] | None:
-    """The scheduler that steps on the grid when a stock call sets it, and the `sigmas` that the call then needs; None
-    where there is none. Each is tried by doing to it what the call does.
+) -> tuple[FlowMatchEulerDiscreteScheduler, tuple[float, ...] | None, tuple[float, ...]] | None:
+    """The scheduler that steps on the grid when a stock call sets it, the `sigmas` that the call then needs, and the
+    times that are reached; None where there is none. Each is tried by doing to it what the call does.
 
     Nothing is taken from the teacher's scheduler but the number of its timesteps: a shift or a last sigma that was left
     in would bend the student's grid.
@@ -166,7 +170,7 @@ def _flow_scheduler(
         reached = cast(torch.Tensor, scheduler.sigmas)[:-1].tolist()
         fits = len(reached) == spec.steps and _largest_difference(reached, spec.times) <= GRID_TOLERANCE
         if fits and (sigmas is None or takes_sigmas):
-            return _fresh(scheduler), sigmas
+            return _fresh(scheduler), sigmas, tuple(reached)
     return None
 
 

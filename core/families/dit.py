@@ -74,7 +74,7 @@ class DitFamily(TableFamily):
         found = []
         for prompt in prompts:
             text = prompt.strip()
-            number = int(text) if text.isdigit() else known.get(text, -1)
+            number = int(text) if text.isdecimal() else known.get(text, -1)
             if not 0 <= number < NULL_CLASS:
                 examples = ", ".join(list(known)[:3]) or "no names here"
                 raise ValueError(

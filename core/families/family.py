@@ -288,7 +288,7 @@ def chosen_blocks(blocks: Sequence[int] | None, count: int, *, default: Sequence
     """The numbers of the chosen blocks. Raises ValueError when one does not exist, or is named twice."""
     chosen = list(default if blocks is None else blocks)
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= block < count for block in chosen):
-        raise ValueError(f"blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
+        raise ValueError(f"the discriminator's blocks must be distinct numbers from 0 to {count - 1}, got {chosen}")
     return chosen
 
 

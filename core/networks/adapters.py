@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.networks.experts import Experts
 from fewstep.core.networks.lora import ADAPTER, add_lora, merge_lora
 from fewstep.core.weights import StoredWeights
 
@@ -18,7 +21,7 @@ def load_adapters(network: nn.Module, stored: StoredWeights, *, alpha: float) ->
     Raises:
         ValueError: they are of another rank, of other layers, or of another scale.
     """
-    tensors, stated = adapter_tensors(stored)
+    tensors, stated = adapter_tensors(stored, frozenset(name for name, _ in network.named_parameters()))
     known = stored.stated("lora_alpha") if stated is None else stated
     if known is None:
         raise ValueError(
@@ -53,7 +56,7 @@ def merge_stored_adapters(network: nn.Module, stored: StoredWeights) -> None:
     Raises:
         ValueError: the layers are not the network's, or nothing says the scale of the adapters.
     """
-    tensors, alpha = adapter_tensors(stored)
+    tensors, alpha = adapter_tensors(stored, frozenset(name for name, _ in network.named_parameters()))
     ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
     alpha = stored.stated("lora_alpha") if alpha is None else alpha
     if len(ranks) != 1 or alpha is None:
@@ -61,8 +64,11 @@ def merge_stored_adapters(network: nn.Module, stored: StoredWeights) -> None:
             f"{stored.key} {stored.source} holds adapters of ranks {sorted(ranks)} and scale {alpha}, and one of "
             "each is needed: give the run directory that trained them, or merge them and give the network"
         )
-    layers = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
-    add_lora(network, rank=ranks.pop(), alpha=float(alpha), targets=layers, seed=0)
+    layers = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    if isinstance(network, Experts):
+        # Adapters are put into each expert by the names of its own layers, which are alike in both.
+        layers = {name.partition(".")[2] for name in layers}
+    add_lora(network, rank=ranks.pop(), alpha=float(alpha), targets=sorted(layers), seed=0)
     for name, weight in network.named_parameters():
         # Layers of a second time that were trained as they are.
         weight.requires_grad_(weight.requires_grad or name in tensors)
@@ -71,13 +77,15 @@ def merge_stored_adapters(network: nn.Module, stored: StoredWeights) -> None:
     network.requires_grad_(True)
 
 
-def adapter_tensors(stored: StoredWeights) -> tuple[dict[str, Tensor], float | None]:
+def adapter_tensors(
+    stored: StoredWeights, own: AbstractSet[str] = frozenset()
+) -> tuple[dict[str, Tensor], float | None]:
     """The tensors by their names in a network, `<layer>.lora_A.default.weight`, and alpha where the file says it; with
-    them layers of a second time that were trained beside them.
+    them layers of a second time that were trained beside them. `own` are the names of the network's parameters.
 
     Raises ValueError for a file that cannot be read.
     """
-    tensors = stored.tensors()
+    tensors = stored.tensors(own)
     renamed = {}
     for name, tensor in tensors.items():
         if ".lora_" not in name and SECOND in name:

@@ -64,7 +64,10 @@ def check_models(teacher: TeacherConfig, **roles: TrainedConfig | None) -> None:
     for name, settings in roles.items():
         if settings is not None and settings.path is not None:
             source = ModelSource(path=settings.path)
-            check_teacher(source)
+            try:
+                check_teacher(source)
+            except ValueError as error:
+                raise ValueError(f"{name}.path {settings.path} cannot be used: {error}") from error
             require_same_space(teacher, source, f"{name}.path")
 
 
@@ -90,8 +93,9 @@ def require_same_weights(teacher: ModelSource, other: ModelSource, key: str) -> 
         prints = [fingerprint(folder / component) for folder in folders if folder is not None]
         if len(prints) == 2 and prints[0] != prints[1]:
             raise ValueError(
-                f"{key} {other.path} has another {component} than the teacher {teacher.path}: what the student is "
-                "told, or makes, would be another thing in its export; give a model that shares it"
+                f"{key} {other.path} has another {component} than the teacher {teacher.path}, or the same in another "
+                "precision: what the student is told, or makes, would be another thing in its export; give a model "
+                "that shares it"
             )
 
 

@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from fewstep.core.data import LatentDataset
-from fewstep.core.latent_sources import encode_image_folder, read_captions, teacher_pairs
+from fewstep.core.latent_sources import PixelSize, encode_image_folder, read_captions, teacher_pairs
 from fewstep.core.media.pictures import read_picture
 from fewstep.core.randomness import sample_noise
+from fewstep.core.settings import TeacherConfig
 from fewstep.core.teacher import Teacher
+from tests.core.families.test_families_flux import MODEL as FLUX
+from tests.core.families.test_families_wan_image import TI2V as I2V
 from tests.tiny_pipelines import LATENT_SHAPE, PIXELS, build_sd3, save_pipeline
 
 PROMPTS = ("a red cat", "dog 12", "tree")
@@ -75,6 +78,35 @@ def test_pairs_do_not_depend_on_the_batch_size(teacher: Teacher, batch_size: int
 def test_no_pairs_are_refused(teacher: Teacher) -> None:
     with pytest.raises(ValueError, match="count is 0; at least one pair is needed"):
         teacher_pairs(teacher, PROMPTS, count=0, steps=2, guidance=2.0, seed=1)
+
+
+def test_pairs_have_the_size_of_the_run(teacher: Teacher) -> None:
+    pairs = teacher_pairs(teacher, PROMPTS, count=2, steps=2, guidance=2.0, seed=1, size=PixelSize(height=32, width=48))
+    assert pairs.latents.shape == (2, *teacher.latent_shape(32, 48))
+    assert pairs.latents.shape[-2:] != LATENT_SHAPE[-2:]
+
+
+def test_pairs_of_a_teacher_that_is_told_pictures_are_refused(tmp_path: Path) -> None:
+    I2V.build().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="is told a picture with each prompt, and pairs are made of prompts alone"):
+        teacher_pairs(Teacher.load(tmp_path / "model"), PROMPTS, count=1, steps=1, guidance=1.0, seed=0)
+
+
+def test_pairs_are_told_the_guidance_of_the_run(tmp_path: Path) -> None:
+    FLUX.build().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    options = ("--teacher", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--count", 2, "--steps", 2)
+    options = (*options, "--height", 16, "--width", 24, "--embedded_guidance", 1.5)
+    run_script("make_teacher_pairs.py", *options, "--output", tmp_path / "pairs")
+    written = LatentDataset.load(tmp_path / "pairs")
+    assert written.noise is not None
+    settings = TeacherConfig(path=str(tmp_path / "model"), embedded_guidance=1.5)
+    told, other = (
+        teacher.sample(written.noise, teacher.encode(list(written.prompts)), steps=2, guidance=1.0)
+        for teacher in (Teacher.of(settings, device=torch.device("cpu")), Teacher.load(tmp_path / "model"))
+    )
+    torch.testing.assert_close(written.latents, told, rtol=0, atol=1e-5)
+    assert float((written.latents - other).abs().max()) > 1e-3
 
 
 def test_script_writes_pairs(folder: Path, teacher: Teacher, tmp_path: Path) -> None:

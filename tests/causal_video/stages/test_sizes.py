@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,16 @@ def test_another_text_encoder_is_refused(inputs: VideoInputs, small: Path, tmp_p
     save_file(tensors, file, metadata={"format": "pt"})
     config = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(folder)})
     with pytest.raises(ValueError, match=r"student\.path .*other has another text_encoder than the teacher"):
+        CausalData.read(config)
+
+
+def test_what_no_family_can_call_is_refused_by_its_setting(inputs: VideoInputs, small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(small, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stochastic_sampling": True}), encoding="utf-8")
+    config = tiny_causal(inputs, tmp_path / "run", "teacher_forcing", {"student.path": str(folder)})
+    with pytest.raises(ValueError, match=r"student\.path .*other cannot be used: .* must have .*stochastic_sampling"):
         CausalData.read(config)
 
 

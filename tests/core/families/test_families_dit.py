@@ -68,7 +68,7 @@ def test_prompts_are_classes_by_number_or_name(tmp_path: Path) -> None:
     assert condition.labels.tolist() == [207, 207, 0, 1]
     assert teacher.null_condition.labels is not None
     assert teacher.null_condition.labels.tolist() == [1000]
-    for prompt in ("cat", "1000", "-1", ""):
+    for prompt in ("cat", "1000", "-1", "", "\u00b2", "\u2460"):
         with pytest.raises(ValueError, match=r"is no class: write its number, 0 to 999"):
             teacher.encode([prompt])
     with pytest.raises(ValueError, match="has class labels and no text"):

@@ -12,7 +12,10 @@ from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from fewstep.core.export.contract import stored_call
 from fewstep.core.export.record import read_record
 from fewstep.core.export.run import ExportFiles, export_run
+from fewstep.core.networks.adapters import merge_stored_adapters
 from fewstep.core.run_settings import read_settings
+from fewstep.core.teacher import Teacher
+from fewstep.core.weights import find_weights, load_weights
 from fewstep.dmd.train import train_dmd
 from tests.core.families.checks import TinyModel
 from tests.core.families.test_families_dit import MODEL as DIT
@@ -21,6 +24,8 @@ from tests.core.families.test_families_wan_experts import TEXT as EXPERTS
 from tests.core.families.test_families_wan_image import TI2V
 from tests.dmd.tiny_run import PROMPTS, TinyInputs, tiny_config
 from tests.test_bf16_matrix import write_pictures
+
+BOTH = ("transformer.", "transformer_2.")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
@@ -88,6 +93,15 @@ def test_settings_of_another_model_are_refused(tmp_path: Path, changes: dict[str
         trained(TI2V, tmp_path, dict(changes))
 
 
+def experts_of(model: Path, source: Path | None) -> dict[str, torch.Tensor]:
+    """The weights of two experts that a run which starts from this source has, its adapters merged."""
+    network = Teacher.load(model).denoiser.network
+    if source is not None:
+        stored = find_weights(str(source))
+        (merge_stored_adapters if stored.holds_adapters else load_weights)(network, stored)
+    return network.state_dict()
+
+
 @pytest.mark.parametrize("lora_only", [False, True])
 def test_adapters_of_two_experts_are_trained_and_exported(tmp_path: Path, lora_only: bool) -> None:
     EXPERTS.build().save_pretrained(tmp_path / "model")
@@ -100,6 +114,13 @@ def test_adapters_of_two_experts_are_trained_and_exported(tmp_path: Path, lora_o
     assert record.verification.sampler_difference < 3e-5
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert files == (["pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"] if lora_only else [])
+    # Another run goes on from the export as from the run.
+    ours, theirs, plain = (experts_of(tmp_path / "model", source) for source in (run, folder, None))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-6
+    assert all(
+        any(name.startswith(part) and not torch.equal(ours[name], plain[name]) for name in ours) for part in BOTH
+    )
     if not lora_only:
         opened: list[Any] = [WanPipeline.from_pretrained(place) for place in (folder, tmp_path / "model")]
         for name in ("transformer", "transformer_2"):
