@@ -89,6 +89,8 @@ def make_pairs(about: str = "") -> None:
     add("--pipeline", help="class of the pipeline; teacher.pipeline of the run")
     add("--embedded_guidance", type=float, help="what the network is told; teacher.embedded_guidance of the run")
     add("--guidance_low", type=float, help="of the expert of little noise; teacher.guidance_low of the run")
+    add("--negative_prompt", help="what guidance leads away from; teacher.negative_prompt of the run")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="teacher.dtype of the run")
     options = parser.parse_args()
     import torch
 
@@ -100,7 +102,8 @@ def make_pairs(about: str = "") -> None:
 
     def make() -> LatentDataset:
         prompts = read_prompts(options.prompts)
-        told = {name: getattr(options, name) for name in ("pipeline", "embedded_guidance", "guidance_low")}
+        names = ("pipeline", "embedded_guidance", "guidance_low", "negative_prompt", "dtype")
+        told = {name: getattr(options, name) for name in names}
         settings = TeacherConfig(path=options.teacher, **told)
         check_teacher(settings)
         teacher = Teacher.of(settings, device=torch.device(options.device))

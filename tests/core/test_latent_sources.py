@@ -109,6 +109,24 @@ def test_pairs_are_told_the_guidance_of_the_run(tmp_path: Path) -> None:
     assert float((written.latents - other).abs().max()) > 1e-3
 
 
+def test_pairs_are_led_away_from_the_runs_negative_prompt_in_its_dtype(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    options = ("--teacher", folder, "--prompts", tmp_path / "prompts.txt", "--count", 2, "--steps", 2)
+    options = (*options, "--guidance", 4.0, "--negative_prompt", "a red cat", "--dtype", "bfloat16")
+    run_script("make_teacher_pairs.py", *options, "--output", tmp_path / "pairs")
+    written = LatentDataset.load(tmp_path / "pairs")
+    settings = TeacherConfig(path=str(folder), negative_prompt="a red cat", dtype="bfloat16")
+    same, plain = (
+        teacher_pairs(teacher, PROMPTS, count=2, steps=2, guidance=4.0, seed=0)
+        for teacher in (Teacher.of(settings, device=torch.device("cpu")), Teacher.load(folder))
+    )
+    torch.testing.assert_close(written.latents, same.latents, rtol=0, atol=1e-5)
+    # The first pair's prompt is the negative prompt: there guidance changes nothing, whatever its weight.
+    unguided = teacher_pairs(Teacher.load(folder), PROMPTS, count=1, steps=2, guidance=1.0, seed=0)
+    apart = float((plain.latents[0] - unguided.latents[0]).abs().max())
+    assert float((written.latents[0] - unguided.latents[0]).abs().max()) < 0.5 * apart
+
+
 def test_script_writes_pairs(folder: Path, teacher: Teacher, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     options = ("--teacher", folder, "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "pairs")
