@@ -25,7 +25,7 @@ from diffusers import (
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.sana import sprint_angles
 from fewstep.core.families.family import Family
-from fewstep.core.families.noise_table import ddim_of, noise_table
+from fewstep.core.families.parts.noise_table import ddim_of, noise_table
 from fewstep.core.grids import (
     euler_scheduler_parameters,
     shift_of_grid,

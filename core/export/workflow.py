@@ -21,7 +21,7 @@ from fewstep.core.export.comfyui import FOLDER
 from fewstep.core.export.contract import own_size
 from fewstep.core.export.original_names import original_state
 from fewstep.core.export.record import ExportRecord, read_record
-from fewstep.core.families.noise_table import noise_table
+from fewstep.core.families.parts.noise_table import noise_table
 
 # What a user has in ComfyUI's folders: a checkpoint with text encoders and autoencoder, by kind of pipeline.
 CHECKPOINTS = {

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Configs, network_dtype, pixel_size
-from fewstep.core.families.latents import latent_frames, require_scaling, vae_encode
-from fewstep.core.families.noise_table import TableFamily, noise_table, require_table
+from fewstep.core.families.parts.latents import latent_frames, require_scaling, vae_encode
+from fewstep.core.families.parts.noise_table import TableFamily, noise_table, require_table
 
 TEXT_TOKENS = 226
 

@@ -18,8 +18,9 @@ from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATI
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_flow_scheduler
-from fewstep.core.families.latents import latent_frames, vae_encode
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size
+from fewstep.core.families.parts.flow import require_flow_scheduler
+from fewstep.core.families.parts.latents import latent_frames, vae_encode
 
 STOCK_SIZE, STOCK_FRAMES, TEXT_TOKENS = (704, 1280), 93, 512
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Configs, network_dtype, require_pictures
-from fewstep.core.families.latents import require_scaling
-from fewstep.core.families.noise_table import TableFamily, noise_table, require_table
+from fewstep.core.families.parts.latents import require_scaling
+from fewstep.core.families.parts.noise_table import TableFamily, noise_table, require_table
 
 # What the stock call takes for no class, whatever the network's table.
 NULL_CLASS = 1000

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.latents import vae_decode, vae_encode
+from fewstep.core.families.parts.latents import vae_decode, vae_encode
 from fewstep.core.grids import validate_grid
 
 # Configs of a pipeline's components by name, as their JSON files have them; "" is the pipeline's own.
@@ -296,58 +295,6 @@ def require_pictures(name: str, frames: int | None) -> None:
     """Raises ValueError for frames of a family that makes pictures."""
     if frames is not None:
         raise ValueError(f"frames is {frames}, and a teacher of the family {name} makes pictures")
-
-
-def require_fixed_grid(scheduler: Mapping[str, Any], *, by_size: bool = False) -> None:
-    """Raises ValueError for a flow scheduler that draws noise, turns the times round, or whose times do not follow from
-    the number of steps alone; `by_size` where the family knows how a stock call shifts them by the size."""
-    names = ("stochastic_sampling", "invert_sigmas", *(() if by_size else ("use_dynamic_shifting",)))
-    if any(scheduler.get(name) for name in names):
-        fixed = "" if by_size else ", so that its grid follows from the steps alone: set a fixed shift"
-        raise ValueError(
-            f"the teacher's scheduler must have {' and '.join(sorted(names))} off{fixed} in "
-            "scheduler/scheduler_config.json"
-        )
-    shift = scheduler.get("shift", 1.0)
-    if shift is None or not shift > 0:
-        raise ValueError(f"the teacher's scheduler has the shift {shift}, and it must be positive")
-
-
-def require_flow_scheduler(scheduler: Mapping[str, Any], model: str, *, by_size: bool = False) -> None:
-    """Raises ValueError for another scheduler than Euler on rectified flow, or a solver of higher order on its sigmas;
-    see `require_fixed_grid`."""
-    name = str(scheduler.get("_class_name"))
-    if name != "FlowMatchEulerDiscreteScheduler" and not scheduler.get("use_flow_sigmas"):
-        raise ValueError(
-            f"{model} needs a FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas; this pipeline has "
-            f"{name}: replace scheduler/scheduler_config.json by the original model's"
-        )
-    require_fixed_grid(scheduler, by_size=by_size)
-
-
-def require_same_channels(network: Mapping[str, Any], *, default: int) -> None:
-    """Raises ValueError for the config of a network that takes other channels than it gives."""
-    takes, gives = (
-        network.get("in_channels", default),
-        network.get("out_channels") or network.get("in_channels", default),
-    )
-    if takes != gives:
-        raise ValueError(
-            f"the transformer takes {takes} channels and gives {gives}: it is told a picture beside the text; use a "
-            "model that is told text alone"
-        )
-
-
-def shift_of_tokens(scheduler: Any, tokens: int) -> float:
-    """The `mu` that stock calls hand to a scheduler that shifts by the size: linear in the number of tokens."""
-    config = scheduler.config
-    return calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
 
 
 def given(**values: Any) -> dict[str, Any]:

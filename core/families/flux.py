@@ -19,17 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_pictures,
-    require_same_channels,
-    shift_of_tokens,
-)
-from fewstep.core.families.latents import pack_patches, positions, require_even, require_scaling, unpack_patches
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
+from fewstep.core.families.parts.flow import require_flow_scheduler, require_same_channels, shift_of_tokens
+from fewstep.core.families.parts.latents import pack_patches, positions, require_even, require_scaling, unpack_patches
 
 # Lengths to which the text is padded, all of which the network attends to: dev, and schnell by its model card.
 TEXT_TOKENS, SCHNELL_TEXT_TOKENS = 512, 256

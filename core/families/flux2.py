@@ -21,16 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_pictures,
-    require_same_channels,
-)
-from fewstep.core.families.latents import PATCH, flatten_positions, positions, unflatten_positions
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
+from fewstep.core.families.parts.flow import require_flow_scheduler, require_same_channels
+from fewstep.core.families.parts.latents import PATCH, flatten_positions, positions, unflatten_positions
 
 AnyFlux2Pipeline: TypeAlias = Flux2Pipeline | Flux2KleinPipeline
 

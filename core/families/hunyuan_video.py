@@ -19,15 +19,9 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_same_channels,
-)
-from fewstep.core.families.latents import latent_frames, require_scaling, vae_encode
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size
+from fewstep.core.families.parts.flow import require_flow_scheduler, require_same_channels
+from fewstep.core.families.parts.latents import latent_frames, require_scaling, vae_encode
 
 # What the stock call makes when it is told nothing, and tells the network.
 STOCK_SIZE, STOCK_FRAMES, TEXT_TOKENS, STOCK_GUIDANCE = (720, 1280), 129, 256, 6.0

@@ -18,16 +18,15 @@ from diffusers import LTXPipeline, LTXVideoTransformer3DModel
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_same_channels,
-    shift_of_tokens,
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size
+from fewstep.core.families.parts.flow import require_flow_scheduler, require_same_channels, shift_of_tokens
+from fewstep.core.families.parts.latents import (
+    flatten_positions,
+    latent_frames,
+    unflatten_positions,
+    vae_decode,
+    vae_encode,
 )
-from fewstep.core.families.latents import flatten_positions, latent_frames, unflatten_positions, vae_decode, vae_encode
 
 # What the stock call makes when it is told nothing.
 STOCK_SIZE, STOCK_FRAMES, FRAME_RATE, TEXT_TOKENS = (512, 704), 161, 25, 128

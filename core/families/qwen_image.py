@@ -18,16 +18,9 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_pictures,
-    shift_of_tokens,
-)
-from fewstep.core.families.latents import pack_patches, require_even, unpack_patches, vae_decode, vae_encode
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
+from fewstep.core.families.parts.flow import require_flow_scheduler, shift_of_tokens
+from fewstep.core.families.parts.latents import pack_patches, require_even, unpack_patches, vae_decode, vae_encode
 
 # What the stock call keeps of a text.
 TEXT_TOKENS = 512

@@ -29,10 +29,10 @@ from fewstep.core.families.family import (
     chosen_blocks,
     network_dtype,
     pixel_size,
-    require_fixed_grid,
     require_pictures,
 )
-from fewstep.core.families.latents import require_scaling
+from fewstep.core.families.parts.flow import require_fixed_grid
+from fewstep.core.families.parts.latents import require_scaling
 
 AnySanaPipeline = SanaPipeline | SanaSprintPipeline
 # Blocks whose outputs SANA-Sprint's discriminator reads, of the 20 that its network has (arXiv:2503.09641).

@@ -19,16 +19,9 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    no_stand_ins,
-    pixel_size,
-    require_fixed_grid,
-    require_pictures,
-)
-from fewstep.core.families.latents import require_scaling
+from fewstep.core.families.family import Configs, Family, network_dtype, no_stand_ins, pixel_size, require_pictures
+from fewstep.core.families.parts.flow import require_fixed_grid
+from fewstep.core.families.parts.latents import require_scaling
 
 # Length of the T5 part in the stock pipeline; without T5 it appends as many zero tokens.
 T5_TOKENS = 256

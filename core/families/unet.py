@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Configs, network_dtype, pixel_size, require_pictures
-from fewstep.core.families.latents import require_scaling
-from fewstep.core.families.noise_table import TableFamily, noise_table, require_table
+from fewstep.core.families.parts.latents import require_scaling
+from fewstep.core.families.parts.noise_table import TableFamily, noise_table, require_table
 
 UnetPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 

@@ -21,8 +21,9 @@ from diffusers import (
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import Configs, Family, Sampling, network_dtype, pixel_size, require_fixed_grid
-from fewstep.core.families.latents import latent_frames, vae_encode
+from fewstep.core.families.family import Configs, Family, Sampling, network_dtype, pixel_size
+from fewstep.core.families.parts.flow import require_fixed_grid
+from fewstep.core.families.parts.latents import latent_frames, vae_encode
 from fewstep.core.networks.experts import Experts
 
 # Nearer to a boundary of experts than this a time would fall on either side by its rounding.

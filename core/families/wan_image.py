@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import Configs, network_dtype, require_flow_scheduler
-from fewstep.core.families.latents import picture_images, vae_encode
+from fewstep.core.families.family import Configs, network_dtype
+from fewstep.core.families.parts.flow import require_flow_scheduler
+from fewstep.core.families.parts.latents import picture_images, vae_encode
 from fewstep.core.families.wan import STOCK_TEXT_TOKENS, WanFamily, require_experts
 from fewstep.core.networks.experts import Experts
 from fewstep.core.paths import expand_time

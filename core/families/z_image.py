@@ -19,16 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fewstep.core.condition import Condition
-from fewstep.core.families.family import (
-    Configs,
-    Family,
-    network_dtype,
-    pixel_size,
-    require_flow_scheduler,
-    require_pictures,
-    shift_of_tokens,
-)
-from fewstep.core.families.latents import require_even, require_scaling
+from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
+from fewstep.core.families.parts.flow import require_flow_scheduler, shift_of_tokens
+from fewstep.core.families.parts.latents import require_even, require_scaling
 
 
 @dataclass(frozen=True)

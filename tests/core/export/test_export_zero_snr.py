@@ -11,7 +11,7 @@ from fewstep.core.export.pipeline import export_pipeline
 from fewstep.core.export.record import Figure, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import nearest_exportable_times, plan_scheduler
-from fewstep.core.families.noise_table import noise_table
+from fewstep.core.families.parts.noise_table import noise_table
 from fewstep.core.families.table import build_family
 from fewstep.core.grids import step_grid
 from tests.tiny_pipelines import build_sd15, save_pipeline

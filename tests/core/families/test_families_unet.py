@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 from fewstep.core.denoiser import Denoiser, guided_velocity
-from fewstep.core.families.noise_table import snap_to_integer
+from fewstep.core.families.parts.noise_table import snap_to_integer
 from fewstep.core.families.table import build_family
 from fewstep.core.families.unet import UnetFamily
 from fewstep.core.networks.lora import add_lora
