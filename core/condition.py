@@ -26,12 +26,14 @@ class FieldRule(NamedTuple):
         mask: the field that is its mask, with which members of other lengths are joined.
         of_sample: whether it belongs to the sample and not to the prompt, so that the unconditional side of guidance is
             told the same.
+        instead_of: the field whose place it takes on the unconditional side of the same samples.
     """
 
     axes: tuple[str, ...]
     cast: bool = True
     mask: str | None = None
     of_sample: bool = False
+    instead_of: str | None = None
 
 
 FIELDS: dict[str, FieldRule] = {
@@ -49,6 +51,8 @@ FIELDS: dict[str, FieldRule] = {
     "image_tokens": FieldRule(("B", "R", "E"), of_sample=True),
     "image_latents": FieldRule(("B", "C", "F", "h", "w"), of_sample=True),
     "image_mask": FieldRule(("B", "C", "F", "h", "w"), of_sample=True),
+    "null_tokens": FieldRule(("B", "N3", "D"), mask="null_token_mask", of_sample=True, instead_of="tokens"),
+    "null_token_mask": FieldRule(("B", "N3"), cast=False, of_sample=True, instead_of="token_mask"),
 }
 
 
@@ -68,8 +72,10 @@ class Condition:
         labels: [B] int64 class labels.
         tokens_2, token_mask_2: a second text stream, as tokens and token_mask.
         image_tokens: [B, R, E] embeddings of a picture that is shown, or packed latents of pictures to follow.
-        image_latents: [B, C, F, h, w] latents of the given frames.
+        image_latents: [B, C, F, h, w] latents of the given frames, or of F pictures to edit or to follow.
         image_mask: [B, C', F, h, w], 1 where a frame is given.
+        null_tokens, null_token_mask: what takes the place of tokens and token_mask on the unconditional side, where its
+            text was encoded together with the picture of the sample.
 
     Raises:
         ValueError: a shape is wrong, batch sizes differ, or neither tokens nor labels are there.
@@ -88,6 +94,8 @@ class Condition:
     image_tokens: Tensor | None = None
     image_latents: Tensor | None = None
     image_mask: Tensor | None = None
+    null_tokens: Tensor | None = None
+    null_token_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.labels is None:
@@ -95,7 +103,7 @@ class Condition:
         present = self.present()
         # The main field says B and the texts their N; the others are held against them.
         sizes: dict[str, int] = {"6": 6}
-        for name in ("tokens", "tokens_2", "labels"):
+        for name in ("tokens", "tokens_2", "null_tokens", "labels"):
             if name in present and present[name].ndim == len(FIELDS[name].axes):
                 sizes = dict(zip(FIELDS[name].axes, present[name].shape, strict=True)) | sizes
         for name, tensor in present.items():
@@ -189,7 +197,9 @@ class Condition:
 
     def of_same_samples(self, other: Condition) -> Condition:
         """This condition with what `other` is told of its samples: sizes, pictures, an embedded guidance."""
-        return replace(self, **{name: x for name, x in other.present().items() if FIELDS[name].of_sample})
+        theirs = {name: x for name, x in other.present().items() if FIELDS[name].of_sample}
+        theirs |= {FIELDS[name].instead_of or name: x for name, x in theirs.items()}
+        return replace(self, **theirs)
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:

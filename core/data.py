@@ -69,7 +69,10 @@ def require_told_pictures(teacher: Teacher, pictures: Sequence[Path]) -> None:
             f"{teacher.path} is told a picture beside the text: set data.pictures to a folder with one for each prompt"
         )
     if pictures and not teacher.family.takes_picture:
-        raise ValueError(f"data.pictures is set, and {teacher.path} is told no picture: leave it out")
+        raise ValueError(
+            f"data.pictures is set, and {teacher.path} is told no picture: leave it out, or set teacher.told_picture "
+            "for a model that edits pictures as well"
+        )
 
 
 @lru_cache(maxsize=8)
@@ -88,7 +91,8 @@ class PromptConditions:
     """Prompts with their embeddings: when `cache`, each different one is encoded once and kept; else per batch.
 
     Height and width in pixels are told to networks that are conditioned on them (SDXL). `pictures` are files, one for
-    each prompt, that a network is told besides; they are read when their row is.
+    each prompt, that a network is told besides; they are read when their row is, and where the text encoder is shown
+    them, it is a row with its picture that is kept.
     Raises ValueError without prompts.
     """
 
@@ -110,7 +114,11 @@ class PromptConditions:
         self.height, self.width, self.frames = height, width, frames
         self.pictures = tuple(pictures)
         self.cached: Condition | None = None
-        if cache:
+        self.text_sees_picture = bool(self.pictures) and teacher.family.text_sees_picture
+        if cache and self.text_sees_picture:
+            # One by one: a text encoder that is shown pictures holds many times the tokens of a prompt.
+            self.cached = Condition.cat([self._encode_shown([row]) for row in range(len(self.prompts))])
+        elif cache:
             different = list(dict.fromkeys(self.prompts))
             self.places = {prompt: place for place, prompt in enumerate(different)}
             starts = range(0, len(different), ENCODE_BATCH)
@@ -119,11 +127,26 @@ class PromptConditions:
     def _encode(self, prompts: Sequence[str]) -> Condition:
         return self.teacher.encode(list(prompts), height=self.height, width=self.width)
 
+    def _encode_shown(self, rows: Sequence[int]) -> Condition:
+        """The prompts of these rows, encoded together with their pictures."""
+        texts = [self.prompts[row] for row in rows]
+        return self.teacher.encode(texts, pictures=self._read_pictures(rows), frames=self.frames)
+
+    def _read_pictures(self, rows: Sequence[int]) -> Tensor:
+        size = self.teacher.family.call_arguments(
+            self.teacher.pipeline, height=self.height, width=self.width, frames=self.frames
+        )
+        return torch.stack([read_picture(self.pictures[row], size["height"], size["width"]) for row in rows])
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     def rows(self, rows: Sequence[int]) -> Condition:
         """The condition of the prompts at these rows, with their pictures where there are any."""
+        if self.text_sees_picture:
+            if self.cached is None:
+                return self._encode_shown(rows)
+            return self.cached.index(torch.tensor(list(rows), device=self.cached.device))
         if self.cached is not None:
             places = [self.places[self.prompts[row]] for row in rows]
             condition = self.cached.index(torch.tensor(places, device=self.cached.device))
@@ -131,11 +154,7 @@ class PromptConditions:
             condition = self._encode([self.prompts[row] for row in rows])
         if not self.pictures:
             return condition
-        size = self.teacher.family.call_arguments(
-            self.teacher.pipeline, height=self.height, width=self.width, frames=self.frames
-        )
-        pixels = [read_picture(self.pictures[row], size["height"], size["width"]) for row in rows]
-        return self.teacher.with_pictures(condition, torch.stack(pixels), frames=self.frames)
+        return self.teacher.with_pictures(condition, self._read_pictures(rows), frames=self.frames)
 
     def of_samples(self, samples: Sequence[int], seed: int) -> Condition:
         """The condition of these sample numbers: every epoch visits every prompt once."""

@@ -28,6 +28,7 @@ class RunSettings:
             pipeline that was distilled.
         teacher_pipeline: its class, where that is not what its files say.
         teacher_embedded_guidance: what its network is told; None is the stock pipeline's own.
+        teacher_told_picture: whether its network is told a picture by choice.
         guidance: that is in the student's weights, or that it is told.
         student_path: of the pipeline whose network the student started from; None is the teacher's.
         negative_prompt: what the guidance led away from; None is the stock pipeline's own.
@@ -63,6 +64,7 @@ class RunSettings:
     teacher_lora_scale: float = 1.0
     teacher_pipeline: str | None = None
     teacher_embedded_guidance: float | None = None
+    teacher_told_picture: bool = False
     student_path: str | None = None
     negative_prompt: str | None = None
     times: tuple[float, ...] | None = None
@@ -84,8 +86,12 @@ class RunSettings:
         """Where the pipeline is that the student's network is of."""
         if self.student_path is None:
             return self.teacher
-        told = self.teacher_embedded_guidance
-        return ModelSource(path=self.student_path, pipeline=self.teacher_pipeline, embedded_guidance=told)
+        return ModelSource(
+            path=self.student_path,
+            pipeline=self.teacher_pipeline,
+            embedded_guidance=self.teacher_embedded_guidance,
+            told_picture=self.teacher_told_picture,
+        )
 
     @property
     def teacher(self) -> ModelSource:
@@ -99,6 +105,7 @@ class RunSettings:
             lora_scale=self.teacher_lora_scale,
             pipeline=self.teacher_pipeline,
             embedded_guidance=self.teacher_embedded_guidance,
+            told_picture=self.teacher_told_picture,
         )
 
     def save(self, run: str | Path) -> Path:

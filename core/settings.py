@@ -71,6 +71,10 @@ class ModelSource:
     """The guidance that a guidance-distilled network is told in every call (FLUX.1-dev, FLUX.2-dev, HunyuanVideo);
     empty is the stock pipeline's own. The student is trained at it and called with it. Guidance by a second call on top
     of it is guidance, and mostly 1 there."""
+    told_picture: bool = False
+    """Whether a network that makes pictures from text and edits them as well (FLUX.2) is told one with each prompt,
+    from data.pictures; its students then need one in every call. Models that always need one do without this
+    setting."""
 
     def __post_init__(self) -> None:
         told = self.embedded_guidance
@@ -115,6 +119,7 @@ class TeacherConfig(ModelSource):
             "teacher_lora_scale": 1.0 if self.lora_apart else self.lora_scale,
             "teacher_pipeline": self.pipeline,
             "teacher_embedded_guidance": self.embedded_guidance,
+            "teacher_told_picture": self.told_picture,
             "teacher_dtype": self.dtype,
             "teacher_quantise": self.quantise,
             "guidance": self.guidance,

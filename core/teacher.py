@@ -64,6 +64,7 @@ class Teacher:
         path: str,
         negative_prompt: str | None = None,
         embedded_guidance: float | None = None,
+        told_picture: bool = False,
     ) -> None:
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -72,7 +73,8 @@ class Teacher:
         require_teacher(type(pipeline).__name__, configs_of(pipeline))
         self.pipeline = pipeline
         self.path = path
-        family = build_family(pipeline)
+        family = build_family(pipeline).told_pictures() if told_picture else build_family(pipeline)
+        self.negative_prompt = negative_prompt
         self.family = family if embedded_guidance is None else family.telling(embedded_guidance)
         self.denoiser = Denoiser(self.family.network(pipeline), self.family)
         # What lies under adapters of the teacher's own (`lora_apart`), where it has them.
@@ -159,8 +161,13 @@ class Teacher:
                 quantise(getattr(pipeline, name), quantised)
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
-        told = source.embedded_guidance
-        return cls(pipeline, path=source.path, negative_prompt=negative_prompt, embedded_guidance=told)
+        return cls(
+            pipeline,
+            path=source.path,
+            negative_prompt=negative_prompt,
+            embedded_guidance=source.embedded_guidance,
+            told_picture=source.told_picture,
+        )
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided velocity, u + guidance (c - u) as the family combines it, fp32 at least; guidance is one or [B]."""
@@ -199,13 +206,22 @@ class Teacher:
             self._bases[path] = Denoiser(self.family.assembled(parts), self.family)
         return self._bases[path]
 
-    def encode(self, prompts: list[str], *, height: int | None = None, width: int | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: list[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        pictures: Tensor | None = None,
+        frames: int | None = None,
+    ) -> Condition:
         """Embeddings of the prompts, without gradient. Height and width in pixels are told to SDXL alone.
 
-        Networks that are told a picture, too, need `with_pictures` or `with_first_frames` besides.
+        Networks that are told a picture, too, need `pictures` [B, 3, H, W] in [0, 1], one for each prompt and of the
+        size of the samples, videos of `frames`; or `with_pictures` or `with_first_frames` afterwards.
 
         Raises:
-            ValueError: the text encoders were freed, or there is no prompt.
+            ValueError: the text encoders were freed, there is no prompt, or pictures are of another number or size.
         """
         if self.text_encoders_freed:
             raise ValueError(
@@ -213,15 +229,27 @@ class Teacher:
             )
         if len(prompts) == 0:
             raise ValueError("there is no prompt to encode: give at least one, which may be empty")
-        return self.family.encode_prompts(self.pipeline, list(prompts), height=height, width=width)
+        if pictures is None:
+            return self.family.encode_prompts(self.pipeline, list(prompts), height=height, width=width)
+        if len(pictures) != len(prompts):
+            raise ValueError(f"{len(pictures)} pictures are given for {len(prompts)} prompts: give one for each")
+        shape = self.latent_shape(pictures.shape[2], pictures.shape[3], frames=frames)
+        shown = pictures.to(self.null_condition.device)
+        with torch.no_grad():
+            return self.family.encode_with_pictures(
+                self.pipeline, list(prompts), shown, shape, negative_prompt=self.negative_prompt
+            )
 
     @torch.no_grad()
     def with_pictures(self, condition: Condition, pixels: Tensor, *, frames: int | None = None) -> Condition:
         """The same that is told pictures [B, 3, H, W] in [0, 1], one for each sample, for videos of that many frames.
 
         Raises:
-            ValueError: the network is told no picture, or their size is none of its samples.
+            ValueError: the network is told no picture, their size is none of its samples, or the text is encoded with
+                them (`encode`).
         """
+        if self.family.text_sees_picture:
+            raise ValueError(f"the text encoder of {self.path} is shown the pictures: encode the prompts with them")
         shape = self.latent_shape(pixels.shape[2], pixels.shape[3], frames=frames)
         fields = self.family.picture_fields(self.pipeline, pixels.to(condition.device), shape)
         return dataclasses.replace(condition, **fields)

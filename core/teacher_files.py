@@ -11,7 +11,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from fewstep.core.families.table import config_components, require_known_class, require_teacher, text_components
+from fewstep.core.families.table import (
+    config_components,
+    require_known_class,
+    require_picture_by_choice,
+    require_teacher,
+    text_components,
+)
 from fewstep.core.settings import ModelSource
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -39,6 +45,8 @@ def check_teacher(source: ModelSource) -> None:
         if entry is not None and _is_there(entry):
             configs[component] = _component_config(source, folder, component, str(entry[1]))
     require_teacher(name, configs)
+    if source.told_picture:
+        require_picture_by_choice(name)
     if source.embedded_guidance is not None and not any(one.get("guidance_embeds") for one in configs.values()):
         raise ValueError(
             f"embedded_guidance is {source.embedded_guidance}, and the network of {source.path} has no embedding of a "

@@ -4,12 +4,18 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessorFast,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# How Qwen2.5-VL is told where a picture stands.
+PICTURE_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+MARK_IDS = ("image_token_id", "video_token_id")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -78,4 +84,18 @@ def build_qwen_vl(tokenizer: Qwen2Tokenizer, *, width: int = 16) -> Qwen2_5_VLFo
         "window_size": 16,
         "fullatt_block_indexes": [0],
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    places = dict(zip(("vision_start_token_id", "vision_end_token_id", *MARK_IDS), PICTURE_MARKS, strict=True))
+    marks = {key: tokenizer.convert_tokens_to_ids(mark) for key, mark in places.items()}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def build_qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    """What shows text and pictures to the encoder; a picture becomes few tokens, whatever its size."""
+    pictures = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 1024}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(**pictures),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**pictures),
+        chat_template=CHAT,
+    )

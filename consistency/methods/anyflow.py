@@ -207,7 +207,7 @@ def anyflow_step(
     prediction = networks.wrapped(batch.x_t, t, batch.condition, r)
     if guidance != 1:
         with torch.no_grad():
-            null = networks.teacher.null_condition.expand(len(t))
+            null = networks.teacher.null_condition.expand(len(t)).of_same_samples(batch.condition)
             unconditional = networks.student(batch.x_t, t, null, r)
         prediction = fuse_guidance(prediction, unconditional, guidance=guidance)
     usable = finite_samples(prediction, target)

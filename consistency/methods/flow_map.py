@@ -83,7 +83,8 @@ def own_guided_velocity(
 ) -> Tensor:
     """The velocity of the data guided by the student's current u(x, t, t) with and without condition."""
     conditional = networks.student(x_t, t, condition)
-    unconditional = networks.student(x_t, t, networks.teacher.null_condition.expand(len(t)))
+    null = networks.teacher.null_condition.expand(len(t))
+    unconditional = networks.student(x_t, t, null.of_same_samples(condition))
     return guide(velocity, conditional, unconditional, t)
 
 

@@ -84,13 +84,13 @@ def training_latents(
     network: nn.Module, family: Family, *, pipeline: DiffusionPipeline, spec: SamplerSpec, probe: Probe
 ) -> Tensor:
     """What the student of the training makes of a probe, with the text encoders of `pipeline`: latents [B, C, H, W]."""
+    texts = list(probe.prompts)
     with torch.no_grad():
-        condition = family.encode_prompts(pipeline, list(probe.prompts), height=probe.height, width=probe.width)
-    if probe.picture is not None:
-        with torch.no_grad():
-            fields = family.picture_fields(pipeline, probe.picture, tuple(probe.latents.shape[1:]))
-        told = {name: field.expand(condition.batch_size, *field.shape[1:]) for name, field in fields.items()}
-        condition = replace(condition, **told)
+        if probe.picture is None:
+            condition = family.encode_prompts(pipeline, texts, height=probe.height, width=probe.width)
+        else:
+            pictures = probe.picture.expand(len(texts), -1, -1, -1)
+            condition = family.encode_with_pictures(pipeline, texts, pictures, tuple(probe.latents.shape[1:]))
     if probe.guidance is not None:
         scales = torch.full((condition.batch_size,), probe.guidance, device=probe.latents.device)
         condition = replace(condition, guidance=scales)

@@ -33,7 +33,8 @@ class Family(Protocol):
         name: in messages and records.
         makes_videos: whether latents are [B, C, F, h, w] and t may be [B, F]; else pictures, [B, C, h, w].
         lora_targets: ends of the names of the layers that get adapters.
-        takes_picture: whether the network is told a picture beside the text, such as the first frame.
+        takes_picture: whether the network is told a picture beside the text: the first frame, or one to edit.
+        text_sees_picture: whether the text encoder is shown it, too, so that each prompt is encoded with its picture.
         block_lists: the network's lists of blocks in the order of the call.
         probe_prompts: what an export is asked for when it is compared with the training.
         example_call: what a stock call is given first, as Python.
@@ -44,6 +45,7 @@ class Family(Protocol):
     lora_targets: ClassVar[tuple[str, ...]]
     makes_videos: ClassVar[bool] = False
     takes_picture: ClassVar[bool] = False
+    text_sees_picture: ClassVar[bool] = False
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     probe_prompts: ClassVar[tuple[str, ...]] = ("a cat", "7")
     example_call: ClassVar[str] = '"a prompt"'
@@ -134,6 +136,11 @@ class Family(Protocol):
 
     # Pictures that the network is told.
 
+    def told_pictures(self) -> Family:
+        """The same family whose network is told a picture besides. Raises ValueError where that is no choice."""
+        reason = "always told one" if self.takes_picture else "told none"
+        raise ValueError(f"told_picture is set, and networks of {self.name} are {reason}: leave it out")
+
     def picture_fields(self, pipeline: Any, pixels: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Fields of a condition for pictures [B, 3, H, W] in [0, 1] that a network is told, for latents [B, *shape].
 
@@ -141,13 +148,31 @@ class Family(Protocol):
         """
         raise ValueError(f"pictures are given, and networks of {self.name} are told none: leave them out")
 
+    def encode_with_pictures(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        pixels: Tensor,
+        shape: tuple[int, ...],
+        *,
+        negative_prompt: str | None = None,
+    ) -> Condition:
+        """Embeddings of prompts and of a picture each, as `picture_fields` has it.
+
+        Where the text encoder is shown the picture, the unconditional side has to be encoded with it, too: it is in the
+        condition, of `negative_prompt` or the stock pipeline's own.
+        """
+        condition = self.encode_prompts(pipeline, prompts, height=pixels.shape[2], width=pixels.shape[3])
+        return dataclasses.replace(condition, **self.picture_fields(pipeline, pixels, shape))
+
     def first_frame_fields(self, pipeline: Any, latents: Tensor) -> dict[str, Tensor]:
-        """The same for the first frames of videos of which there are latents."""
-        pixels = self.decode_latents(pipeline, latents[:, :, :1])[:, :, 0]
-        return self.picture_fields(pipeline, pixels, tuple(latents.shape[1:]))
+        """Fields for the first frames of videos of which there are latents; of pictures, for these themselves."""
+        pixels = self.decode_latents(pipeline, latents[:, :, :1] if self.makes_videos else latents)
+        first = pixels[:, :, 0] if self.makes_videos else pixels
+        return self.picture_fields(pipeline, first, tuple(latents.shape[1:]))
 
     def picture_arguments(self, pixels: Tensor) -> dict[str, Any]:
-        """Arguments of a stock call that is told a picture [1, 3, H, W]."""
+        """Arguments of a stock call that is told the picture [1, 3, H, W], one for all its prompts."""
         return {}
 
     # Times.

@@ -79,23 +79,28 @@ class FluxFamily(Family):
             raise ValueError("FLUX.1 needs pooled text, and guidance for dev alone: encode with its family")
         require_even("FLUX.1", tuple(x_t.shape))
         dtype, (height, width) = network_dtype(network), x_t.shape[2:]
-        place = positions(height // 2, width // 2, device=x_t.device)
+        pictures = [x_t] if condition.image_latents is None else [x_t, *condition.image_latents.to(x_t).unbind(2)]
+        # Three numbers place a token: 0 for the sample and 1 for a picture to edit, row, and column.
+        places = [
+            functional.pad(positions(one.shape[2] // 2, one.shape[3] // 2, device=x_t.device), (1, 0), value=number)
+            for number, one in enumerate(pictures)
+        ]
         output = network(
-            hidden_states=pack_patches(x_t).to(dtype),
+            hidden_states=torch.cat([pack_patches(one) for one in pictures], dim=1).to(dtype),
             # Rounded where the stock call rounds: a bf16 network sees the thousandth of a bf16 timestep.
             timestep=(t.expand(max(t.numel(), len(x_t))) * self.time_scale).to(dtype) / self.time_scale,
             encoder_hidden_states=condition.text.to(dtype),
             pooled_projections=condition.pooled.to(dtype),
             guidance=condition.guidance,
-            img_ids=functional.pad(place, (1, 0)).to(dtype),
-            txt_ids=place.new_zeros(condition.text.shape[1], 3).to(dtype),
+            img_ids=torch.cat(places).to(dtype),
+            txt_ids=x_t.new_zeros(condition.text.shape[1], 3).to(dtype),
             return_dict=False,
         )[0]
-        return unpack_patches(output, (height, width)).to(x_t.dtype)
+        return unpack_patches(output[:, : len(places[0])], (height, width)).to(x_t.dtype)
 
     def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
-        """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]."""
-        return output[1].transpose(1, 2)
+        """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]; a given picture's come last."""
+        return output[1][:, : latents[-2] // 2 * (latents[-1] // 2)].transpose(1, 2)
 
     @torch.no_grad()
     def encode_prompts(

@@ -17,19 +17,29 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.condition import Condition
 from fewstep.core.families.family import Configs, Family, network_dtype, pixel_size, require_pictures
 from fewstep.core.families.parts.flow import require_flow_scheduler, require_same_channels
-from fewstep.core.families.parts.latents import PATCH, flatten_positions, positions, unflatten_positions
+from fewstep.core.families.parts.latents import (
+    PATCH,
+    flatten_positions,
+    picture_images,
+    positions,
+    unflatten_positions,
+)
 
 AnyFlux2Pipeline: TypeAlias = Flux2Pipeline | Flux2KleinPipeline
 
 # What the stock call tells dev's network.
 STOCK_GUIDANCE = 4.0
 TEXT_TOKENS = 512
+PICTURE_STRIDE = 10
+# Larger pictures are shrunk by the stock call, in pixels.
+LARGEST_PICTURE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -80,30 +90,44 @@ class Flux2Family(Family):
             embedded_guidance=STOCK_GUIDANCE if guided else None,
         )
 
+    def told_pictures(self) -> Flux2PictureFamily:
+        """The same that is told a picture with each prompt."""
+        return Flux2PictureFamily(self.time_scale, self.text_tokens, self.embedded_guidance)
+
     def velocity(self, network: Flux2Transformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The transformer's output at time t. Raises ValueError for a condition of another family."""
         if (condition.guidance is None) == network.config["guidance_embeds"]:
             raise ValueError("FLUX.2 is told a guidance, and klein is not: encode with the family of this network")
         dtype, (height, width) = network_dtype(network), x_t.shape[2:]
-        # Four numbers place a token: picture, row, column, and place in the text.
-        place = functional.pad(positions(height, width, device=x_t.device), (1, 1)).long()
+        pictures = [x_t] if condition.image_latents is None else [x_t, *condition.image_latents.to(x_t).unbind(2)]
+        # Four numbers place a token: 0 for the sample and 10, 20, ... for pictures to follow, row, column, and place in
+        # the text.
+        places = [
+            functional.pad(
+                functional.pad(positions(*one.shape[2:], device=x_t.device), (1, 0), value=PICTURE_STRIDE * number),
+                (0, 1),
+            ).long()
+            for number, one in enumerate(pictures)
+        ]
         words = functional.pad(positions(condition.text.shape[1], device=x_t.device), (3, 0)).long()
         output = network(
-            hidden_states=flatten_positions(x_t).to(dtype),
+            hidden_states=torch.cat([flatten_positions(one) for one in pictures], dim=1).to(dtype),
             # Rounded where the stock call rounds: a bf16 network sees the thousandth of a bf16 timestep.
             timestep=(t.expand(max(t.numel(), len(x_t))) * self.time_scale).to(dtype) / self.time_scale,
             encoder_hidden_states=condition.text.to(dtype),
             guidance=condition.guidance,
-            img_ids=place,
+            img_ids=torch.cat(places),
             txt_ids=words,
             return_dict=False,
         )[0]
-        return unflatten_positions(output, (height, width)).to(x_t.dtype)
+        return unflatten_positions(output[:, : height * width], (height, width)).to(x_t.dtype)
 
     def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
-        """Image tokens of a block as [B, D, M]: of (text, image), or of text and image in one sequence."""
+        """Image tokens of a block as [B, D, M]: of (text, image), or of both in one sequence, whose end are the tokens
+        of a given picture."""
+        count, start = latents[-2] * latents[-1], 0 if isinstance(output, tuple) else self.text_tokens
         joint = output[1] if isinstance(output, tuple) else output
-        return joint[:, -latents[-2] * latents[-1] :].transpose(1, 2)
+        return joint[:, start : start + count].transpose(1, 2)
 
     @torch.no_grad()
     def encode_prompts(
@@ -200,6 +224,55 @@ class Flux2Family(Family):
         """A klein that is marked as distilled makes one call at whatever guidance."""
         if isinstance(pipeline, Flux2KleinPipeline):
             pipeline.register_to_config(is_distilled=True)
+
+
+@dataclass(frozen=True)
+class Flux2PictureFamily(Flux2Family):
+    """FLUX.2 that is told a picture to edit or to follow: its latents stand behind those of the sample.
+
+    The picture is of the size of the sample, or shrunk as the stock call shrinks it.
+    """
+
+    name: ClassVar[str] = "flux2_picture"
+    example_call: ClassVar[str] = 'image=picture, prompt="a prompt"'
+    takes_picture: ClassVar[bool] = True
+
+    def velocity(self, network: Flux2Transformer2DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The transformer's output at time t. Raises ValueError for a condition without a picture."""
+        if condition.image_latents is None:
+            raise ValueError("this FLUX.2 is told a picture, and the condition has none: encode with pictures")
+        return super().velocity(network, x_t, t, condition)
+
+    def picture_fields(self, pipeline: AnyFlux2Pipeline, pixels: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The latents of the pictures."""
+        if pixels.shape[2] * pixels.shape[3] > LARGEST_PICTURE:
+            pixels = torch.stack([self._shrunk(pipeline, image) for image in picture_images(pixels)]).to(pixels)
+        return {"image_latents": self.encode_pixels(pipeline, pixels)[:, :, None]}
+
+    def _shrunk(self, pipeline: AnyFlux2Pipeline, image: Image.Image) -> Tensor:
+        processor: Any = pipeline.image_processor
+        small = processor._resize_to_target_area(image, LARGEST_PICTURE)
+        side = PATCH * pipeline.vae_scale_factor
+        width, height = (length // side * side for length in small.size)
+        return processor.preprocess(small, height=height, width=width, resize_mode="crop")[0] / 2 + 0.5
+
+    def picture_arguments(self, pixels: Tensor) -> dict[str, Any]:
+        """The picture as an image: several would be several pictures to follow at once."""
+        return {"image": picture_images(pixels)[0]}
+
+    def call_arguments(
+        self,
+        pipeline: AnyFlux2Pipeline,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+    ) -> dict[str, Any]:
+        """The size always: the stock call would take that of the picture."""
+        _, *sides = self.latent_shape(pipeline, height, width)
+        factor = PATCH * pipeline.vae_scale_factor
+        size = {"height": sides[0] * factor, "width": sides[1] * factor}
+        return super().call_arguments(pipeline, **size, frames=frames)
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,17 +67,18 @@ class QwenImageFamily(Family):
             raise ValueError("Qwen-Image needs a mask of its text, and the condition has none: encode with its family")
         require_even("Qwen-Image", tuple(x_t.shape))
         dtype, (height, width) = network_dtype(network), x_t.shape[2:]
+        pictures = [x_t] if condition.image_latents is None else [x_t, *condition.image_latents.to(x_t).unbind(2)]
         output = network(
-            hidden_states=pack_patches(x_t).to(dtype),
+            hidden_states=torch.cat([pack_patches(one) for one in pictures], dim=1).to(dtype),
             # Rounded where the stock call rounds: a bf16 network sees the thousandth of a bf16 timestep.
             timestep=(t.expand(max(t.numel(), len(x_t))) * self.time_scale).to(dtype) / self.time_scale,
             encoder_hidden_states=condition.text.to(dtype),
             # Full texts go without, as in the stock call: attention without a mask has the faster kernels.
             encoder_hidden_states_mask=None if bool(mask.all()) else mask.bool(),
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            img_shapes=[[(1, one.shape[2] // 2, one.shape[3] // 2) for one in pictures]] * len(x_t),
             return_dict=False,
         )[0]
-        return unpack_patches(output, (height, width)).to(x_t.dtype)
+        return unpack_patches(output[:, : height // 2 * (width // 2)], (height, width)).to(x_t.dtype)
 
     def combine(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
         """u + w (c - u), each patch of 2 x 2 scaled to the norm that c has there."""
@@ -87,8 +88,8 @@ class QwenImageFamily(Family):
         return guided * ratio
 
     def feature_map(self, output: Any, latents: tuple[int, ...]) -> Tensor:
-        """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]."""
-        return output[1].transpose(1, 2)
+        """Image tokens [B, M, D] of a block, which returns (text, image), as [B, D, M]; a given picture's come last."""
+        return output[1][:, : latents[-2] // 2 * (latents[-1] // 2)].transpose(1, 2)
 
     @torch.no_grad()
     def encode_prompts(
@@ -183,5 +184,5 @@ def require_qwen_image(configs: Configs) -> None:
         raise ValueError(
             f"the transformer takes {takes} channels and gives {gives}, with {', '.join(told) or 'no other inputs'} "
             f"and guidance_embeds {bool(network.get('guidance_embeds'))}: an editing or layered model; use Qwen-Image, "
-            "which is told text alone"
+            "which is told text alone, or Qwen-Image-Edit"
         )

@@ -13,10 +13,12 @@ from fewstep.core.families.dit import DitFamily, require_dit
 from fewstep.core.families.family import Configs, Family
 from fewstep.core.families.flux import FluxFamily, require_flux
 from fewstep.core.families.flux2 import Flux2Family, require_flux2
+from fewstep.core.families.flux_kontext import FluxKontextFamily
 from fewstep.core.families.hunyuan_video import HunyuanVideoFamily, require_hunyuan_video
 from fewstep.core.families.ltx import LtxFamily, require_ltx
 from fewstep.core.families.pixart import PixArtFamily, require_pixart
 from fewstep.core.families.qwen_image import QwenImageFamily, require_qwen_image
+from fewstep.core.families.qwen_image_edit import QwenImageEditFamily, require_qwen_image_edit
 from fewstep.core.families.sana import SanaFamily, require_sana
 from fewstep.core.families.sana_control import SanaControlFamily
 from fewstep.core.families.sd3 import Sd3Family, require_sd3
@@ -31,7 +33,7 @@ class Kind(NamedTuple):
 
     One that reads no text is told classes. `require` takes the configs of the pipeline ("") and of these `components`,
     as their JSON files have them. `stand_ins` are components that take the place of the pipeline's own when it is
-    loaded here.
+    loaded here. A network of `picture_by_choice` makes pictures from text, and edits them where the run says so.
     """
 
     build: Callable[[Any], Family]
@@ -39,11 +41,14 @@ class Kind(NamedTuple):
     components: tuple[str, ...]
     reads_text: bool = True
     stand_ins: Callable[[], dict[str, Any]] = dict
+    picture_by_choice: bool = False
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
 EXPERTS = ("transformer", "transformer_2", "scheduler", "vae")
 TRANSFORMER = ("transformer", "scheduler", "vae")
+FLUX2 = Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER, picture_by_choice=True)
+QWEN_EDIT = Kind(QwenImageEditFamily.from_pipeline, require_qwen_image_edit, TRANSFORMER)
 SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
 FAMILIES: dict[str, Kind] = {
@@ -52,12 +57,15 @@ FAMILIES: dict[str, Kind] = {
         CosmosFamily.from_pipeline, require_cosmos, TRANSFORMER, stand_ins=without_guardrail
     ),
     "DiTPipeline": Kind(DitFamily.from_pipeline, require_dit, TRANSFORMER, reads_text=False),
-    "Flux2KleinPipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
-    "Flux2Pipeline": Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER),
+    "Flux2KleinPipeline": FLUX2,
+    "Flux2Pipeline": FLUX2,
+    "FluxKontextPipeline": Kind(FluxKontextFamily.from_pipeline, require_flux, TRANSFORMER),
     "FluxPipeline": Kind(FluxFamily.from_pipeline, require_flux, TRANSFORMER),
     "HunyuanVideoPipeline": Kind(HunyuanVideoFamily.from_pipeline, require_hunyuan_video, TRANSFORMER),
     "LTXPipeline": Kind(LtxFamily.from_pipeline, require_ltx, TRANSFORMER),
     "PixArtSigmaPipeline": Kind(PixArtFamily.from_pipeline, require_pixart, TRANSFORMER),
+    "QwenImageEditPipeline": QWEN_EDIT,
+    "QwenImageEditPlusPipeline": QWEN_EDIT,
     "QwenImagePipeline": Kind(QwenImageFamily.from_pipeline, require_qwen_image, TRANSFORMER),
     "SanaControlNetPipeline": SANA._replace(build=SanaControlFamily.from_pipeline),
     "SanaPipeline": SANA,
@@ -75,7 +83,7 @@ FAMILIES: dict[str, Kind] = {
 TEXT_ALONE = "its network is told pictures beside the text, which its students would need in training, too; use {}"
 RELATIVES = {
     **dict.fromkeys(
-        ("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"), TEXT_ALONE.format("FLUX.1-dev or schnell")
+        ("FluxFillPipeline", "FluxControlPipeline"), TEXT_ALONE.format("FLUX.1-dev or schnell, or Kontext for editing")
     ),
     **dict.fromkeys(
         ("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
@@ -83,10 +91,7 @@ RELATIVES = {
         "and it cannot noise a state again: no student of it could be called as it was trained; use Cosmos Predict 2.5",
     ),
     "Flux2KleinKVPipeline": "it keeps keys of pictures between its calls; use FLUX.2-klein",
-    **dict.fromkeys(
-        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"),
-        TEXT_ALONE.format("Qwen-Image"),
-    ),
+    "QwenImageLayeredPipeline": TEXT_ALONE.format("Qwen-Image or Qwen-Image-Edit"),
     "ZImageOmniPipeline": TEXT_ALONE.format("Z-Image"),
     **dict.fromkeys(("WanVACEPipeline", "WanAnimatePipeline"), TEXT_ALONE.format("Wan text- or image-to-video")),
 }
@@ -121,6 +126,16 @@ def config_components(name: str) -> tuple[str, ...]:
 def loading_arguments(name: str) -> dict[str, Any]:
     """Components with which a class of pipelines is loaded here, in the place of its own."""
     return FAMILIES[name].stand_ins() if name in FAMILIES else {}
+
+
+def require_picture_by_choice(name: str) -> None:
+    """Raises ValueError for a class of pipelines whose networks are told a picture never, or always."""
+    if not FAMILIES[name].picture_by_choice:
+        known = ", ".join(sorted(other for other, kind in FAMILIES.items() if kind.picture_by_choice))
+        raise ValueError(
+            f"teacher.told_picture is set, and it is no choice of {name}: leave it out. It is one of {known}; models "
+            "that always need a picture take it from data.pictures alone"
+        )
 
 
 def text_components(name: str) -> tuple[str, ...]:

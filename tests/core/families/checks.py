@@ -24,6 +24,7 @@ from fewstep.core.export.record import ExportRecord, StudentReport
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.grids import step_grid
 from fewstep.core.networks.lora import add_lora
+from fewstep.core.settings import ModelSource
 from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
 from fewstep.kernels.check_jvp import Float64Inside
@@ -50,6 +51,8 @@ class TinyModel:
         shift: of the grids of its students.
         parts: components that those who load an export bring along.
         indices: of its students' grids by their steps, for networks on a noise table.
+        calls_one: whether the stock call makes one sample.
+        told_picture: whether it is told a picture by choice.
     """
 
     build: Callable[[], Any]
@@ -64,6 +67,13 @@ class TinyModel:
     parts: Callable[[], dict[str, Any]] = dict
     samplers: tuple[str, ...] = ("ode", "sde")
     shift: float = 3.0
+    calls_one: bool = False
+    told_picture: bool = False
+
+    @property
+    def called(self) -> list[str]:
+        """The prompts of one stock call."""
+        return list(self.prompts[:1] if self.calls_one else self.prompts)
 
     def times(self, steps: int, teacher: Teacher) -> tuple[float, ...]:
         """The grid of a student of so many steps."""
@@ -73,7 +83,11 @@ class TinyModel:
 
     def teacher(self) -> Teacher:
         """The model as a teacher."""
-        return Teacher(self.build(), path="owner/tiny")
+        return Teacher(self.build(), path="owner/tiny", told_picture=self.told_picture)
+
+    def source(self, folder: Path) -> ModelSource:
+        """The model on disk."""
+        return ModelSource(path=str(folder), told_picture=self.told_picture)
 
     def shape(self, teacher: Teacher) -> tuple[int, ...]:
         """Of its latents."""
@@ -90,11 +104,10 @@ def picture_of(model: TinyModel) -> Tensor:
 def told(model: TinyModel, teacher: Teacher, prompts: Sequence[str] | None = None) -> Condition:
     """The condition of prompts, with the picture where the network is told one."""
     texts = list(model.prompts if prompts is None else prompts)
-    condition = teacher.encode(texts, height=model.size.get("height"), width=model.size.get("width"))
     if not teacher.family.takes_picture:
-        return condition
+        return teacher.encode(texts, height=model.size.get("height"), width=model.size.get("width"))
     pictures = picture_of(model).expand(len(texts), -1, -1, -1)
-    return teacher.with_pictures(condition, pictures, frames=model.size.get("frames"))
+    return teacher.encode(texts, pictures=pictures, frames=model.size.get("frames"))
 
 
 def noise_of(shape: tuple[int, ...], count: int = len(PROMPTS), seed: int = SEED) -> Tensor:
@@ -109,7 +122,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def stock_latents(model: TinyModel, teacher: Teacher, noise: Tensor, *, steps: int, guidance: float) -> Tensor:
     """What the stock pipeline makes of this noise, as canonical latents."""
     family, pipeline = teacher.family, teacher.pipeline
-    arguments = family.text_arguments(model.prompts, guided=guidance != 1)
+    arguments = family.text_arguments(model.called, guided=guidance != 1)
     arguments |= family.call_arguments(pipeline, **model.size) | family.guidance_arguments(guidance)
     arguments |= family.latent_arguments(pipeline, noise, SEED) | {"num_inference_steps": steps}
     arguments |= family.picture_arguments(picture_of(model))
@@ -122,9 +135,9 @@ def stock_latents(model: TinyModel, teacher: Teacher, noise: Tensor, *, steps: i
 def trajectory_difference(model: TinyModel, *, steps: int = 4) -> float:
     """The teacher's sampler against the stock pipeline, with guidance."""
     teacher = model.teacher()
-    noise = noise_of(model.shape(teacher), len(model.prompts))
+    noise = noise_of(model.shape(teacher), len(model.called))
     expected = stock_latents(model, teacher, noise, steps=steps, guidance=model.guidance)
-    condition = told(model, teacher)
+    condition = told(model, teacher, model.called)
     return distance(teacher.sample(noise, condition, steps=steps, guidance=model.guidance), expected)
 
 
@@ -141,8 +154,8 @@ def network_times(model: TinyModel, dtype: torch.dtype) -> tuple[list[float], li
 
     for network in teacher.family.parts(teacher.denoiser.network).values():
         network.register_forward_pre_hook(record, with_kwargs=True)
-    noise = noise_of(model.shape(teacher), len(model.prompts))
-    condition = told(model, teacher)
+    noise = noise_of(model.shape(teacher), len(model.called))
+    condition = told(model, teacher, model.called)
     stock_latents(model, teacher, noise.to(dtype), steps=3, guidance=1.0)
     stock = list(seen)
     seen.clear()
@@ -177,10 +190,10 @@ def export_student(
 ) -> ExportRecord:
     """Export a student of the model in `folder`."""
     student = arguments.pop("student", None)
-    network = student_of(Teacher.load(folder)) if student is None else student
+    network = student_of(Teacher.load(model.source(folder))) if student is None else student
     report = StudentReport("dmd", "owner/tiny", guidance=3.0, step=1, ema=True, **model.size)
     return export_pipeline(
-        str(folder), network, sampler=SamplerSpec(times, sampler), output=output, report=report, **arguments
+        model.source(folder), network, sampler=SamplerSpec(times, sampler), output=output, report=report, **arguments
     )
 
 
@@ -272,7 +285,7 @@ class FamilyChecks:
     ) -> None:
         if sampler not in self.model.samplers:
             pytest.skip(f"no export of {sampler}")
-        times = self.model.times(steps, Teacher.load(folder))
+        times = self.model.times(steps, Teacher.load(self.model.source(folder)))
         record = export_student(self.model, folder, tmp_path / "export", times, sampler)
         assert record.verification is not None
         assert record.verification.sampler_difference < record.verification.sampler_tolerance
@@ -289,7 +302,7 @@ class FamilyChecks:
             times = (1.0, 0.8, 0.7, 0.1)
             if self.model.indices is not None:
                 indices = torch.tensor([999.0, 700.0, 650.0, 100.0], dtype=torch.float64)
-                times = tuple(Teacher.load(folder).family.flow_time(indices).tolist())
+                times = tuple(Teacher.load(self.model.source(folder)).family.flow_time(indices).tolist())
             with pytest.raises(
                 ValueError, match=r"is not a uniform grid with a time shift|takes no `timesteps`|even steps"
             ):
@@ -297,28 +310,28 @@ class FamilyChecks:
 
     @pytest.mark.slow
     def test_an_export_does_alone_what_its_card_says(self, folder: Path, tmp_path: Path) -> None:
-        teacher = Teacher.load(folder)
+        teacher = Teacher.load(self.model.source(folder))
         times = self.model.times(2, teacher)
         student = student_of(teacher)
         record = export_student(self.model, folder, tmp_path / "export", times, "ode", student=student)
         stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "export", **self.model.parts())
         stock.set_progress_bar_config(disable=True)
-        noise = noise_of(self.model.shape(teacher))
+        noise = noise_of(self.model.shape(teacher), len(self.model.called))
         family = teacher.family
-        call = record.call_arguments() | family.text_arguments(self.model.prompts, guided=False)
+        call = record.call_arguments() | family.text_arguments(self.model.called, guided=False)
         call |= family.picture_arguments(picture_of(self.model))
         found = family.latent_call(stock, call | family.latent_arguments(stock, noise, SEED))
         found = family.canonical_latents(stock, found, tuple(noise.shape[1:]))
-        condition = told(self.model, teacher)
+        condition = told(self.model, teacher, self.model.called)
         x, denoiser = family.initial_state(noise, times[0]), Denoiser(student, family)
         for t, after in zip(times, (*times[1:], 0.0), strict=True):
             with torch.no_grad():
-                x = x + (after - t) * denoiser(x, torch.full((2,), t, dtype=torch.float32), condition)
+                x = x + (after - t) * denoiser(x, torch.full((len(x),), t, dtype=torch.float32), condition)
         assert distance(found, x) < 3e-5
 
     @pytest.mark.slow
     def test_adapters_load_into_the_stock_pipeline_or_are_refused(self, folder: Path, tmp_path: Path) -> None:
-        teacher = Teacher.load(folder)
+        teacher = Teacher.load(self.model.source(folder))
         network = adapted_network(teacher)
         times = self.model.times(2, teacher)
         sampler = self.model.samplers[-1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def build_packed_vae() -> AutoencoderKL:
     ).eval()
 
 
-def build_flux(*, dev: bool = True, seed: int = 0) -> FluxPipeline:
+def build_flux(*, dev: bool = True, kind: type[Any] = FluxPipeline, seed: int = 0) -> Any:
     """FLUX.1 with one block of either kind; a scheduler that shifts by the size for dev, as released."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +59,7 @@ def build_flux(*, dev: bool = True, seed: int = 0) -> FluxPipeline:
             axes_dims_rope=(4, 4, 8),
         )
         widen_weights(transformer)
-        pipeline = FluxPipeline(
+        pipeline = kind(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
             vae=build_packed_vae(),
             text_encoder=CLIPTextModel(clip_config(tokenizer)).eval(),

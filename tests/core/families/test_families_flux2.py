@@ -23,6 +23,7 @@ from diffusers import (
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
 
 from fewstep.core.families.flux2 import require_flux2
+from fewstep.core.families.parts.latents import flatten_positions
 from fewstep.core.families.table import build_family, configs_of
 from fewstep.core.teacher import Teacher
 from tests.core.families.checks import PROMPTS, FamilyChecks, TinyModel, export_student, noise_of
@@ -38,12 +39,12 @@ MISTRAL_CHAT = (
 )
 
 
-def build_patched_vae() -> AutoencoderKLFlux2:
-    """One resolution, four latent channels, and statistics of its patches that are neither 0 nor 1."""
+def build_patched_vae(resolutions: int = 1) -> AutoencoderKLFlux2:
+    """Four latent channels, and statistics of its patches that are neither 0 nor 1."""
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,) * resolutions,
+        down_block_types=("DownEncoderBlock2D",) * resolutions,
+        up_block_types=("UpDecoderBlock2D",) * resolutions,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -71,7 +72,7 @@ def build_network(width: int, *, dev: bool) -> Flux2Transformer2DModel:
     return network.eval()
 
 
-def build_klein(*, is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+def build_klein(*, is_distilled: bool = False, resolutions: int = 1, seed: int = 0) -> Flux2KleinPipeline:
     """klein with one block of either kind."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -79,7 +80,7 @@ def build_klein(*, is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipel
         tokenizer.model_max_length = TEXT_TOKENS
         pipeline = Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=build_patched_vae(),
+            vae=build_patched_vae(resolutions),
             text_encoder=build_qwen3_causal(tokenizer, width=16, layers=KLEIN_LAYERS + 1),
             tokenizer=tokenizer,
             transformer=build_network(48, dev=False),
@@ -132,6 +133,39 @@ def build_dev(*, seed: int = 0) -> Flux2Pipeline:
 KLEIN = TinyModel(build_klein, {"height": 8, "width": 12}, guidance=4.0)
 # dev's stock call guides by what its network is told alone.
 DEV = TinyModel(build_dev, {"height": 8, "width": 12}, guidance=1.0)
+
+
+# The stock call takes pictures of 64 pixels and more.
+PICTURE_SIZE = {"height": 64, "width": 64}
+KLEIN_PICTURE = dataclasses.replace(KLEIN, size=PICTURE_SIZE, told_picture=True)
+DEV_PICTURE = dataclasses.replace(DEV, size=PICTURE_SIZE, told_picture=True)
+
+
+class TestKleinWithAPicture(FamilyChecks):
+    model = KLEIN_PICTURE
+
+
+class TestDevWithAPicture(FamilyChecks):
+    model = DEV_PICTURE
+
+
+def test_a_large_picture_is_shrunk_as_by_the_stock_call() -> None:
+    # Sides divided by 16, as released.
+    pipeline = build_klein(resolutions=4)
+    family = build_family(pipeline).told_pictures()
+    pixels = torch.rand(1, 3, 1100, 1300, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = family.picture_fields(pipeline, pixels, (16, 68, 81))["image_latents"]
+    seen = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["hidden_states"]), with_kwargs=True
+    )
+    call = {"prompt": ["x"], "height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": TEXT_TOKENS}
+    pipeline(**call, **family.picture_arguments(pixels), guidance_scale=1.0, output_type="latent")
+    hook.remove()
+    assert tuple(found.shape) == (1, 16, 1, 58, 69)
+    stock = seen[0][:, 16:]
+    assert float((flatten_positions(found) - stock).abs().max() / stock.abs().max()) < 1e-4
 
 
 class TestKlein(FamilyChecks):

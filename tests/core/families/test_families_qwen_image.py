@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import (
@@ -18,7 +20,7 @@ from fewstep.core.families.qwen_image import QwenImageFamily, require_qwen_image
 from fewstep.core.families.table import build_family, configs_of
 from tests.core.families.checks import FamilyChecks, TinyModel
 from tests.tiny_networks import widen_weights
-from tests.tiny_text import build_qwen_tokenizer, build_qwen_vl
+from tests.tiny_text import PICTURE_MARKS, build_qwen_processor, build_qwen_tokenizer, build_qwen_vl
 
 # The scheduler of the release.
 RELEASED = {
@@ -30,11 +32,15 @@ RELEASED = {
 }
 
 
-def build_qwen_image(*, seed: int = 0) -> QwenImagePipeline:
-    """Qwen-Image with two blocks, latents of four channels and half the pixels' sides."""
+def build_qwen_image(
+    *, kind: type[Any] = QwenImagePipeline, halvings: int = 1, zero_cond_t: bool = False, seed: int = 0
+) -> Any:
+    """Qwen-Image with two blocks, latents of four channels, and pixels whose sides are halved so many times; models
+    that edit have a processor of pictures, too."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = build_qwen_tokenizer()
+        tokenizer = build_qwen_tokenizer(PICTURE_MARKS)
+        parts: dict[str, Any] = {} if kind is QwenImagePipeline else {"processor": build_qwen_processor(tokenizer)}
         transformer = QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -43,22 +49,24 @@ def build_qwen_image(*, seed: int = 0) -> QwenImagePipeline:
             num_attention_heads=2,
             joint_attention_dim=16,
             axes_dims_rope=(4, 6, 6),
+            zero_cond_t=zero_cond_t,
         )
         widen_weights(transformer)
-        pipeline = QwenImagePipeline(
+        pipeline = kind(
             scheduler=FlowMatchEulerDiscreteScheduler(**RELEASED),
             vae=AutoencoderKLQwenImage(
-                base_dim=4,
+                base_dim=4 if halvings == 1 else 2,
                 z_dim=4,
-                dim_mult=[1, 1],
+                dim_mult=[1] * (halvings + 1),
                 num_res_blocks=1,
-                temperal_downsample=[False],
+                temperal_downsample=[False] * halvings,
                 latents_mean=[0.2, -0.1, 0.4, 0.0],
                 latents_std=[1.5, 0.7, 1.1, 0.9],
             ).eval(),
             text_encoder=build_qwen_vl(tokenizer),
             tokenizer=tokenizer,
             transformer=transformer.eval(),
+            **parts,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
