@@ -41,14 +41,24 @@ def encode_images(about: str = "") -> None:
     """Encode a folder of pictures with captions, and end the process."""
     parser = _parser(about, sized=True)
     add = parser.add_argument
-    add("--images", required=True, help="folder with pictures and metadata.jsonl (file_name, text)")
+    add(
+        "--images",
+        required=True,
+        help="folder with pictures and metadata.jsonl (file_name, text, and picture for "
+        "models that edit: what it was before)",
+    )
     add("--batch_size", type=int, default=16, help="pictures at a time")
+    add("--told_picture", action="store_true", help="teacher.told_picture of the run")
     options = parser.parse_args()
     from fewstep.core.latent_sources import encode_image_folder
+    from fewstep.core.settings import ModelSource
     from fewstep.core.teacher import Teacher
+    from fewstep.core.teacher_files import check_teacher
 
     def make() -> LatentDataset:
-        teacher = Teacher.load(options.teacher, device=options.device)
+        source = ModelSource(path=options.teacher, told_picture=options.told_picture)
+        check_teacher(source)
+        teacher = Teacher.load(source, device=options.device)
         size = {"height": options.height, "width": options.width}
         return encode_image_folder(teacher, options.images, batch_size=options.batch_size, **size)
 
@@ -91,24 +101,28 @@ def make_pairs(about: str = "") -> None:
     add("--guidance_low", type=float, help="of the expert of little noise; teacher.guidance_low of the run")
     add("--negative_prompt", help="what guidance leads away from; teacher.negative_prompt of the run")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="teacher.dtype of the run")
+    add("--pictures", help="folder with a picture for each prompt, for teachers that are told one; data.pictures")
+    add("--told_picture", action="store_true", help="teacher.told_picture of the run")
     options = parser.parse_args()
     import torch
 
-    from fewstep.core.data import read_prompts
-    from fewstep.core.latent_sources import PixelSize, teacher_pairs
+    from fewstep.core.data import find_prompt_pictures, read_prompts
+    from fewstep.core.latent_sources import PairSamples, teacher_pairs
     from fewstep.core.settings import TeacherConfig
     from fewstep.core.teacher import Teacher
     from fewstep.core.teacher_files import check_teacher
 
     def make() -> LatentDataset:
         prompts = read_prompts(options.prompts)
-        names = ("pipeline", "embedded_guidance", "guidance_low", "negative_prompt", "dtype")
+        pictures = find_prompt_pictures(options.pictures, prompts)
+        names = ("pipeline", "embedded_guidance", "guidance_low", "negative_prompt", "dtype", "told_picture")
         told = {name: getattr(options, name) for name in names}
         settings = TeacherConfig(path=options.teacher, **told)
         check_teacher(settings)
         teacher = Teacher.of(settings, device=torch.device(options.device))
         kinds = {name: getattr(options, name) for name in ("count", "steps", "guidance", "seed", "batch_size")}
-        size = PixelSize(height=options.height, width=options.width, frames=options.frames)
-        return teacher_pairs(teacher, prompts, **kinds, size=size)
+        sides = {name: getattr(options, name) for name in ("height", "width", "frames")}
+        samples = PairSamples(**sides, pictures=pictures)
+        return teacher_pairs(teacher, prompts, **kinds, samples=samples)
 
     _write(options.output, make, "pairs")

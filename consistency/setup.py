@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,9 +139,6 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
         fake_role = trainer.add_role("fake_score", fake_score, config.fake_score.optimizer)
         student_role.total_updates, fake_role.total_updates = updates_of_roles(config)
 
-    def embed(prompts: Sequence[str], control: LatentDataset | None = None) -> PromptConditions:
-        return run_prompts(config, teacher, prompts, None if control is None else control.latents)
-
     mcm = None
     if config.mcm is not None:
         mcm = build_mcm(
@@ -150,9 +148,11 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
             teacher=teacher,
             shape=shape,
             pictures=data.pictures,
-            embed=embed,
+            embed=partial(run_prompts, config, teacher, control=None),
         )
-    real = LatentSource(data.real, embed(data.real.prompts, data.control), config.run.seed + REAL_SEED)
+    followed = None if data.control is None else data.control.latents
+    captions = run_prompts(config, teacher, data.real.prompts, followed, data.real.pictures)
+    real = LatentSource(data.real, captions, config.run.seed + REAL_SEED)
     times = times_of_student(config, teacher)
     return ConsistencySetup(
         teacher=teacher,
@@ -243,6 +243,7 @@ def run_shape(settings: ConsistencyDataConfig, real: LatentDataset, teacher: Tea
     """(C, h, w) or (C, F, h, w) of what the run makes. Raises ValueError where the data are of another shape."""
     shape = teacher.latent_shape(settings.height, settings.width, frames=settings.frames)
     real.require_shape(shape, "data.latents")
+    real.require_pictures(teacher, "data.latents")
     return shape
 
 

@@ -6,6 +6,7 @@ the global batch, so a resumed run reads on where it stopped and two processes r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from fewstep.core.teacher import Teacher
 ENCODE_BATCH = 64
 
 
-LATENTS_FILE, PROMPTS_FILE = "latents.safetensors", "prompts.txt"
+LATENTS_FILE, PROMPTS_FILE, PICTURES_FOLDER = "latents.safetensors", "prompts.txt", "pictures"
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
@@ -169,12 +170,14 @@ class PromptConditions:
 class LatentDataset:
     """Latents [N, C, H, W] or [N, C, F, H, W] with a prompt each and, for teacher pairs, the noise they were made from.
 
+    `pictures` are files, one for each, that a network is told with the prompt: those that an edited picture was before.
     Raises ValueError when counts or shapes disagree, or a prompt is not one line of text, which the file cannot hold.
     """
 
     latents: Tensor
     prompts: tuple[str, ...]
     noise: Tensor | None = None
+    pictures: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.prompts) or not self.prompts:
@@ -182,6 +185,10 @@ class LatentDataset:
         for number, prompt in enumerate(self.prompts):
             if len(prompt.strip().splitlines()) != 1:
                 raise ValueError(f"prompt {number} is {prompt!r}; each must be one line of text that is not blank")
+        if self.pictures and len(self.pictures) != len(self.prompts):
+            raise ValueError(
+                f"{len(self.pictures)} pictures and {len(self.prompts)} prompts; give one picture per prompt"
+            )
         if self.noise is not None and self.noise.shape != self.latents.shape:
             raise ValueError(
                 f"noise is {tuple(self.noise.shape)}, latents {tuple(self.latents.shape)}; they must agree"
@@ -196,13 +203,27 @@ class LatentDataset:
                 "data.frames for videos"
             )
 
+    def require_pictures(self, teacher: Teacher, key: str) -> None:
+        """Raises ValueError that names the setting `key` unless there are pictures where the teacher needs them.
+
+        Latents of videos bring their first frame; of a picture that was edited nothing says what it was before.
+        """
+        family = teacher.family
+        if self.pictures and not family.takes_picture:
+            raise ValueError(f"{key} has pictures that a network is told, and {teacher.path} is told none")
+        if family.takes_picture and not family.makes_videos and not self.pictures:
+            raise ValueError(
+                f"{teacher.path} is told a picture with each prompt, and {key} has none: name it in metadata.jsonl "
+                "(picture) and encode again, or make pairs with --pictures"
+            )
+
     def require_noise(self, key: str) -> None:
         """Raises ValueError that names the setting `key` unless these are teacher pairs."""
         if self.noise is None:
             raise ValueError(f"{key} holds latents without noise; make pairs with scripts/make_teacher_pairs.py")
 
     def save(self, folder: str | Path) -> None:
-        """Write `latents.safetensors` and `prompts.txt` into a folder."""
+        """Write `latents.safetensors` and `prompts.txt` into a folder, and copies of the pictures into `pictures`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"latents": self.latents.contiguous()}
@@ -210,6 +231,17 @@ class LatentDataset:
             tensors["noise"] = self.noise.contiguous()
         save_file(tensors, folder / LATENTS_FILE)
         (folder / PROMPTS_FILE).write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        # Apart at first: those of an earlier set must not be counted with the new ones, and may be the same files.
+        draft = folder / f"{PICTURES_FOLDER}.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        for number, picture in enumerate(self.pictures):
+            shutil.copyfile(picture, draft / f"{number:08d}{picture.suffix.lower()}")
+        shutil.rmtree(folder / PICTURES_FOLDER, ignore_errors=True)
+        if self.pictures:
+            draft.rename(folder / PICTURES_FOLDER)
+        else:
+            draft.rmdir()
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentDataset:
@@ -224,7 +256,10 @@ class LatentDataset:
             raise ValueError(f"{file} cannot be read ({error}); write it again") from error
         if "latents" not in tensors:
             raise ValueError(f"{file} holds {sorted(tensors)}; a tensor named 'latents' is needed")
-        return cls(tensors["latents"], read_prompts(folder / PROMPTS_FILE), tensors.get("noise"))
+        prompts = read_prompts(folder / PROMPTS_FILE)
+        told = folder / PICTURES_FOLDER
+        pictures = tuple(find_pictures(told)) if told.is_dir() else ()
+        return cls(tensors["latents"], prompts, tensors.get("noise"), pictures)
 
 
 class PromptsWithGuidance(PromptConditions):
@@ -284,7 +319,10 @@ class LatentSource:
         """Row numbers, latents [B, C, H, W] and conditions for these sample numbers."""
         rows = rows_of_samples(samples, len(self.dataset.prompts), self.seed)
         latents = self.dataset.latents[rows].to(device)
-        return rows, latents, self.conditions.teacher.with_first_frames(self.conditions.rows(rows), latents)
+        condition = self.conditions.rows(rows)
+        if self.dataset.pictures:
+            return rows, latents, condition
+        return rows, latents, self.conditions.teacher.with_first_frames(condition, latents)
 
     def captions(self, samples: Sequence[int]) -> list[str]:
         """The captions of these sample numbers."""

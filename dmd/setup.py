@@ -85,6 +85,14 @@ class DmdData:
         """All that samples may be asked for."""
         return self.prompts if self.inputs is None else (*self.prompts, *self.inputs.prompts)
 
+    def require_fit(self, teacher: Teacher, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for latents of another shape than the run's, or without what the teacher is told."""
+        read = {"gan.latents": self.real, "regression.pairs": self.pairs, "noised_data.latents": self.inputs}
+        for key, dataset in read.items():
+            if dataset is not None:
+                dataset.require_shape(shape, key)
+                dataset.require_pictures(teacher, key)
+
     @classmethod
     def read(cls, config: DmdConfig) -> DmdData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
@@ -115,10 +123,7 @@ def build_setup(
     teacher = Teacher.of(config.teacher, device=trainer.device)
     require_told_pictures(teacher, data.pictures)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
-    read = {"gan.latents": data.real, "regression.pairs": data.pairs, "noised_data.latents": data.inputs}
-    for key, dataset in read.items():
-        if dataset is not None:
-            dataset.require_shape(shape, key)
+    data.require_fit(teacher, shape)
     reward = None
     if config.refl is not None:
         reward = SampleReward(config.refl, trainer, scorers, videos=len(shape) == 4)
@@ -143,7 +148,9 @@ def build_setup(
         return embedded_prompts(teacher, config.data, prompts, pictures)
 
     def source(dataset: LatentDataset | None, offset: int) -> LatentSource | None:
-        return None if dataset is None else LatentSource(dataset, embed(dataset.prompts), config.run.seed + offset)
+        if dataset is None:
+            return None
+        return LatentSource(dataset, embed(dataset.prompts, dataset.pictures), config.run.seed + offset)
 
     return DmdSetup(
         teacher=teacher,

@@ -76,6 +76,11 @@ class Validation:
     def __init__(self, config: ValidationConfig, data: DataConfig, setup: Watched, trainer: Trainer) -> None:
         if len(setup.latent_shape) != 3:
             raise ValueError("validation measures pictures, and this teacher makes videos: leave the section out")
+        if setup.teacher.family.takes_picture:
+            raise ValueError(
+                "validation tells its prompts alone, and this teacher is told a picture with each: leave the section "
+                "out"
+            )
         self.config, self.setup, self.trainer = config, setup, trainer
         self.processes = Processes(trainer.rank, trainer.world_size)
         # The first process reads the real pictures, the others find their features in the cache.

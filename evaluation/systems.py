@@ -100,6 +100,11 @@ def read_system(
     record_file = folder / RECORD_FILE
     # An export that a stock pipeline has saved again keeps its call alone.
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else stored_call(folder) or {}
+    if record.get("told_picture"):
+        raise ValueError(
+            f"{folder} is told a picture with each prompt, which the evaluation does not give: judge finished pictures "
+            "or videos (--pictures)"
+        )
     # The record keeps the call apart.
     call = record.get("call", {"guidance_scale": 1.0}) if record_file.is_file() else record
     own_steps = record.get("num_inference_steps")

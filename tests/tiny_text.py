@@ -1,10 +1,12 @@
 """Tiny language models of the text encoders of newer pipelines, and tokenizers for them, made in memory."""
 
+from typing import Any
+
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
-    Qwen2VLImageProcessorFast,
+    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3Config,
@@ -85,16 +87,22 @@ def build_qwen_vl(tokenizer: Qwen2Tokenizer, *, width: int = 16) -> Qwen2_5_VLFo
         "fullatt_block_indexes": [0],
     }
     places = dict(zip(("vision_start_token_id", "vision_end_token_id", *MARK_IDS), PICTURE_MARKS, strict=True))
-    marks = {key: tokenizer.convert_tokens_to_ids(mark) for key, mark in places.items()}
+    marks: dict[str, Any] = {key: tokenizer.convert_tokens_to_ids(mark) for key, mark in places.items()}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def build_qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """What shows text and pictures to the encoder; a picture becomes few tokens, whatever its size."""
-    pictures = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 1024}
+    pictures: dict[str, Any] = {
+        "patch_size": 4,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_pixels": 256,
+        "max_pixels": 1024,
+    }
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(**pictures),
+        image_processor=Qwen2VLImageProcessor(**pictures),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**pictures),
         chat_template=CHAT,

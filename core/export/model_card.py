@@ -57,11 +57,12 @@ def model_card(record: ExportRecord, *, license_fields: dict[str, str]) -> str:
     The loading snippet has the name of the record in the place of the directory.
     """
     kind = "adapter" if record.weights == "lora" else "finetune"
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": f"text-to-{_kind(record)}"}
+    task = f"{'image' if record.told_picture else 'text'}-to-{_kind(record)}"
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     # The hub takes ids alone, and a folder's name would be somebody's.
     if record.base_model_id is not None:
         front |= {"base_model": record.base_model_id, "base_model_relation": kind}
-    front["tags"] = ["diffusers", f"text-to-{_kind(record)}", "few-step", "distillation", record.method]
+    front["tags"] = ["diffusers", task, "few-step", "distillation", record.method]
     if record.weights == "lora":
         front["tags"].append("lora")
     if record.picture_step is not None:

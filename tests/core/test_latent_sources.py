@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fewstep.core.data import LatentDataset
-from fewstep.core.latent_sources import PixelSize, encode_image_folder, read_captions, teacher_pairs
+from fewstep.core.latent_sources import PairSamples, encode_image_folder, read_captions, teacher_pairs
 from fewstep.core.media.pictures import read_picture
 from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import TeacherConfig
@@ -81,14 +81,16 @@ def test_no_pairs_are_refused(teacher: Teacher) -> None:
 
 
 def test_pairs_have_the_size_of_the_run(teacher: Teacher) -> None:
-    pairs = teacher_pairs(teacher, PROMPTS, count=2, steps=2, guidance=2.0, seed=1, size=PixelSize(height=32, width=48))
+    pairs = teacher_pairs(
+        teacher, PROMPTS, count=2, steps=2, guidance=2.0, seed=1, samples=PairSamples(height=32, width=48)
+    )
     assert pairs.latents.shape == (2, *teacher.latent_shape(32, 48))
     assert pairs.latents.shape[-2:] != LATENT_SHAPE[-2:]
 
 
 def test_pairs_of_a_teacher_that_is_told_pictures_are_refused(tmp_path: Path) -> None:
     I2V.build().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="is told a picture with each prompt, and pairs are made of prompts alone"):
+    with pytest.raises(ValueError, match="is told a picture with each prompt: give --pictures"):
         teacher_pairs(Teacher.load(tmp_path / "model"), PROMPTS, count=1, steps=1, guidance=1.0, seed=0)
 
 

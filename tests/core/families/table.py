@@ -7,6 +7,7 @@ classes, on a CPU.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from importlib.metadata import version
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 
 from fewstep.core.export.adapters import write_adapters
-from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from tests.core.families import checks
 from tests.core.families.checks import TinyModel
@@ -24,12 +24,14 @@ from tests.core.families.test_families_cogvideox import LARGE, SMALL
 from tests.core.families.test_families_cosmos import MODEL as COSMOS
 from tests.core.families.test_families_dit import MODEL as DIT
 from tests.core.families.test_families_flux import MODEL as FLUX
-from tests.core.families.test_families_flux2 import DEV, KLEIN
+from tests.core.families.test_families_flux2 import DEV, DEV_PICTURE, KLEIN, KLEIN_PICTURE
+from tests.core.families.test_families_flux_kontext import MODEL as KONTEXT
 from tests.core.families.test_families_hunyuan_video import MODEL as HUNYUAN_VIDEO
 from tests.core.families.test_families_ltx import MODEL as LTX
 from tests.core.families.test_families_pixart import INDICES
 from tests.core.families.test_families_pixart import MODEL as PIXART
 from tests.core.families.test_families_qwen_image import MODEL as QWEN_IMAGE
+from tests.core.families.test_families_qwen_image_edit import EDIT_MODEL, PLUS_MODEL
 from tests.core.families.test_families_wan_experts import PICTURE, TEXT
 from tests.core.families.test_families_wan_image import MODEL as WAN_IMAGE
 from tests.core.families.test_families_wan_image import TI2V
@@ -61,7 +63,12 @@ MODELS: dict[str, tuple[TinyModel, str, str]] = {
     "FLUX.1 (dev, schnell)": (FLUX, "flux", "flux"),
     "FLUX.2 dev": (DEV, "flux2", "flux2"),
     "FLUX.2 klein": (KLEIN, "flux2", "flux2"),
+    "FLUX.1 Kontext": (KONTEXT, "flux_kontext", "flux_kontext"),
+    "FLUX.2 dev, told a picture": (DEV_PICTURE, "flux2", "flux2"),
+    "FLUX.2 klein, told a picture": (KLEIN_PICTURE, "flux2", "flux2"),
     "Qwen-Image": (QWEN_IMAGE, "qwen_image", "qwen_image"),
+    "Qwen-Image-Edit": (EDIT_MODEL, "qwen_image_edit", "qwen_image_edit"),
+    "Qwen-Image-Edit-Plus": (PLUS_MODEL, "qwen_image_edit", "qwen_image_edit"),
     "Z-Image": (Z_IMAGE, "z_image", "z_image"),
     "PixArt-Sigma": (PIXART, "pixart", "pixart"),
     "DiT": (DIT, "dit", "dit"),
@@ -75,6 +82,8 @@ MODELS: dict[str, tuple[TinyModel, str, str]] = {
     "CogVideoX-5b": (LARGE, "cogvideox", "cogvideox"),
     "CogVideoX-2b": (SMALL, "cogvideox", "cogvideox"),
 }
+# Times that bf16 does not round, whose column would be of other times else.
+EXACT_TIMES = torch.tensor([0.25, 0.5])
 GRIDS = ((1, "ode"), (2, "ode"), (2, "sde"), (4, "ode"), (4, "sde"))
 
 
@@ -93,29 +102,29 @@ def write_model(pipeline: Any, folder: Path, **arguments: Any) -> Path:
 def velocity_of(model: TinyModel, teacher: Teacher) -> torch.Tensor:
     x_t = checks.noise_of(model.shape(teacher), len(model.prompts))
     with torch.no_grad():
-        return teacher.denoiser(x_t, torch.tensor([0.4, 0.95]), checks.told(model, teacher)).float()
+        return teacher.denoiser(x_t, EXACT_TIMES, checks.told(model, teacher)).float()
 
 
 def checkpoints_of(model: TinyModel, full: Path, root: Path) -> dict[str, float | None]:
     """Velocities from other kinds of checkpoints against those from the full one."""
-    expected = velocity_of(model, Teacher.load(full))
+    expected = velocity_of(model, Teacher.load(model.source(full)))
     write_model(model.build(), root / "sharded", max_shard_size="20KB")
     half = model.build()
     half.to(torch.float16)
     write_model(half, root / "variant", variant="fp16")
     found: dict[str, float | None] = {
-        "sharded": checks.distance(velocity_of(model, Teacher.load(root / "sharded")), expected),
-        "fp16_variant": checks.distance(velocity_of(model, Teacher.load(root / "variant")), expected),
-        "bf16": checks.distance(velocity_of(model, Teacher.load(full, dtype=torch.bfloat16)), expected),
+        "sharded": checks.distance(velocity_of(model, Teacher.load(model.source(root / "sharded"))), expected),
+        "fp16_variant": checks.distance(velocity_of(model, Teacher.load(model.source(root / "variant"))), expected),
+        "bf16": checks.distance(velocity_of(model, Teacher.load(model.source(full), dtype=torch.bfloat16)), expected),
         "lora": None,
     }
-    teacher = Teacher.load(full)
+    teacher = Teacher.load(model.source(full))
     network, family = teacher.denoiser.network, teacher.family
     if not hasattr(teacher.pipeline, "load_lora_weights") or len(family.parts(network)) > 1:
         return found
     adapted = checks.adapted_network(teacher)
     write_adapters(teacher, adapted, root / "lora", dtype=torch.float32)
-    merged = Teacher.load(ModelSource(path=str(full), lora=str(root / "lora")))
+    merged = Teacher.load(dataclasses.replace(model.source(full), lora=str(root / "lora")))
     found["lora"] = checks.distance(
         velocity_of(model, merged), velocity_of(model, teacher.with_denoiser(type(teacher.denoiser)(adapted, family)))
     )
@@ -133,7 +142,7 @@ def row_of(name: str, repository: Path) -> dict[str, Any]:
         full = write_model(model.build(), root / "model")
         exports = {}
         for steps, sampler in GRIDS:
-            times = model.times(steps, Teacher.load(full))
+            times = model.times(steps, Teacher.load(model.source(full)))
             record = checks.export_student(model, full, root / f"{steps}{sampler}", times, sampler)
             assert record.verification is not None
             exports[f"{steps} {sampler}"] = record.verification.sampler_difference
