@@ -46,8 +46,8 @@ def teacher_pairs(
     """Noise and what the teacher's ODE makes of it, for the regression loss of DMD1 (arXiv:2311.18828, Sec. 3.3).
 
     Pair i has prompt i modulo their number, with its picture where the teacher is told one, and noise of (seed, i);
-    `samples` None are of the pipeline's own size. Raises ValueError when count is below 1, for pictures that the teacher
-    is not told or that are missing, and for a size that the teacher cannot make.
+    `samples` None are of the pipeline's own size. Raises ValueError when count is below 1, for pictures that the
+    teacher is not told or that are missing, and for a size that the teacher cannot make.
     """
     if count < 1:
         raise ValueError(f"count is {count}; at least one pair is needed")

@@ -152,8 +152,9 @@ def _difference(row: Mapping[str, Any]) -> str:
 def _families(root: Path, choice: Mapping[str, Any]) -> str:
     """Rows of the families' table: parity, tangents, exports, checkpoints and lines."""
     lines = [
-        "| model | trajectory | batch | tangents, state and time | exports, largest | sharded | fp16 | LoRA | lines |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | trajectory | batch | tangents, state and time | exports, largest | sharded | fp16 | bf16 | LoRA |"
+        " lines |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in _record(root / choice["file"])["rows"]:
         loaded = row["checkpoints"]
@@ -161,7 +162,7 @@ def _families(root: Path, choice: Mapping[str, Any]) -> str:
         cells = [row["model"], f"{row['trajectory']:.0e}", f"{row['batch_against_alone']:.0e}"]
         found = [row["tangent_state"], row["tangent_time"]]
         cells += ["-" if None in found else f"{found[0]:.0e}, {found[1]:.0e}", f"{max(row['exports'].values()):.0e}"]
-        cells += [f"{loaded['sharded']:.0e}", f"{loaded['fp16_variant']:.0e}", lora]
+        cells += [f"{loaded['sharded']:.0e}", f"{loaded['fp16_variant']:.0e}", f"{loaded['bf16']:.0e}", lora]
         cells += [f"{row['family_lines']} + {row['test_lines']}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
