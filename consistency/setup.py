@@ -32,7 +32,6 @@ from fewstep.core.data import (
     embedded_prompts,
     find_prompt_pictures,
     read_prompts,
-    require_told_pictures,
 )
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
@@ -48,6 +47,7 @@ from fewstep.core.networks.tiny_vae import tiny_decoder
 from fewstep.core.student import Student
 from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
 from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import require_told_pictures
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -85,6 +85,7 @@ class ConsistencyData:
             real.require_noise("data.latents")
         prompts = read_prompts(config.data.prompts)
         told = find_prompt_pictures(config.data.pictures, prompts)
+        require_told_pictures(config.teacher, told)
         return cls(prompts, init, real, pictures, control, fake_score, told)
 
 
@@ -119,7 +120,6 @@ def build_setup(config: ConsistencyConfig, data: ConsistencyData, trainer: Train
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
     settings, sprint = config.student, config.sana_sprint
-    require_told_pictures(teacher, data.told)
     shape = run_shape(config.data, data.real, teacher)
     if sprint is not None:
         check_sprint_teacher(teacher, controlled=data.control is not None)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.condition import Condition
-from fewstep.core.media.pictures import find_pictures, read_picture
+from fewstep.core.media.pictures import find_pictures, read_picture, require_readable
 from fewstep.core.randomness import shared_integer
 from fewstep.core.settings import SampleDataConfig
 from fewstep.core.teacher import Teacher
@@ -60,20 +60,8 @@ def find_prompt_pictures(folder: str | None, prompts: Sequence[str]) -> tuple[Pa
             f"data.pictures {folder} holds {len(found)} pictures for {len(prompts)} prompts: give one for each, named "
             "in their order"
         )
+    require_readable(found)
     return tuple(found)
-
-
-def require_told_pictures(teacher: Teacher, pictures: Sequence[Path]) -> None:
-    """Raises ValueError unless there are pictures just where the teacher's network is told one."""
-    if teacher.family.takes_picture and not pictures:
-        raise ValueError(
-            f"{teacher.path} is told a picture beside the text: set data.pictures to a folder with one for each prompt"
-        )
-    if pictures and not teacher.family.takes_picture:
-        raise ValueError(
-            f"data.pictures is set, and {teacher.path} is told no picture: leave it out, or set teacher.told_picture "
-            "for a model that edits pictures as well"
-        )
 
 
 @lru_cache(maxsize=8)
@@ -210,7 +198,10 @@ class LatentDataset:
         """
         family = teacher.family
         if self.pictures and not family.takes_picture:
-            raise ValueError(f"{key} has pictures that a network is told, and {teacher.path} is told none")
+            raise ValueError(
+                f"{key} has pictures that a network is told, and {teacher.path} is told none: set teacher.told_picture "
+                "for a model that edits pictures as well, or encode without pictures"
+            )
         if family.takes_picture and not family.makes_videos and not self.pictures:
             raise ValueError(
                 f"{teacher.path} is told a picture with each prompt, and {key} has none: name it in metadata.jsonl "
@@ -259,6 +250,9 @@ class LatentDataset:
         prompts = read_prompts(folder / PROMPTS_FILE)
         told = folder / PICTURES_FOLDER
         pictures = tuple(find_pictures(told)) if told.is_dir() else ()
+        if pictures and len(pictures) != len(prompts):
+            raise ValueError(f"{told} holds {len(pictures)} pictures for {len(prompts)} prompts: write the set again")
+        require_readable(pictures)
         return cls(tensors["latents"], prompts, tensors.get("noise"), pictures)
 
 

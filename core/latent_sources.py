@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fewstep.core.data import LatentDataset, PromptConditions
-from fewstep.core.media.pictures import read_picture
+from fewstep.core.media.pictures import read_picture, require_readable
 from fewstep.core.media.videos import read_video
 from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
@@ -54,7 +54,11 @@ def teacher_pairs(
     samples = samples or PairSamples()
     pictures, sides = samples.pictures, {"height": samples.height, "width": samples.width, "frames": samples.frames}
     if teacher.family.takes_picture != bool(pictures):
-        told = "a picture with each prompt: give --pictures" if not pictures else "no picture: leave --pictures out"
+        told = (
+            "a picture with each prompt: give --pictures"
+            if not pictures
+            else "no picture: leave --pictures out, or give --told_picture"
+        )
         raise ValueError(f"{teacher.path} is told {told}")
     conditions = PromptConditions(teacher, prompts, cache=False, pictures=pictures, **sides)
     shape = teacher.latent_shape(**sides)
@@ -94,7 +98,8 @@ def read_captions(folder: Path) -> list[Caption]:
         try:
             record = json.loads(line)
             file_name, text = folder / record["file_name"], " ".join(record["text"].split())
-            before = folder / record["picture"] if "picture" in record else None
+            # Null is what some writers have for none.
+            before = None if record.get("picture") is None else folder / record["picture"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} line {number} must be a JSON object with file_name and text: {error!r}"
@@ -102,7 +107,7 @@ def read_captions(folder: Path) -> list[Caption]:
         if not text:
             raise ValueError(f"{file} line {number} has a blank caption; the embeddings of a real caption are needed")
         for named in (file_name, before):
-            if named is not None and not named.exists():
+            if named is not None and (not named.exists() or named == folder):
                 raise ValueError(f"{file} line {number} names {named}, which does not exist")
         rows.append(Caption(file_name, text, before))
         if (before is None) != (rows[0].picture is None):
@@ -121,11 +126,17 @@ def encode_image_folder(
     Raises ValueError when captions or pictures are missing or unreadable, or there are pictures to edit and the teacher
     edits none, or the other way round.
     """
+    teacher.latent_shape(height, width)
     rows = read_captions(Path(folder))
     told = tuple(row.picture for row in rows if row.picture is not None)
     if bool(told) != (teacher.family.takes_picture and not teacher.family.makes_videos):
-        need = "is told none: leave picture out" if told else "is told one with each prompt: name it (picture)"
+        need = (
+            "is told none: leave picture out, or give --told_picture"
+            if told
+            else "is told one with each prompt: name it (picture)"
+        )
         raise ValueError(f"{folder}/metadata.jsonl names {len(told)} pictures to edit, and {teacher.path} {need}")
+    require_readable([*(row.file for row in rows), *told])
     device = teacher.null_condition.device
     latents = []
     for start in tqdm(range(0, len(rows), batch_size), desc="latents"):

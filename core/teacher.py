@@ -231,6 +231,12 @@ class Teacher:
             raise ValueError("there is no prompt to encode: give at least one, which may be empty")
         if pictures is None:
             return self.family.encode_prompts(self.pipeline, list(prompts), height=height, width=width)
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.dtype.is_floating_point:
+            raise ValueError(
+                f"pictures must be [B, 3, H, W] of numbers in [0, 1], got {tuple(pictures.shape)} {pictures.dtype}"
+            )
+        if float(pictures.min()) < 0 or float(pictures.max()) > 1:
+            raise ValueError("pictures must lie in [0, 1], and some number does not: divide bytes by 255")
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures are given for {len(prompts)} prompts: give one for each")
         shape = self.latent_shape(pictures.shape[2], pictures.shape[3], frames=frames)

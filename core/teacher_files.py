@@ -13,8 +13,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from fewstep.core.families.table import (
     config_components,
+    is_told_picture,
     require_known_class,
-    require_picture_by_choice,
     require_teacher,
     text_components,
 )
@@ -45,8 +45,7 @@ def check_teacher(source: ModelSource) -> None:
         if entry is not None and _is_there(entry):
             configs[component] = _component_config(source, folder, component, str(entry[1]))
     require_teacher(name, configs)
-    if source.told_picture:
-        require_picture_by_choice(name)
+    is_told_picture(name, chosen=source.told_picture)
     if source.embedded_guidance is not None and not any(one.get("guidance_embeds") for one in configs.values()):
         raise ValueError(
             f"embedded_guidance is {source.embedded_guidance}, and the network of {source.path} has no embedding of a "
@@ -57,6 +56,27 @@ def check_teacher(source: ModelSource) -> None:
             raise ValueError(f"{source.path} has no {component} in its {INDEX}: prompts could not be encoded")
     if folder is not None:
         check_pipeline_folder(folder, variant=source.variant)
+
+
+def is_told_pictures(source: ModelSource) -> bool:
+    """Whether the network of a model is told a picture with each prompt; from its index alone."""
+    folder = local_folder(source)
+    index = read_index(folder) if folder is not None else _hub_json(source, INDEX)
+    return is_told_picture(source.pipeline or str(index.get("_class_name")), chosen=source.told_picture)
+
+
+def require_told_pictures(source: ModelSource, pictures: Sequence[Path]) -> None:
+    """Raises ValueError unless there are pictures just where the network of a model is told one; from its index."""
+    told = is_told_pictures(source)
+    if told and not pictures:
+        raise ValueError(
+            f"{source.path} is told a picture beside the text: set data.pictures to a folder with one for each prompt"
+        )
+    if pictures and not told:
+        raise ValueError(
+            f"data.pictures is set, and {source.path} is told no picture: leave it out, or set teacher.told_picture "
+            "for a model that edits pictures as well"
+        )
 
 
 def local_folder(source: ModelSource) -> Path | None:

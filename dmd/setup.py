@@ -19,7 +19,6 @@ from fewstep.core.data import (
     embedded_prompts,
     find_prompt_pictures,
     read_prompts,
-    require_told_pictures,
 )
 from fewstep.core.export.schedulers import exportable_times
 from fewstep.core.fake_score import FakeScore
@@ -27,6 +26,7 @@ from fewstep.core.networks.build import build_denoiser, build_fake_score, find_f
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import require_told_pictures
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
@@ -107,6 +107,7 @@ class DmdData:
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
         prompts = read_prompts(config.data.prompts)
         pictures = find_prompt_pictures(config.data.pictures, prompts)
+        require_told_pictures(config.teacher, pictures)
         return cls(prompts, init, real, pairs, inputs, fake_score, pictures)
 
 
@@ -121,7 +122,6 @@ def build_setup(
     # A scorer that is not there fails before the teacher is loaded.
     scorers = differentiable_scorers(config.refl, data.asked, scorers, device=trainer.device)
     teacher = Teacher.of(config.teacher, device=trainer.device)
-    require_told_pictures(teacher, data.pictures)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     data.require_fit(teacher, shape)
     reward = None

@@ -158,9 +158,11 @@ def loading_snippet(record: ExportRecord, directory: str) -> str:
         lines.append("torch.manual_seed(0)")
     made = "frames = {}.frames[0]" if _kind(record) == "video" else "image = {}.images[0]"
     if record.told_picture:
+        # Covered and cut, as pictures are in training.
         size = f"({record.width}, {record.height})"
-        lines += [f'picture = load_image("picture.png").resize({size})']
+        lines += [f'picture = ImageOps.fit(load_image("picture.png"), {size}, Image.Resampling.LANCZOS)']
         lines.insert(0, "from diffusers.utils import load_image")
+        lines.insert(1, "from PIL import Image, ImageOps")
     lines.append(made.format(f"pipeline({record.example_call}, {arguments})"))
     return "\n".join(lines) + "\n"
 

@@ -40,6 +40,8 @@ TEXT_TOKENS = 512
 PICTURE_STRIDE = 10
 # Larger pictures are shrunk by the stock call, in pixels.
 LARGEST_PICTURE = 1024 * 1024
+# Others are refused by it.
+SHORTEST_SIDE, LONGEST_RATIO = 64, 8
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,19 @@ class Flux2PictureFamily(Flux2Family):
         if condition.image_latents is None:
             raise ValueError("this FLUX.2 is told a picture, and the condition has none: encode with pictures")
         return super().velocity(network, x_t, t, condition)
+
+    def latent_shape(
+        self, pipeline: AnyFlux2Pipeline, height: int | None, width: int | None, frames: int | None = None
+    ) -> tuple[int, int, int]:
+        """(C, h, w). Raises ValueError as for text alone, and for pictures that the stock call refuses."""
+        shape = super().latent_shape(pipeline, height, width, frames)
+        high, wide = (side * PATCH * pipeline.vae_scale_factor for side in shape[1:])
+        if min(high, wide) < SHORTEST_SIDE or max(high, wide) > LONGEST_RATIO * min(high, wide):
+            raise ValueError(
+                f"pictures of {high} x {wide} pixels: the stock call of FLUX.2 is told sides of at least "
+                f"{SHORTEST_SIDE} pixels, one at most {LONGEST_RATIO} times the other; set data.height and data.width"
+            )
+        return shape
 
     def picture_fields(self, pipeline: AnyFlux2Pipeline, pixels: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The latents of the pictures."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from diffusers import DiffusionPipeline
 
@@ -33,7 +33,8 @@ class Kind(NamedTuple):
 
     One that reads no text is told classes. `require` takes the configs of the pipeline ("") and of these `components`,
     as their JSON files have them. `stand_ins` are components that take the place of the pipeline's own when it is
-    loaded here. A network of `picture_by_choice` makes pictures from text, and edits them where the run says so.
+    loaded here. `told_picture` says whether the network is told a picture with each prompt; by choice is one that makes
+    pictures from text, and edits them where the run says so.
     """
 
     build: Callable[[Any], Family]
@@ -41,14 +42,14 @@ class Kind(NamedTuple):
     components: tuple[str, ...]
     reads_text: bool = True
     stand_ins: Callable[[], dict[str, Any]] = dict
-    picture_by_choice: bool = False
+    told_picture: Literal["never", "choice", "always"] = "never"
 
 
 UNET = Kind(UnetFamily.from_pipeline, require_unet, ("unet", "scheduler", "vae"))
 EXPERTS = ("transformer", "transformer_2", "scheduler", "vae")
 TRANSFORMER = ("transformer", "scheduler", "vae")
-FLUX2 = Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER, picture_by_choice=True)
-QWEN_EDIT = Kind(QwenImageEditFamily.from_pipeline, require_qwen_image_edit, TRANSFORMER)
+FLUX2 = Kind(Flux2Family.from_pipeline, require_flux2, TRANSFORMER, told_picture="choice")
+QWEN_EDIT = Kind(QwenImageEditFamily.from_pipeline, require_qwen_image_edit, TRANSFORMER, told_picture="always")
 SANA = Kind(SanaFamily.from_pipeline, require_sana, TRANSFORMER)
 
 FAMILIES: dict[str, Kind] = {
@@ -59,7 +60,7 @@ FAMILIES: dict[str, Kind] = {
     "DiTPipeline": Kind(DitFamily.from_pipeline, require_dit, TRANSFORMER, reads_text=False),
     "Flux2KleinPipeline": FLUX2,
     "Flux2Pipeline": FLUX2,
-    "FluxKontextPipeline": Kind(FluxKontextFamily.from_pipeline, require_flux, TRANSFORMER),
+    "FluxKontextPipeline": Kind(FluxKontextFamily.from_pipeline, require_flux, TRANSFORMER, told_picture="always"),
     "FluxPipeline": Kind(FluxFamily.from_pipeline, require_flux, TRANSFORMER),
     "HunyuanVideoPipeline": Kind(HunyuanVideoFamily.from_pipeline, require_hunyuan_video, TRANSFORMER),
     "LTXPipeline": Kind(LtxFamily.from_pipeline, require_ltx, TRANSFORMER),
@@ -73,7 +74,7 @@ FAMILIES: dict[str, Kind] = {
     "StableDiffusion3Pipeline": Kind(Sd3Family.from_pipeline, require_sd3, TRANSFORMER),
     "StableDiffusionPipeline": UNET,
     "StableDiffusionXLPipeline": UNET,
-    "WanImageToVideoPipeline": Kind(WanImageFamily.from_pipeline, require_wan_image, EXPERTS),
+    "WanImageToVideoPipeline": Kind(WanImageFamily.from_pipeline, require_wan_image, EXPERTS, told_picture="always"),
     "WanPipeline": Kind(WanFamily.from_pipeline, require_wan, EXPERTS),
     "ZImagePipeline": Kind(ZImageFamily.from_pipeline, require_z_image, TRANSFORMER),
 }
@@ -128,14 +129,19 @@ def loading_arguments(name: str) -> dict[str, Any]:
     return FAMILIES[name].stand_ins() if name in FAMILIES else {}
 
 
-def require_picture_by_choice(name: str) -> None:
-    """Raises ValueError for a class of pipelines whose networks are told a picture never, or always."""
-    if not FAMILIES[name].picture_by_choice:
-        known = ", ".join(sorted(other for other, kind in FAMILIES.items() if kind.picture_by_choice))
+def is_told_picture(name: str, *, chosen: bool) -> bool:
+    """Whether networks of a class of pipelines are told a picture with each prompt; `chosen` where the settings say so.
+
+    Raises ValueError where that is no choice.
+    """
+    kind = FAMILIES[name].told_picture
+    if chosen and kind != "choice":
+        known = ", ".join(sorted(other for other, one in FAMILIES.items() if one.told_picture == "choice"))
         raise ValueError(
             f"teacher.told_picture is set, and it is no choice of {name}: leave it out. It is one of {known}; models "
             "that always need a picture take it from data.pictures alone"
         )
+    return chosen or kind == "always"
 
 
 def text_components(name: str) -> tuple[str, ...]:

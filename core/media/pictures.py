@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ UNREADABLE_SUFFIXES = (
 )
 # PIL warns above a third of this and then decodes; a file of a few kB can claim any size.
 MOST_PIXELS = 268_435_456
+# Files that are looked into before a run, and the bytes up to which they are decoded for it.
+MOST_VERIFIED, MOST_DECODED = 2_000, 1_000_000
 # Files of several pictures that are one picture with a preview beside it.
 MULTI_PICTURE = ("MPO",)
 
@@ -58,6 +61,25 @@ def open_picture(path: str | Path) -> Image.Image:
             return as_rgb(picture, name=str(path))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no whole picture that PIL can read: {error}") from error
+
+
+def require_readable(paths: Sequence[Path]) -> None:
+    """Look into picture files before slow work rests on them; of more than `MOST_VERIFIED` into as many, evenly spread.
+
+    Raises ValueError that names the first that is no whole picture file. Of large files the beginning is read alone.
+    """
+    for path in paths[:: -(-len(paths) // MOST_VERIFIED) or 1]:
+        if path.suffix.lower() not in PICTURE_SUFFIXES or not path.is_file():
+            raise ValueError(f"{path} is no picture file; read are {', '.join(PICTURE_SUFFIXES)}")
+        try:
+            with Image.open(path) as picture:
+                picture.verify()
+            # What ends early has a sound beginning in some formats.
+            if path.stat().st_size <= MOST_DECODED:
+                with Image.open(path) as picture:
+                    picture.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no whole picture that PIL can read: {error}") from error
 
 
 def as_rgb(picture: Image.Image, *, name: str) -> Image.Image:

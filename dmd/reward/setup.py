@@ -15,7 +15,6 @@ from fewstep.core.data import (
     embedded_prompts,
     find_prompt_pictures,
     read_prompts,
-    require_told_pictures,
 )
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.schedulers import exportable_times
@@ -26,6 +25,7 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.run_settings import read_settings
 from fewstep.core.student import Student
 from fewstep.core.teacher import Teacher
+from fewstep.core.teacher_files import require_told_pictures
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.processes import Processes
 from fewstep.core.training.roles import Role
@@ -100,7 +100,9 @@ class RewardData:
             fake_score = found if fits else None
         real = None if needs.pixel_gan is None else LatentDataset.load(needs.pixel_gan.latents)
         prompts = read_prompts(config.data.prompts)
-        return cls(prompts, init, fake_score, real, find_prompt_pictures(config.data.pictures, prompts))
+        pictures = find_prompt_pictures(config.data.pictures, prompts)
+        require_told_pictures(config.teacher, pictures)
+        return cls(prompts, init, fake_score, real, pictures)
 
 
 def require_same_steps(student: RewardStudentConfig, init: StoredWeights) -> None:
@@ -166,7 +168,6 @@ def build_setup(
     means and deviations stay those of the configuration. Raises ValueError when a component or a file does not fit.
     """
     teacher = Teacher.of(config.teacher, device=trainer.device)
-    require_told_pictures(teacher, data.pictures)
     shape = teacher.latent_shape(config.data.height, config.data.width, frames=config.data.frames)
     videos = teacher.family.makes_videos
     if videos and (needs.pixel_gan is not None or needs.latent_reward is not None):

@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
 
 from fewstep.consistency.sections import DcmConfig
 from fewstep.consistency.train import train_consistency
-from fewstep.core.data import LatentDataset, LatentSource, PromptConditions
+from fewstep.core.data import LatentDataset, LatentSource, PromptConditions, find_prompt_pictures
 from fewstep.core.export.run import export_run
 from fewstep.core.latent_sources import encode_image_folder, teacher_pairs
 from fewstep.core.media.pictures import find_pictures, read_picture
@@ -170,3 +172,65 @@ def test_an_edit_that_the_text_encoder_sees_is_trained_on_real_edits(tmp_path: P
     bare = changed(config, {"data.latents": str(tmp_path / "bare"), "run.directory": str(tmp_path / "other")})
     with pytest.raises(ValueError, match=r"is told a picture with each prompt, and data\.latents has none"):
         train_consistency(bare)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"picture": "cut.png"}, "cut.png is no whole picture"),
+        ({"picture": "b.jfif"}, "b.jfif is no picture file; read are"),
+        ({"picture": ""}, "line 1 names .*, which does not exist"),
+        ({"picture": 3}, "line 1 must be a JSON object"),
+        ({"picture": None}, "names 0 pictures to edit"),
+        ({"file_name": "cut.png", "picture": "3.png"}, "cut.png is no whole picture"),
+    ],
+)
+def test_unusable_pictures_are_named_before_anything_is_encoded(
+    kontext: Teacher, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    folder = write_pictures(tmp_path / "edits", 4)
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "b.jfif").write_bytes((folder / "0.png").read_bytes())
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a", **row}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        encode_image_folder(kontext, folder, height=SIDES[0], width=SIDES[1])
+    with pytest.raises(ValueError, match="multiple of 4 pixels"):
+        encode_image_folder(kontext, folder, height=17, width=24)
+
+
+def test_a_broken_picture_ends_a_run_before_its_models_are_read(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "pictures", 3)
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"2\.png is no whole picture"):
+        find_prompt_pictures(str(folder), ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(("size", "message"), [((32, 48), "sides of at least 64"), ((64, 576), "at most 8 times")])
+def test_pictures_that_flux2_refuses_are_refused_before(size: tuple[int, int], message: str) -> None:
+    teacher = KLEIN_PICTURE.teacher()
+    with pytest.raises(ValueError, match=message):
+        teacher.latent_shape(*size)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (torch.zeros(1, 1, 16, 24), r"must be \[B, 3, H, W\]"),
+        (torch.zeros(1, 3, 16, 24, dtype=torch.uint8), r"must be \[B, 3, H, W\] of numbers in"),
+        (torch.full((1, 3, 16, 24), -1.0), "some number does not"),
+    ],
+)
+def test_pictures_of_another_kind_are_refused(kontext: Teacher, pictures: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kontext.encode(["a"], pictures=pictures)
+
+
+def test_a_cards_example_fits_a_picture_as_the_training_does(tmp_path: Path) -> None:
+    # Tall, so that stretching it would show another part than cutting does.
+    file = tmp_path / "tall.png"
+    shades = np.linspace(0, 255, 300).astype(np.uint8)[:, None].repeat(100, 1)
+    Image.fromarray(shades).save(file)
+    with Image.open(file) as picture:
+        fitted = ImageOps.fit(picture.convert("RGB"), (SIDES[1], SIDES[0]), Image.Resampling.LANCZOS)
+    found = torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
+    assert float((found - read_picture(file, *SIDES)).abs().mean()) < 0.05
