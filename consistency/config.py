@@ -112,6 +112,7 @@ class ConsistencyConfig:
         check_matching(self)
         check_sprint(self)
         check_guidance(self)
+        check_smoothing(self)
         mcm, precision = self.mcm, self.run.mixed_precision
         if mcm is not None and mcm.motion == "learned" and precision == "fp16":
             raise ValueError(
@@ -159,6 +160,24 @@ class ConsistencyConfig:
             second_time=settings.second_time if is_flow_map else "none",
             any_steps=self.pairs is None,
             guidance_embedded=isinstance(settings, SprintConfig),
+            time_smoothing=0.0 if self.tangent is None else self.tangent.time_smoothing,
+        )
+
+
+def check_smoothing(config: ConsistencyConfig) -> None:
+    """Raise ValueError where the student's time cannot be smoothed: under adapters, and where it is dense."""
+    if config.tangent is None or config.tangent.time_smoothing == 0:
+        return
+    if config.student.lora_rank > 0:
+        raise ValueError(
+            f"time_smoothing is {config.tangent.time_smoothing} with student.lora_rank {config.student.lora_rank}: the "
+            "layers of the time are shared with the teacher there; set tangent to 'central' and central_step to 0.02, "
+            "or train all weights"
+        )
+    if config.sana_sprint is not None:
+        raise ValueError(
+            f"time_smoothing is {config.tangent.time_smoothing}, and students of sana_sprint are told a dense time, "
+            "which is smooth: leave it out"
         )
 
 

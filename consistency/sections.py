@@ -34,9 +34,15 @@ class TangentConfig:
     central_step: float = 0.005
     """Step of the central difference along the path, in radians (trigflow) or in time (others)."""
     check_tangent: bool = True
-    """Compare the network's tangent with central differences before the first step (jvp only)."""
+    """Compare the network's tangent with central differences before the first step, and refuse one that follows a
+    wiggle in time rather than the path (jvp only)."""
+    time_smoothing: float = 0.0
+    """Standard deviation in time over which the sinusoids of the student's time are averaged before training, such as
+    0.01: networks of 1000 t are not smooth between the times that they were trained at. 0 leaves them."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.time_smoothing < 1:
+            raise ValueError(f"time_smoothing: given {self.time_smoothing}, allowed is a number in [0, 1)")
         if not self.central_step > 0:
             raise ValueError(f"central_step: given {self.central_step}, allowed is a number > 0")
         if self.tangent == "jvp":

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fewstep.consistency.config import ConsistencyConfig, ConsistencyDataConfig, FlowMapSettings
@@ -37,7 +36,6 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.sana import sprint_times
 from fewstep.core.export.schedulers import exportable_times, student_times
 from fewstep.core.fake_score import FakeScore
-from fewstep.core.families.family import network_dtype
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
 from fewstep.core.networks.build import build_denoiser, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
@@ -45,7 +43,8 @@ from fewstep.core.networks.perceptual import Distance, PixelDistance, load_lpips
 from fewstep.core.networks.shared import frozen_twin
 from fewstep.core.networks.tiny_vae import tiny_decoder
 from fewstep.core.student import Student
-from fewstep.core.tangents.network import check_denoiser_jvp, use_jvp_attention
+from fewstep.core.tangents.network import use_jvp_attention
+from fewstep.core.tangents.smooth import smooth_time
 from fewstep.core.teacher import Teacher
 from fewstep.core.teacher_files import require_told_pictures
 from fewstep.core.training.ema import EmaSettings
@@ -53,9 +52,6 @@ from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.two_time import SITES, add_second_time
 from fewstep.core.weights import StoredWeights, find_weights, load_weights
-
-# Times and samples of the check before the first step: the middle of the path, and few samples.
-CHECKED_TIMES = (0.3, 0.7)
 
 
 @dataclass(frozen=True)
@@ -283,7 +279,7 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
     if isinstance(method, SprintConfig):
         return build_sprint_student(settings, teacher, init)
     if not isinstance(method, FlowMapSettings):
-        return build_denoiser(settings, teacher, init, seed=seed)
+        return smoothed(build_denoiser(settings, teacher, init, seed=seed), config, init)
     two_times = init if init is not None and holds_second_time(init) else None
     if two_times is not None and settings.lora_rank > 0 and not two_times.holds_adapters:
         raise ValueError(
@@ -298,6 +294,7 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
             "same, or start from the teacher"
         )
     denoiser = build_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
+    smoothed(denoiser, config, init if two_times is None else None)
     add_second_time(denoiser.network, method.second_time)
     if two_times is None:
         return denoiser
@@ -310,33 +307,16 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
     return denoiser
 
 
+def smoothed(denoiser: Denoiser, config: ConsistencyConfig, init: StoredWeights | None) -> Denoiser:
+    """The same, whose time is smoothed in place where the run says so; `init` may have been smoothed before."""
+    if config.tangent is not None and config.tangent.time_smoothing > 0:
+        before = 0.0 if init is None else float(init.stated("time_smoothing") or 0.0)
+        scale = denoiser.family.time_scale
+        smooth_time(denoiser.network, config.tangent.time_smoothing, time_scale=scale, already=before)
+    return denoiser
+
+
 def holds_second_time(weights: StoredWeights) -> bool:
     """Whether these are weights of a network of two times. Raises ValueError when they cannot be read."""
     layers = tuple(f"{site.layers}.{half}." for site in SITES.values() for half in ("first", "second"))
     return any(name.startswith(layers) for name in weights.names())
-
-
-def check_tangent(config: ConsistencyConfig, setup: ConsistencySetup, trainer: Trainer) -> str | None:
-    """Compare the student's tangent with central differences; what was found, as text, or None where none is taken.
-
-    Raises:
-        ValueError: the tangent is not the derivative of the network.
-    """
-    if not takes_tangent(config) or config.tangent is None or not config.tangent.check_tangent:
-        return None
-    samples = list(range(len(CHECKED_TIMES)))
-    _, x_t, condition = setup.real.rows(samples, trainer.device)
-    t = torch.tensor(CHECKED_TIMES, device=trainer.device)
-    r = t / 2 if isinstance(config.settings, FlowMapSettings) else None
-    try:
-        check = check_denoiser_jvp(setup.student.denoiser, x_t, t, condition, r=r)
-    except ValueError as error:
-        if network_dtype(setup.student.denoiser.network).itemsize >= torch.float32.itemsize:
-            raise
-        # FLUX and Qwen-Image round their time to the precision of their weights, a stair that has no differences.
-        raise ValueError(
-            f"{error}\nHere the frozen weights under the adapters are in {config.teacher.dtype}. Where the network "
-            "rounds its time to that, differences cannot judge it: start once with teacher.dtype float32 (--dry_run "
-            "will do), where the check is sharp, and then with check_tangent false in the method's section"
-        ) from error
-    return f"tangent against differences: off by {check.state.error:.1e} along x, {check.time.error:.1e} along t"

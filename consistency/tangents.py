@@ -105,6 +105,51 @@ def central_derivative(
     return (after - before) / _expand((forward + backward).to(after.dtype), after)
 
 
+# Half of the difference that a derivative along a path is held against, in time, and the cosine that it must have.
+PATH_STEP, LEAST_COSINE = 0.01, 0.9
+
+
+class PathCheck(NamedTuple):
+    """The derivative along a path against a difference over a stretch of it: mean cosine, and ratio of mean lengths."""
+
+    cosine: float
+    length: float
+
+    @property
+    def words(self) -> str:
+        """For a log."""
+        return (
+            f"along the teacher's path its cosine with a difference over {2 * PATH_STEP:g} of time is "
+            f"{self.cosine:.3f}, its length {self.length:.2f} of that"
+        )
+
+    def required(self, section: str) -> PathCheck:
+        """Itself. Raises ValueError, which names settings of this section, where the derivative is not the path's."""
+        if not self.cosine >= LEAST_COSINE:
+            raise ValueError(
+                f"the derivative along the teacher's path has a cosine of {self.cosine:.2f} with a difference over "
+                f"{2 * PATH_STEP:g} of time ({LEAST_COSINE} is asked for) and {self.length:.1f} times its length: it "
+                f"follows a wiggle of the network between the times of its training. Set {section}.time_smoothing to "
+                f"0.01, or {section}.tangent to 'central' with a central_step of 0.02; {section}.check_tangent false "
+                "trains it as it is"
+            )
+        return self
+
+
+def path_check(function: Function, x: Tensor, times: tuple[Tensor, ...], dx: Tensor) -> PathCheck:
+    """Compare the derivative at (x, times) along (dx, 1, 0, ...) with a difference of `PATH_STEP` to both sides.
+
+    A derivative may be exact and yet say nothing of where the path leads: a network that is told 1000 t has a wiggle in
+    time. Of the first time the path is straight, x + s dx. Raises ValueError as `total_derivative`.
+    """
+    moves = tuple(torch.ones_like(time) if place == 0 else torch.zeros_like(time) for place, time in enumerate(times))
+    exact = total_derivative(function, x, times, dx, moves).derivative
+    coarse = central_derivative(function, x, times, dx, moves, step=PATH_STEP)
+    exact, coarse = exact.flatten(1).double(), coarse.flatten(1).double()
+    cosine = torch.cosine_similarity(exact, coarse).mean()
+    return PathCheck(cosine.item(), (exact.norm(dim=1).mean() / coarse.norm(dim=1).mean()).item())
+
+
 def _checked(x: Tensor, time: Times, dx: Tensor, dtime: Times) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     times = time if isinstance(time, tuple) else (time,)
     dtimes = dtime if isinstance(dtime, tuple) else (dtime,)

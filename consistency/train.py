@@ -40,7 +40,8 @@ from fewstep.consistency.sections import (
     PairsConfig,
     ScmConfig,
 )
-from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup, check_tangent
+from fewstep.consistency.setup import ConsistencyData, ConsistencySetup, build_setup
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.core.randomness import Draw
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role

@@ -47,6 +47,7 @@ class RunSettings:
         frames: pixel frames of videos; None is the teacher's own number, and for pictures.
         second_time: how the network is told a second time.
         any_steps: whether the student is trained at all times, so that it samples in any number of steps.
+        time_smoothing: standard deviation in time over which the sinusoids of its time were averaged.
         guidance_embedded: whether it has an embedding of the guidance and steps where SanaSprintPipeline can, at
             TrigFlow's angles.
     """
@@ -80,6 +81,7 @@ class RunSettings:
     second_time: SecondTime = "none"
     any_steps: bool = False
     guidance_embedded: bool = False
+    time_smoothing: float = 0.0
 
     @property
     def base(self) -> ModelSource:

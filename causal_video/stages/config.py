@@ -125,6 +125,12 @@ class CausalConfig:
 
 def check_start(config: CausalConfig) -> None:
     """Raise ValueError for a stage without the weights it goes on from, or with steps that it has no use for."""
+    if config.tf_scm is not None and config.tf_scm.time_smoothing > 0 and config.student.lora_rank > 0:
+        raise ValueError(
+            f"tf_scm.time_smoothing is {config.tf_scm.time_smoothing} with student.lora_rank "
+            f"{config.student.lora_rank}: the layers of the time are shared with the causal teacher there; set "
+            "tf_scm.tangent to 'central' and central_step to 0.02, or train all weights"
+        )
     if config.has_causal_teacher and config.student.init is None:
         raise ValueError(
             f"{config.method} distils a causal teacher, and student.init is empty: give the run directory of a "

@@ -21,11 +21,11 @@ from fewstep.causal_video.stages.sections import TfDcmConfig, TfScmConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.consistency.methods.dcm import consistency_distillation_loss, teacher_step
 from fewstep.consistency.methods.scm import Tangent, flow_tangent, normalise_tangent, scm_loss, tangent_warmup
-from fewstep.consistency.tangents import central_derivative, total_derivative
+from fewstep.consistency.tangents import PathCheck, central_derivative, path_check, total_derivative
 from fewstep.consistency.times import grid_times, logit_normal, mix_max_time
 from fewstep.core.families.family import network_dtype
 from fewstep.core.paths import add_noise, x0_from_velocity
-from fewstep.core.randomness import Draw
+from fewstep.core.randomness import Draw, sample_noise
 from fewstep.core.training.trainer import Trainer
 from fewstep.kernels.check_jvp import check_jvp
 
@@ -66,8 +66,9 @@ def tf_scm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, sta
     tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
     counts = batch.frame_counts[:, None, :, None, None]
     direction = normalise_tangent(torch.where(counts, tangent.total, 0.0), constant=stage.normalizer)
-    found = scm_loss(velocity, direction)
-    return ForcingStep(found.loss * frame_factor(batch, stage.frames), {**tangent_record(tangent), **isolated(found)})
+    # Summed, since the direction has a length of at most 1 at any size; see `scm_step`.
+    found = scm_loss(velocity, direction, reduction="sum")
+    return ForcingStep(found.loss, {**tangent_record(tangent), **isolated(found)})
 
 
 def path_derivative(
@@ -131,4 +132,22 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
         except ValueError as error:
             raise ValueError(f"along {name}: {error}: set tf_scm.tangent to 'central'") from error
         found.append(f"{check.error:.1e} along {name}")
-    return f"tangent of the packed network against differences: off by {', '.join(found)}"
+    path = require_followed_path(stage, setup, bare, trainer)
+    return f"tangent of the packed network against differences: off by {', '.join(found)}; {path.words}"
+
+
+def require_followed_path(stage: TfScmConfig, setup: CausalSetup, bare: CausalWan, trainer: Trainer) -> PathCheck:
+    """How well the derivative along the causal teacher's path is that of the path.
+
+    Raises ValueError where it follows a wiggle of the network.
+    """
+    assert setup.networks is not None
+    rows = list(range(len(CHECKED_TIMES)))
+    x0, condition = setup.videos(rows, trainer.device)
+    t = torch.tensor(CHECKED_TIMES, device=trainer.device)
+    eps = sample_noise(trainer.run.seed, rows, tuple(x0.shape[1:]), stream="path_check", device=trainer.device)
+    batch = VideoBatch(x0, eps, condition, x0, None, None, 0)
+    x_t = add_noise(x0, eps, t)
+    direction = teacher_velocity(setup.networks, x_t, t, batch)
+    packed = PackedNetwork(bare, batch, setup.networks.packed)
+    return path_check(lambda x, time: packed(x, time, condition), x_t, (t,), direction).required("tf_scm")

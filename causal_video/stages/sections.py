@@ -168,8 +168,6 @@ class TfDcmConfig:
 class TfScmConfig:
     """Continuous-time consistency on clean context, along the path of the causal teacher (arXiv:2606.25473)."""
 
-    frames: FrameReduction = "mean"
-    """How the losses of latent frames are taken together, each being a mean over its numbers."""
     context_noise: float = 0.0
     """Largest time to which the clean context is noised; the network is given that time."""
     time_mean: float = -0.8
@@ -183,7 +181,11 @@ class TfScmConfig:
     central_step: float = 0.005
     """Step of the central difference in time; belongs to tangent 'central'."""
     check_tangent: bool = True
-    """Compare the network's tangent with central differences before the first step; belongs to tangent 'jvp'."""
+    """Compare the network's tangent with central differences before the first step, and refuse one that follows a
+    wiggle in time rather than the path; belongs to tangent 'jvp'."""
+    time_smoothing: float = 0.0
+    """Standard deviation in time over which the sinusoids of the student's time are averaged before training, such as
+    0.01: Wan is not smooth between the times that it was trained at. 0 leaves them."""
     tangent_warmup: int = 0
     """Steps over which the derivative term grows from 0 to its full weight."""
     normalizer: float = 0.1
@@ -194,6 +196,8 @@ class TfScmConfig:
         for name in ("time_std", "central_step", "normalizer"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.time_smoothing < 1:
+            raise ValueError(f"time_smoothing is {self.time_smoothing}; it must be in [0, 1), such as 0.01")
         if self.tangent_warmup < 0:
             raise ValueError(f"tangent_warmup is {self.tangent_warmup}; it must be 0 or more")
         if not 0 <= self.max_time_share <= 1:

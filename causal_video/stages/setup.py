@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.causal_video.layout import TEMPORAL_STRIDE
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.controls import FrameControls, with_controls
-from fewstep.causal_video.model.network import CausalWan
+from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages.asd import StepDiscriminator
 from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, ForcingNetworks, causal_settings
@@ -26,6 +26,7 @@ from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.shared import averaged_twin, beside
+from fewstep.core.tangents.smooth import smooth_time
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
@@ -174,6 +175,9 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     student = build_student(config.student, teacher, data.init, seed=config.run.seed, controls=channels)
     if data.steered_teacher is not None:
         steer_teacher(teacher, data.steered_teacher, channels)
+    frozen = causal_teacher(config, student, teacher)
+    if config.tf_scm is not None:
+        smooth_time(student.transformer, config.tf_scm.time_smoothing, time_scale=TIME_SCALE)
     student_role = trainer.add_role(
         "student",
         student,
@@ -191,7 +195,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     if isinstance(stage, SelfForcingConfig):
         scores = build_scores(config, data, teacher, settings, trainer)
     else:
-        networks = forcing_networks(config, student_role, student, teacher, settings, shape=shape)
+        networks = forcing_networks(config, student_role, student, frozen, settings, shape=shape)
         if isinstance(stage, OdeConfig):
             guidance, seed = config.teacher.guidance, config.run.seed
             sources = PairSources(teacher, guidance, networks, real, prompts, settings, shape, seed)
@@ -242,16 +246,25 @@ def latent_shape(
     return channels, count, height, width
 
 
+def causal_teacher(config: CausalConfig, student: CausalWan, teacher: Teacher) -> CausalTeacher | None:
+    """A frozen copy of the student as it starts, where the stage distils a causal teacher."""
+    if not config.has_causal_teacher:
+        return None
+    # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
+    network = beside(student.transformer).requires_grad_(False)
+    return CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
+
+
 def forcing_networks(
     config: CausalConfig,
     role: Role,
     student: CausalWan,
-    teacher: Teacher,
+    frozen: CausalTeacher | None,
     settings: CausalSettings,
     *,
     shape: tuple[int, int, int, int],
 ) -> ForcingNetworks:
-    """Masks of the layout, and where the stage distils a causal teacher, a frozen copy of the student as it starts.
+    """Masks of the layout beside the networks, and the average of the student where it is the target.
 
     Raises ValueError for a policy that no mask expresses.
     """
@@ -260,11 +273,6 @@ def forcing_networks(
     policy, device = settings.policy, student.transformer.patch_embedding.weight.device
     packed = masks.teacher_forcing(settings.layout, tokens, policy, clean_is_constant=True, device=device)
     causal = masks.block_causal(settings.layout, tokens, policy, device=device)
-    frozen = None
-    if config.has_causal_teacher:
-        # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
-        network = beside(student.transformer).requires_grad_(False)
-        frozen = CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
     average = None
     if config.tf_dcm is not None and config.tf_dcm.target == "ema":
         assert role.ema is not None

@@ -99,8 +99,10 @@ def matching_backward(
             times=config.matching,
         )
         trainer.check_finite("matching loss", step.loss)
-        # The loss of DMD carries a factor 1/2 that rCM's does not.
-        trainer.backward(2.0 * config.matching.weight * step.loss)
+        # The loss of DMD carries a factor 1/2 that rCM's does not, and is a mean over the numbers of a sample, which
+        # must be reduced as those of the consistency half are: those of scm are summed.
+        size = x0[0].numel() if config.scm is not None else 1
+        trainer.backward(2.0 * config.matching.weight * size * step.loss)
     return {"matching_loss": step.loss.detach(), **step.log()}
 
 

@@ -169,7 +169,8 @@ def scm_loss(
     Args:
         network: [B, ...] output of the student with graph: F, or the velocity with `flow_tangent`.
         tangent: [B, ...] normalised g.
-        reduction: over the D elements of a sample. The sCM paper divides by D; rCM sums (and multiplies by 100).
+        reduction: over the D elements of a sample. The sCM paper divides by D, which its learned weight undoes; rCM
+            sums (and multiplies by 100).
         log_weight: w [B] of a learned weight, a function of time; None is 0 without its term.
 
     A nan in the network itself may still reach shared weights, since 0 times its inner derivatives is nan.
@@ -207,7 +208,10 @@ def scm_step(noised: Noised, networks: Networks, settings: ScmConfig) -> Consist
     direction_of = trig_direction if settings.coordinates == "trigflow" else flow_direction
     output, tangent = direction_of(noised, networks.student, velocity, target, settings)
     log_weight = None if networks.time_weight is None else networks.time_weight(t)
-    found = scm_loss(output, normalise_tangent(tangent.total, constant=settings.normalizer), log_weight=log_weight)
+    direction = normalise_tangent(tangent.total, constant=settings.normalizer)
+    # A direction has a length of at most 1, whatever the size of the latents; a mean over them would divide the
+    # gradient by their number, and Adam's eps would stop what is left.
+    found = scm_loss(output, direction, reduction="sum", log_weight=log_weight)
     record = tangent_record(tangent, found)
     if log_weight is not None:
         record["log_weight"] = log_weight.detach().mean()

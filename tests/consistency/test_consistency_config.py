@@ -45,10 +45,10 @@ FIELDS = {
 }
 
 
-FLOW_MAP = ("methods/flow_map.py", "batch.py", "tangents.py", "setup.py")
+FLOW_MAP = ("methods/flow_map.py", "batch.py", "tangents.py", "tangent_check.py", "setup.py")
 # The modules of consistency/ that may read a section.
 READERS = {
-    ScmConfig: ("methods/scm.py", "batch.py", "tangents.py", "setup.py"),
+    ScmConfig: ("methods/scm.py", "batch.py", "tangents.py", "tangent_check.py", "setup.py"),
     DcmConfig: ("methods/dcm.py",),
     EctConfig: ("methods/ect.py", "batch.py"),
     MeanflowConfig: ("methods/meanflow.py", *FLOW_MAP),
@@ -57,7 +57,7 @@ READERS = {
     DmfConfig: ("methods/dmf.py", *FLOW_MAP),
     AnyflowConfig: ("methods/anyflow.py", *FLOW_MAP),
     SprintConfig: ("sana_sprint/step.py", "sana_sprint/setup.py", "setup.py"),
-    SprintConsistencyConfig: ("sana_sprint/step.py", "methods/scm.py", "tangents.py", "setup.py"),
+    SprintConsistencyConfig: ("sana_sprint/step.py", "methods/scm.py", "tangents.py", "tangent_check.py", "setup.py"),
     SprintDiscriminatorConfig: ("sana_sprint/step.py", "sana_sprint/setup.py"),
     PairsConfig: ("setup.py",),
     McmConfig: ("mcm/step.py", "mcm/setup.py", "methods/dcm.py"),

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from fewstep.consistency.config import ConsistencyConfig
-from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import train_step
 from tests.consistency.tiny_consistency_run import OBJECTIVES, start_consistency, tiny_consistency
 from tests.consistency.tiny_video_run import VIDEO_CASES, VideoInputs, tiny_video, write_inputs
@@ -46,7 +46,7 @@ def checked_section(config: ConsistencyConfig) -> ConsistencyConfig:
     section: Any = getattr(config, name)
     if getattr(section, "check_tangent", True) or getattr(section, "tangent", "") != "jvp":
         return config
-    changes: dict[str, Any] = {name: dataclasses.replace(section, check_tangent=True)}
+    changes: dict[str, Any] = {name: dataclasses.replace(section, check_tangent=True, time_smoothing=0.01)}
     return dataclasses.replace(config, **changes)
 
 

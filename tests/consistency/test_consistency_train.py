@@ -9,15 +9,17 @@ import torch
 
 from fewstep.consistency.batch import DataBatch, Networks
 from fewstep.consistency.sections import ScmConfig
-from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import consistency_step, train_consistency, train_step
 from fewstep.core.config import save_resolved
 from fewstep.core.export.run import export_run
 from fewstep.core.randomness import Draw
+from fewstep.core.run_settings import read_settings
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
+from fewstep.core.weights import find_weights
 from tests.consistency.tiny_consistency_run import start_consistency, tiny_consistency
-from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint
+from tests.dmd.tiny_run import TinyInputs, assert_same_checkpoint, changed
 
 
 def weights_of(role: Role | None) -> torch.Tensor:
@@ -79,14 +81,50 @@ def test_tangents_of_both_kinds_agree(inputs: TinyInputs, tmp_path: Path, coordi
 
 
 def test_the_check_of_the_tangent_passes_and_is_reported(inputs: TinyInputs, tmp_path: Path) -> None:
-    config = tiny_consistency(inputs, tmp_path, "scm")
-    setup, trainer = start_consistency(config)
-    checked = dataclasses.replace(config, scm=ScmConfig())
+    checked = dataclasses.replace(tiny_consistency(inputs, tmp_path, "scm"), scm=ScmConfig(time_smoothing=0.01))
+    setup, trainer = start_consistency(checked)
     text = check_tangent(checked, setup, trainer)
     trainer.close()
     assert text is not None
     assert text.startswith("tangent against differences: off by ")
-    assert check_tangent(config, setup, trainer) is None
+    assert float(text.rpartition("of time is ")[2].partition(",")[0]) > 0.98
+    unchecked = dataclasses.replace(checked, scm=ScmConfig(check_tangent=False))
+    assert check_tangent(unchecked, setup, trainer) is None
+
+
+def test_a_tangent_that_follows_a_wiggle_is_refused(inputs: TinyInputs, tmp_path: Path) -> None:
+    """Random weights in the layers of a time of 1,000 t turn faster than any path."""
+    config = dataclasses.replace(tiny_consistency(inputs, tmp_path, "scm"), scm=ScmConfig())
+    setup, trainer = start_consistency(config)
+    with pytest.raises(ValueError, match=r"follows a wiggle .* Set scm\.time_smoothing to 0\.01"):
+        check_tangent(config, setup, trainer)
+    trainer.close()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_smoothed_student_is_another_network_of_its_class(inputs: TinyInputs, tmp_path: Path, lora: bool) -> None:
+    if lora:
+        with pytest.raises(ValueError, match=r"time_smoothing is 0\.01 with student\.lora_rank 2"):
+            changed(
+                tiny_consistency(inputs, tmp_path, "scm"),
+                {"scm": ScmConfig(time_smoothing=0.01), "student.lora_rank": 2},
+            )
+        return
+    config = tiny_consistency(inputs, tmp_path / "run", "scm")
+    config = dataclasses.replace(config, scm=ScmConfig(time_smoothing=0.01))
+    assert train_consistency(config) == 0
+    assert read_settings(tmp_path / "run").time_smoothing == 0.01
+    _, record = export_run(tmp_path / "run")
+    assert record.verification is not None
+    assert record.verification.sampler_difference < 1e-5
+    # A run that starts from it smooths what is missing alone, here nothing.
+    again = changed(config, {"student.init": str(tmp_path / "run"), "run.directory": str(tmp_path / "again")})
+    setup, trainer = start_consistency(again)
+    trainer.close()
+    name = "time_text_embed.timestep_embedder.linear_1.weight"
+    stored = find_weights(str(tmp_path / "run")).tensors()[name]
+    found = setup.student.denoiser.network.get_parameter(name).detach()
+    torch.testing.assert_close(found, stored, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.consistency.methods.rcm import student_samples
 from fewstep.consistency.sections import AnyflowConfig, MeanflowConfig
-from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.export.run import export_run, load_run_student
 from fewstep.core.grids import step_grid
@@ -307,14 +307,16 @@ def count_calls(module: nn.Module) -> list[bool]:
 
 
 def test_the_tangent_is_checked_along_the_second_time(inputs: TinyInputs, tmp_path: Path) -> None:
-    config = tiny_consistency(inputs, tmp_path, "meanflow")
-    setup, trainer = start_consistency(config)
+    checked = dataclasses.replace(
+        tiny_consistency(inputs, tmp_path, "meanflow"), meanflow=MeanflowConfig(time_smoothing=0.01)
+    )
+    setup, trainer = start_consistency(checked)
     assert second_time_of(setup.student.denoiser.network) is not None
-    checked = dataclasses.replace(config, meanflow=MeanflowConfig())
     text = check_tangent(checked, setup, trainer)
     trainer.close()
     assert text is not None
     assert text.startswith("tangent against differences: off by ")
+    assert float(text.rpartition("of time is ")[2].partition(",")[0]) > 0.98
 
 
 def test_a_network_without_tangent_names_the_setting(

@@ -11,7 +11,7 @@ from studies.sana_control import edge_pictures, train_controlnet
 from fewstep.consistency.config import ConsistencyConfig
 from fewstep.consistency.sana_sprint.config import SprintConsistencyConfig
 from fewstep.consistency.sana_sprint.teacher import FineTuneRecipe
-from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.data import LatentDataset
 from fewstep.core.export.run import export_run

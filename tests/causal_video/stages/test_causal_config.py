@@ -94,7 +94,7 @@ def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
         "teacher_forcing": ("forcing", "train"),
         "diffusion_forcing": ("forcing", "train"),
         "tf_dcm": ("consistency", "setup", "train"),
-        "tf_scm": ("consistency", "train"),
+        "tf_scm": ("consistency", "setup", "train"),
         "ode": ("ode", "setup"),
         "self_forcing": ("self_forcing", "setup"),
     }

@@ -191,13 +191,33 @@ def test_pairs_are_made_once_and_kept(inputs: VideoInputs, tmp_path: Path) -> No
 
 
 def test_the_check_of_the_tangent_passes_and_is_reported(inputs: VideoInputs, tmp_path: Path) -> None:
-    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "tf_scm", {"tf_scm.check_tangent": True}))
+    changes = {"tf_scm.check_tangent": True, "tf_scm.time_smoothing": 0.01}
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "tf_scm", changes))
     said = check_tangent(TfScmConfig(), setup, trainer)
     assert said is not None
     assert said.startswith("tangent of the packed network against differences: off by ")
     assert check_tangent(TfScmConfig(check_tangent=False), setup, trainer) is None
     assert check_tangent(TfScmConfig(tangent="central"), setup, trainer) is None
     trainer.close()
+    assert float(said.rpartition("of time is ")[2].partition(",")[0]) > 0.98
+    # What the student is distilled from is not smoothed, and the student begins beside it.
+    assert setup.networks is not None
+    assert setup.networks.teacher is not None
+    name = "condition_embedder.time_embedder.linear_1.weight"
+    ours, theirs = (
+        network.transformer.get_parameter(name) for network in (setup.student, setup.networks.teacher.network)
+    )
+    assert float((ours - theirs).abs().max()) > 1e-3
+
+
+def test_a_tangent_that_follows_a_wiggle_is_refused(inputs: VideoInputs, tmp_path: Path) -> None:
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path, "tf_scm"))
+    with pytest.raises(ValueError, match=r"Set tf_scm\.time_smoothing to 0\.01"):
+        check_tangent(TfScmConfig(), setup, trainer)
+    trainer.close()
+    lora = {"tf_scm.time_smoothing": 0.01, "student.lora_rank": 2}
+    with pytest.raises(ValueError, match=r"tf_scm\.time_smoothing is 0\.01 with student\.lora_rank 2"):
+        tiny_causal(inputs, tmp_path, "tf_scm", lora)
 
 
 def test_a_dry_run_makes_one_step_and_keeps_nothing(inputs: VideoInputs, tmp_path: Path) -> None:

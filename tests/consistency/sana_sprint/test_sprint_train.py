@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewstep.consistency.sana_sprint.config import SprintConsistencyConfig, SprintDiscriminatorConfig
-from fewstep.consistency.setup import check_tangent
+from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import train_consistency, train_step
 from fewstep.core.config import save_resolved
 from fewstep.core.export.run import export_run
