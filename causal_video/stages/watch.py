@@ -112,7 +112,7 @@ class VideoWatch:
         """Say what is unhealthy in a record of means; nothing when no record was due."""
         if means is None or not self.trainer.is_main:
             return
-        statistics = training_statistics(means, self._reference(), self.pictures)
+        statistics = training_statistics(means, self._reference(), self.pictures, self.setup.student_role)
         for message in self.monitor.update(statistics):
             self.trainer.note(f"health: {message.text}")
 

@@ -32,6 +32,8 @@ class HealthStatistics:
     """Root mean square of the fake minus the real x0, before normalisation."""
     student_grad_norm: float | None = None
     """Norm of the student's gradient before clipping."""
+    student_grad_over_eps: float | None = None
+    """Root mean square of that gradient over the optimizer's eps, which Adam adds to it."""
     fake_grad_norm: float | None = None
     """Norm of the fake score's gradient before clipping."""
     diversity: float | None = None
@@ -64,6 +66,8 @@ class HealthThresholds:
     """Largest direction RMS over that of the first window."""
     grad_norm_spike: float = 20.0
     """Largest gradient norm over the median of the window before it."""
+    grad_over_eps: float = 100.0
+    """Smallest gradient over the optimizer's eps."""
     diversity_fall: float = 0.6
     """Smallest diversity over that of the first window."""
     brightness_shift: float = 0.08
@@ -201,6 +205,14 @@ class HealthMonitor:
                 "or its learning rate"
             )
             messages.append(HealthMessage("fake_score_lags", text))
+        share = self._median("student_grad_over_eps")
+        if share is not None and share < limits.grad_over_eps:
+            text = (
+                f"gradients of the student are {share:.3g} times the optimizer's eps in the root mean square: an "
+                "update is divided by their sum, and so is smaller than the learning rate says; lower "
+                "student.optimizer.eps"
+            )
+            messages.append(HealthMessage("grad_below_eps", text))
         direction, first = self._median("direction_rms"), self._baseline.get("direction_rms")
         if direction is not None and first is not None and direction > limits.direction_growth * first:
             text = (

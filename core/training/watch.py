@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -124,7 +125,7 @@ class Watch:
         """Say what is unhealthy in a record of means; nothing when no record was due."""
         if means is None or not self.trainer.is_main:
             return
-        statistics = training_statistics(means, self._reference(), self.pictures)
+        statistics = training_statistics(means, self._reference(), self.pictures, self.setup.student_role)
         for message in self.monitor.update(statistics):
             self.trainer.note(f"health: {message.text}")
 
@@ -136,8 +137,10 @@ def run_text(config: Any, trainer: Trainer, told: str, *, frozen: Mapping[str, n
     return f"{settings}\n{told}; {processes}\n{memory_table(trainer.memory_report(frozen))}"
 
 
-def training_statistics(means: Mapping[str, float], reference: Tensor, pictures: HealthStatistics) -> HealthStatistics:
-    """What a run's health is judged by: logged means, the teacher's latents, and the latest `pictures`."""
+def training_statistics(
+    means: Mapping[str, float], reference: Tensor, pictures: HealthStatistics, student: Role
+) -> HealthStatistics:
+    """What a run's health is judged by: logged means, the teacher's latents, the latest `pictures`, and the student."""
     return HealthStatistics(
         student_mean=means.get("matching_student_mean"),
         student_std=means.get("matching_student_std"),
@@ -145,12 +148,22 @@ def training_statistics(means: Mapping[str, float], reference: Tensor, pictures:
         reference_std=reference.std().item(),
         direction_rms=means.get("matching_direction_rms"),
         student_grad_norm=means.get("student_grad_norm"),
+        student_grad_over_eps=grad_over_eps(means.get("student_grad_norm"), student),
         fake_grad_norm=means.get("fake_grad_norm"),
         brightness=pictures.brightness,
         reference_brightness=pictures.reference_brightness,
         saturation=pictures.saturation,
         reference_saturation=pictures.reference_saturation,
     )
+
+
+def grad_over_eps(norm: float | None, role: Role) -> float | None:
+    """Root mean square of a gradient of this norm over the eps of its optimizer; None where it has none of Adam's."""
+    eps = role.optimizer.param_groups[0].get("eps")
+    if norm is None or not isinstance(eps, float):
+        return None
+    count = sum(parameter.numel() for _, parameter in role.parameters)
+    return norm / math.sqrt(count) / eps
 
 
 def saturation(pixels: Tensor) -> float:

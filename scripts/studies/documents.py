@@ -180,8 +180,21 @@ def _sizes(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _paths(root: Path, choice: Mapping[str, Any]) -> str:
+    """Cosines of derivatives with the path's differences, by time."""
+    content = _record(root / choice["file"])
+    times = content["settings"]["times"]
+    lines = ["| teacher | sigma | velocity moved by | " + " | ".join(f"t = {time:g}" for time in times) + " |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(times))
+    for row in content["rows"]:
+        cells = [row["teacher"], f"{row['sigma']:g}", f"{100 * max(row['moved']):.1f} %"]
+        lines.append("| " + " | ".join([*cells, *(f"{cosine:.2f}" for cosine in row["cosine"])]) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
     "sizes": _sizes,
+    "paths": _paths,
 }

@@ -63,7 +63,9 @@ def assert_close_in_bf16(config: ConsistencyConfig) -> None:
     assert half.keys() == exact.keys()
     assert "consistency_loss" in exact
     for name, value in exact.items():
-        assert half[name] == pytest.approx(value, rel=0.1, abs=2e-3), name
+        # A gradient has been through every layer twice.
+        close = 0.15 if name == "student_grad_norm" else 0.1
+        assert half[name] == pytest.approx(value, rel=close, abs=2e-3), name
     assert half != exact
 
 
