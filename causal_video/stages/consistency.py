@@ -60,8 +60,9 @@ def tf_scm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, sta
     t = mix_max_time(t, draw.uniform("consistency_max_time"), share=stage.max_time_share)
     x_t = add_noise(batch.x0, batch.eps, t)
     target = teacher_velocity(networks, x_t, t, batch)
-    velocity = networks.on_context(batch)(x_t, t, batch.condition)
+    # Before the graph is built, so that the memory of the tangent is free again.
     derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=stage)
+    velocity = networks.on_context(batch)(x_t, t, batch.condition)
     warmup = tangent_warmup(batch.step, stage.tangent_warmup)
     tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
     counts = batch.frame_counts[:, None, :, None, None]

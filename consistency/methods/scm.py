@@ -200,13 +200,14 @@ def scm_step(noised: Noised, networks: Networks, settings: ScmConfig) -> Consist
     """Continuous-time consistency (arXiv:2410.11081, Alg. 1): one tangent without graph, one forward with.
 
     What the tangent is compared with is the output of the gradient's own forward, so that a difference between the two
-    calls cannot enter F - F.
+    calls cannot enter F - F. The tangent comes first: its memory is free again when the graph is built.
     """
     x_t, t = noised.x_t, noised.t
     target = networks.teacher_velocity(x_t, t, noised.condition)
+    derivative = path_derivative(noised, networks.student, target, settings, settings.coordinates)
     velocity = networks.wrapped(x_t, t, noised.condition)
     direction_of = trig_direction if settings.coordinates == "trigflow" else flow_direction
-    output, tangent = direction_of(noised, networks.student, velocity, target, settings)
+    output, tangent = direction_of(noised, velocity, target, derivative, settings)
     log_weight = None if networks.time_weight is None else networks.time_weight(t)
     direction = normalise_tangent(tangent.total, constant=settings.normalizer)
     # A direction has a length of at most 1, whatever the size of the latents; a mean over them would divide the
@@ -218,33 +219,52 @@ def scm_step(noised: Noised, networks: Networks, settings: ScmConfig) -> Consist
     return ConsistencyStep(found.loss, record)
 
 
+def path_derivative(
+    noised: Noised,
+    student: nn.Module,
+    teacher_velocity: Tensor,
+    settings: ContinuousConfig,
+    coordinates: Literal["trigflow", "rf"],
+) -> Tensor:
+    """The student's derivative along the teacher's path: cos sin dF/dtau in TrigFlow, dv/dt in rectified flow."""
+    if coordinates == "rf":
+        return along(
+            lambda x, time: student(x, time, noised.condition),
+            noised.x_t,
+            noised.t,
+            teacher_velocity,
+            torch.ones_like(noised.t),
+            settings,
+        )
+    x_tau, tau = to_trig_state(noised.x_t, noised.t)
+    target = trig_from_velocity(noised.x_t, teacher_velocity, tau)
+    function = trig_function(lambda x_t, t: student(x_t, t, noised.condition))
+    pace = torch.cos(tau) * torch.sin(tau)
+    if settings.tangent == "central":
+        # The step of a difference is what it is; only forward mode gains by a small tangent.
+        slope = along(function, x_tau, tau, target, torch.ones_like(tau), settings, end=math.pi / 2)
+        return expand_time(pace, x_tau) * slope
+    # cos sin inside the tangents keeps every number of the network's tangent small.
+    return along(function, x_tau, tau, expand_time(pace, x_tau) * target, pace, settings, end=math.pi / 2)
+
+
 def trig_direction(
-    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, settings: ContinuousConfig
+    noised: Noised, velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, settings: ContinuousConfig
 ) -> tuple[Tensor, Tangent]:
-    """(F with graph, its tangent) in TrigFlow's coordinates."""
+    """(F with graph, its tangent) in TrigFlow's coordinates, from the `path_derivative` there."""
     x_tau, tau = to_trig_state(noised.x_t, noised.t)
     network = trig_from_velocity(noised.x_t, velocity, tau)
     target = trig_from_velocity(noised.x_t, teacher_velocity, tau)
-    # cos sin inside the tangents keeps every number of the network's tangent small.
-    pace = torch.cos(tau) * torch.sin(tau)
-    function = trig_function(lambda x_t, t: student(x_t, t, noised.condition))
-    derivative = along(function, x_tau, tau, expand_time(pace, x_tau) * target, pace, settings, end=math.pi / 2)
-    return network, trig_tangent(
-        x_tau, network.detach(), target, derivative, tau, warmup=tangent_warmup(noised.step, settings.tangent_warmup)
-    )
+    warmup = tangent_warmup(noised.step, settings.tangent_warmup)
+    return network, trig_tangent(x_tau, network.detach(), target, derivative, tau, warmup=warmup)
 
 
 def flow_direction(
-    noised: Noised, student: nn.Module, velocity: Tensor, teacher_velocity: Tensor, settings: ContinuousConfig
+    noised: Noised, velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, settings: ContinuousConfig
 ) -> tuple[Tensor, Tangent]:
-    """(velocity with graph, its tangent) in rectified flow's own coordinates."""
-    x_t, t = noised.x_t, noised.t
-    derivative = along(
-        lambda x, time: student(x, time, noised.condition), x_t, t, teacher_velocity, torch.ones_like(t), settings
-    )
-    return velocity, flow_tangent(
-        velocity.detach(), teacher_velocity, derivative, t, warmup=tangent_warmup(noised.step, settings.tangent_warmup)
-    )
+    """(velocity with graph, its tangent) in rectified flow's own coordinates, from the `path_derivative` there."""
+    warmup = tangent_warmup(noised.step, settings.tangent_warmup)
+    return velocity, flow_tangent(velocity.detach(), teacher_velocity, derivative, noised.t, warmup=warmup)
 
 
 def tangent_record(tangent: Tangent, found: ConsistencyLoss) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks, Noised
-from fewstep.consistency.methods.scm import normalise_tangent, scm_loss, tangent_record, trig_direction
+from fewstep.consistency.methods.scm import (
+    normalise_tangent,
+    path_derivative,
+    scm_loss,
+    tangent_record,
+    trig_direction,
+)
 from fewstep.consistency.sana_sprint.config import (
     SprintConfig,
     SprintConsistencyConfig,
@@ -82,9 +88,10 @@ def guided_scm_step(noised: Noised, networks: Networks, settings: SprintConsiste
     with torch.no_grad():
         target = networks.teacher.velocity(x_t, t, condition, condition.guidance)
     weight = networks.time_weight
+    derivative = path_derivative(noised, networks.student, target, settings, "trigflow")
     with nullcontext() if weight is None else time_embeddings(networks.student) as embeddings:
         velocity = networks.wrapped(x_t, t, condition)
-    output, tangent = trig_direction(noised, networks.student, velocity, target, settings)
+    output, tangent = trig_direction(noised, velocity, target, derivative, settings)
     direction = normalise_tangent(tangent.total, constant=settings.normalizer)
     if weight is None or embeddings is None:
         found = scm_loss(output, direction, reduction="sum")

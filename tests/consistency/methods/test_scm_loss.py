@@ -1,6 +1,7 @@
 """Tangents in both coordinates, their chain rule, normalisers, and the loss with its isolated samples."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,17 +10,28 @@ from hypothesis import strategies as st
 from studies.toy_mixture import Mixture
 from torch import Tensor, nn
 
+from fewstep.consistency.batch import Noised
 from fewstep.consistency.methods.scm import (
     Tangent,
     flow_tangent,
     normalise_tangent,
+    path_derivative,
     scm_loss,
     tangent_warmup,
     trig_tangent,
 )
 from fewstep.consistency.sample_loss import reduce_sample
+from fewstep.consistency.sections import ContinuousConfig
 from fewstep.consistency.tangents import total_derivative
-from fewstep.consistency.trigflow import VelocityFunction, from_trig_state, state_scale, time_from_angle, trig_function
+from fewstep.consistency.trigflow import (
+    VelocityFunction,
+    angle_from_time,
+    from_trig_state,
+    state_scale,
+    time_from_angle,
+    trig_function,
+)
+from fewstep.core.condition import Condition
 from tests.consistency.analytic import BIMODAL, Gaussian, fp64
 
 GAUSSIAN = Gaussian()
@@ -291,3 +303,28 @@ def test_bad_arguments_are_named() -> None:
         reduce_sample(x, "max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be \[2\]"):
         scm_loss(x, x, log_weight=torch.zeros(3))
+
+
+@pytest.mark.parametrize("coordinates", ["trigflow", "rf"])
+def test_a_difference_along_the_path_steps_as_far_as_it_says(coordinates: Literal["trigflow", "rf"]) -> None:
+    """In TrigFlow the factor cos sin stands outside it: at t = 0.995 the step would else be a two-hundredth."""
+    t, step = fp64(0.02, 0.4, 0.995), 1e-3
+    x0, eps = fp64(0.83, -1.4, 0.2)[:, None], fp64(-0.3, 0.6, 1.7)[:, None]
+    noised = Noised(x0, eps, t, Condition(torch.zeros(3, 1, 1)), 0)
+    seen: list[Tensor] = []
+
+    class Student(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+            seen.append(time.detach().clone())
+            return nonlinear(x, time[:, None])
+
+    target = BIMODAL.velocity(noised.x_t[:, 0], t)[:, None]
+    exact, coarse = (
+        path_derivative(noised, Student(), target, settings, coordinates)
+        for settings in (ContinuousConfig(), ContinuousConfig(tangent="central", central_step=step))
+    )
+    # Of second order inside; the last time is nearer to the end than one step, from which it goes one way.
+    assert float((coarse - exact)[:2].abs().max()) < 1e-5
+    assert float((coarse - exact)[2].abs().max()) < 2e-3
+    after, before = (angle_from_time(time) if coordinates == "trigflow" else time for time in seen[-2:])
+    torch.testing.assert_close((after - before)[:2], torch.full((2,), 2 * step, dtype=torch.float64), rtol=1e-6, atol=0)
