@@ -9,6 +9,7 @@ three, forward and backward as three), one of dCM five. Runs that have exports a
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--runs", default="runs/smooth_tangent", help="folder of the training runs")
     parser.add_argument("--samples", type=int, default=2000, help="images per row and seed")
-    parser.add_argument("--output", help="folder of the report; without it nothing is judged")
+    parser.add_argument("--output", help="folder of the records; without it nothing is judged")
     options = parser.parse_args()
     folder = Path(options.runs)
     for seed in options.seeds:
@@ -65,17 +66,22 @@ def main() -> None:
             train(folder, variant, seed)
     if options.output is None:
         return
-    rows = [(f"teacher={TEACHER}", steps, "1", "own") for steps in (50, 4, 2, 1)]
-    for variant in options.variants:
-        for steps in STEPS:
-            rows += [
-                (f"{variant}={run_of(folder, variant, seed)}/export_{steps}step", steps, "1", "own")
-                for seed in options.seeds
-            ]
-    size = ["--samples", str(options.samples), "--batch_size", "125", "--timing_repeats", "1"]
-    judge_digits(rows, size, samples=folder / "samples", output=Path(options.output))
-    runs = [run_of(folder, variant, seed) for variant in options.variants for seed in options.seeds]
-    record_training(runs, output=Path(options.output))
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for steps in STEPS:
+        # The first rows are the baseline: each number of steps is compared with dCM at it, seed by seed.
+        rows = [
+            (f"{variant}={run_of(folder, variant, seed)}/export_{steps}step", steps, "1", "own")
+            for variant in options.variants
+            for seed in options.seeds
+        ]
+        rows.append((f"teacher={TEACHER}", 50, "1", "own"))
+        size = ["--samples", str(options.samples), "--batch_size", "125", "--timing_repeats", "0"]
+        judge_digits(rows, size, samples=folder / "samples", output=folder / f"report_{steps}")
+        shutil.copyfile(folder / f"report_{steps}" / "report.json", output / f"{steps}_steps.json")
+    record_training(
+        [run_of(folder, variant, seed) for variant in options.variants for seed in options.seeds], output=output
+    )
 
 
 if __name__ == "__main__":
