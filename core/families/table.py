@@ -95,6 +95,27 @@ RELATIVES = {
     "QwenImageLayeredPipeline": TEXT_ALONE.format("Qwen-Image or Qwen-Image-Edit"),
     "ZImageOmniPipeline": TEXT_ALONE.format("Z-Image"),
     **dict.fromkeys(("WanVACEPipeline", "WanAnimatePipeline"), TEXT_ALONE.format("Wan text- or image-to-video")),
+    **dict.fromkeys(
+        ("LTXImageToVideoPipeline", "LTXConditionPipeline"),
+        "its network is told a time for each frame and given frames, for which there is no family; use LTXPipeline",
+    ),
+    **dict.fromkeys(
+        ("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        TEXT_ALONE.format("HunyuanVideoPipeline"),
+    ),
+    **dict.fromkeys(
+        ("CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"), TEXT_ALONE.format("CogVideoXPipeline")
+    ),
+    **dict.fromkeys(
+        ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "LTX2Pipeline", "LTX2ImageToVideoPipeline"),
+        "it is another network than its forerunner's, for which there is no family; use HunyuanVideoPipeline or "
+        "LTXPipeline",
+    ),
+    "QwenImage21Pipeline": "it is another network than Qwen-Image's, for which there is no family; use Qwen-Image",
+    **dict.fromkeys(
+        ("FluxImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline", "WanVideoToVideoPipeline"),
+        "it starts the network of its text pipeline from a given state; name that pipeline in teacher.pipeline",
+    ),
 }
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 
-from fewstep.core.families.table import configs_of
+from fewstep.core.families.table import RELATIVES, configs_of, require_known_class
 from fewstep.core.settings import ModelSource
 from fewstep.core.teacher import Teacher
 from fewstep.core.teacher_files import check_teacher
@@ -214,3 +215,11 @@ def test_zero_terminal_snr_with_v_is_stock_ddim(scheduler: Any) -> None:
         )
         ours = teacher.sample(noise, condition, steps=steps, guidance=3.0)
         assert (ours - expected.images).abs().max() < 2e-6 * expected.images.abs().max(), steps
+
+
+@pytest.mark.parametrize("name", sorted(RELATIVES))
+def test_relatives_of_known_pipelines_are_refused_with_a_reason_and_a_way_out(name: str) -> None:
+    # A class that diffusers has, so that the reason is not one for a name that nobody meets.
+    assert issubclass(getattr(diffusers, name), DiffusionPipeline)
+    with pytest.raises(ValueError, match=f"{name} is no teacher here: .*(use|name) "):
+        require_known_class(name)
