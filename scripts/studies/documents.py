@@ -192,9 +192,21 @@ def _paths(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _compared(root: Path, choice: Mapping[str, Any]) -> str:
+    """Students at several numbers of steps, each beside the baseline at as many."""
+    lines = ["| student | calls | FID | minus the baseline | right % | diversity |", "|---|---:|---:|---:|---:|---:|"]
+    for file in choice["files"]:
+        for row in _record(root / file)["rows"]:
+            cells = [row_name(row), f"{row['steps']}", _cell(row, "fid", ".2f"), _difference(row)]
+            cells += [_cell(row, "accuracy", ".1f", 100), _cell(row, "diversity", ".2f")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
     "sizes": _sizes,
     "paths": _paths,
+    "compared": _compared,
 }

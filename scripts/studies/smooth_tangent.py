@@ -30,6 +30,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scm_smooth_fast_noise": ("scm", (*SMOOTH, *FAST, "--scm.max_time_share", "0.05")),
 }
 STEPS = (1, 2, 4)
+# What the others are compared with, and the records of it.
+BASELINES = {"dcm": "{}_steps", "scm_raw_slow": "{}_steps_to_raw", "scm_raw_fast": "{}_steps_to_raw_fast"}
 
 
 def run_of(folder: Path, variant: str, seed: int) -> Path:
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--runs", default="runs/smooth_tangent", help="folder of the training runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), choices=STEPS, help="that are judged")
     parser.add_argument("--samples", type=int, default=2000, help="images per row and seed")
     parser.add_argument("--output", help="folder of the records; without it nothing is judged")
     options = parser.parse_args()
@@ -68,17 +71,20 @@ def main() -> None:
         return
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    for steps in STEPS:
-        # The first rows are the baseline: each number of steps is compared with dCM at it, seed by seed.
-        rows = [
-            (f"{variant}={run_of(folder, variant, seed)}/export_{steps}step", steps, "1", "own")
-            for variant in options.variants
-            for seed in options.seeds
-        ]
-        rows.append((f"teacher={TEACHER}", 50, "1", "own"))
-        size = ["--samples", str(options.samples), "--batch_size", "125", "--timing_repeats", "0"]
-        judge_digits(rows, size, samples=folder / "samples", output=folder / f"report_{steps}")
-        shutil.copyfile(folder / f"report_{steps}" / "report.json", output / f"{steps}_steps.json")
+    size = ["--samples", str(options.samples), "--batch_size", "125", "--timing_repeats", "0"]
+    for steps in options.steps:
+        for baseline, file in BASELINES.items():
+            # The first rows are the baseline: others are compared with it at as many steps, seed by seed.
+            variants = [baseline, *(name for name in options.variants if name != baseline)]
+            rows = [
+                (f"{variant}={run_of(folder, variant, seed)}/export_{steps}step", steps, "1", "own")
+                for variant in variants
+                for seed in options.seeds
+            ]
+            rows.append((f"teacher={TEACHER}", 50, "1", "own"))
+            report = folder / file.format(steps)
+            judge_digits(rows, size, samples=folder / f"samples_{steps}", output=report)
+            shutil.copyfile(report / "report.json", output / f"{file.format(steps)}.json")
     record_training(
         [run_of(folder, variant, seed) for variant in options.variants for seed in options.seeds], output=output
     )

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_consistency.py"
 def flow_map_with_matching(inputs: TinyInputs, directory: Path) -> ConsistencyConfig:
     config = tiny_consistency(inputs, directory, "anyflow_dmd")
     assert config.anyflow is not None
-    return dataclasses.replace(config, anyflow=dataclasses.replace(config.anyflow, tangent="jvp"))
+    return dataclasses.replace(config, anyflow=dataclasses.replace(config.anyflow, tangent="jvp", time_smoothing=0.01))
 
 
 @pytest.mark.slow

@@ -165,7 +165,8 @@ def test_a_large_picture_is_shrunk_as_by_the_stock_call() -> None:
     hook.remove()
     assert tuple(found.shape) == (1, 16, 1, 58, 69)
     stock = seen[0][:, 16:]
-    assert float((flatten_positions(found) - stock).abs().max() / stock.abs().max()) < 1e-4
+    # Of a picture of a million pixels, through layers that add up many of them.
+    assert float((flatten_positions(found) - stock).abs().max() / stock.abs().max()) < 1e-3
 
 
 class TestKlein(FamilyChecks):
