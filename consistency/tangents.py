@@ -131,7 +131,8 @@ class PathCheck(NamedTuple):
                 f"{2 * PATH_STEP:g} of time ({LEAST_COSINE} is asked for) and {self.length:.1f} times its length: it "
                 f"follows a wiggle of the network between the times of its training. Set {section}.time_smoothing to "
                 f"0.01, or {section}.tangent to 'central' with a central_step of 0.02; {section}.check_tangent false "
-                "trains it as it is"
+                "trains it as it is. Under adapters on half-precision weights their rounding counts as well: check "
+                "once with teacher.dtype float32"
             )
         return self
 

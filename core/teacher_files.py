@@ -58,7 +58,7 @@ def check_teacher(source: ModelSource) -> None:
         check_pipeline_folder(folder, variant=source.variant)
 
 
-def is_told_pictures(source: ModelSource) -> bool:
+def needs_pictures(source: ModelSource) -> bool:
     """Whether the network of a model is told a picture with each prompt; from its index alone."""
     folder = local_folder(source)
     index = read_index(folder) if folder is not None else _hub_json(source, INDEX)
@@ -67,7 +67,7 @@ def is_told_pictures(source: ModelSource) -> bool:
 
 def require_told_pictures(source: ModelSource, pictures: Sequence[Path]) -> None:
     """Raises ValueError unless there are pictures just where the network of a model is told one; from its index."""
-    told = is_told_pictures(source)
+    told = needs_pictures(source)
     if told and not pictures:
         raise ValueError(
             f"{source.path} is told a picture beside the text: set data.pictures to a folder with one for each prompt"

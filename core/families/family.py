@@ -225,6 +225,11 @@ class Family(Protocol):
         validate_grid(times)
         return times
 
+    def full_size(self, pipeline: Any, height: int | None, width: int | None, *, factor: int) -> dict[str, int]:
+        """Height and width in pixels, the pipeline's own where they are not given; a latent has `factor` to a side."""
+        sides = self.latent_shape(pipeline, height, width)[-2:]
+        return dict(zip(("height", "width"), (side * factor for side in sides), strict=True))
+
     # An embedded guidance.
 
     def has_guidance_embedding(self, network: Any) -> bool:

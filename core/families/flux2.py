@@ -284,9 +284,7 @@ class Flux2PictureFamily(Flux2Family):
         frames: int | None = None,
     ) -> dict[str, Any]:
         """The size always: the stock call would take that of the picture."""
-        _, *sides = self.latent_shape(pipeline, height, width)
-        factor = PATCH * pipeline.vae_scale_factor
-        size = {"height": sides[0] * factor, "width": sides[1] * factor}
+        size = self.full_size(pipeline, height, width, factor=PATCH * pipeline.vae_scale_factor)
         return super().call_arguments(pipeline, **size, frames=frames)
 
 

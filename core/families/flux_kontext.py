@@ -62,9 +62,8 @@ class FluxKontextFamily(FluxFamily):
         self, pipeline: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> dict[str, Any]:
         """The size, the length of the text, and what keeps the stock call from another size."""
-        _, *sides = self.latent_shape(pipeline, height, width)
-        high, wide = (side * pipeline.vae_scale_factor for side in sides)
-        found = super().call_arguments(pipeline, height=high, width=wide, frames=frames)
+        size = self.full_size(pipeline, height, width, factor=pipeline.vae_scale_factor)
+        found, (high, wide) = super().call_arguments(pipeline, **size, frames=frames), size.values()
         if (high, wide) != _stock_size(high, wide, PATCH * pipeline.vae_scale_factor):
             found["max_area"] = high * wide
         nearest = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(wide / high - size[0] / size[1]))

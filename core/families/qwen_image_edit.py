@@ -123,9 +123,8 @@ class QwenImageEditFamily(QwenImageFamily):
         self, pipeline: Any, *, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> dict[str, Any]:
         """The size always: the stock call would take one of the shape of the picture."""
-        _, *sides = self.latent_shape(pipeline, height, width)
-        high, wide = (side * pipeline.vae_scale_factor for side in sides)
-        return super().call_arguments(pipeline, height=high, width=wide, frames=frames)
+        size = self.full_size(pipeline, height, width, factor=pipeline.vae_scale_factor)
+        return super().call_arguments(pipeline, **size, frames=frames)
 
 
 def _masked(tokens: Tensor, mask: Tensor | None) -> Condition:

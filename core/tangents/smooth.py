@@ -77,9 +77,10 @@ def smooth_time(network: nn.Module, sigma: float, *, time_scale: float, already:
         first: Any = layers.linear_1
         turns = radians_per_time(sinusoids, time_scale).to(first.weight.device)
         first.weight.mul_(fading(turns, missing).to(first.weight.dtype))
-        kept = (fading(turns, sigma) >= KEPT).to(first.weight.dtype)
+        kept = fading(turns, sigma) >= KEPT
         if first.weight.requires_grad:
-            first.weight.register_hook(lambda gradient, kept=kept: gradient * kept)
+            # In the dtype of the gradient, which a role may train in half precision after this.
+            first.weight.register_hook(lambda gradient, kept=kept: gradient * kept.to(gradient))
 
 
 def fading(turns: Tensor, sigma: float) -> Tensor:

@@ -20,7 +20,7 @@ from fewstep.core.paths import add_noise
 from fewstep.core.randomness import sample_noise, sample_uniform
 from fewstep.core.run_settings import SETTINGS_FILE, read_settings
 from fewstep.core.teacher import Teacher
-from fewstep.core.teacher_files import check_teacher, is_told_pictures
+from fewstep.core.teacher_files import check_teacher, needs_pictures
 from fewstep.core.training.metrics import mean_records
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run import Unwatched, open_run
@@ -100,7 +100,7 @@ def scored_samples(config: LatentRewardConfig, *, device: torch.device) -> Score
     Raises ValueError when a file is missing, or there are too few groups to learn from and to judge by.
     """
     settings, source = config.samples, Path(config.samples.source)
-    if is_told_pictures(config.teacher):
+    if needs_pictures(config.teacher):
         raise ValueError(
             f"{config.teacher.path} is told a picture with each prompt, and a latent reward is trained on prompts "
             "alone: train it on a model that is told text"

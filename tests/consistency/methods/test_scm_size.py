@@ -66,6 +66,9 @@ def test_the_first_step_is_the_same_at_all_sizes() -> None:
     assert min(found["sum"]) > 0.95
     # The fault: a mean over a direction of length 1 leaves half of the rate.
     assert max(found["mean"]) / min(found["mean"]) > 1.5
+    # As docs/methods/scm.md has them.
+    assert found["mean"] == pytest.approx([0.906, 0.631, 0.518], abs=0.01)
+    assert found["sum"] == pytest.approx([0.984, 0.975, 0.964], abs=0.01)
 
 
 def test_gradients_are_held_against_eps(tmp_path: Path) -> None:

@@ -81,6 +81,19 @@ def test_the_factors_are_in_the_columns_of_the_first_layer(build: Any) -> None:
         assert distance(teacher.denoiser(x_t, t, condition), expected) > 1e-4
 
 
+def test_faded_columns_stay_in_half_precision_that_is_set_later() -> None:
+    network = Teacher(build_sd3(), path="owner/tiny").denoiser.copy(trainable=True).network
+    smooth_time(network, SIGMA, time_scale=1000.0)
+    ((sinusoids, layers),) = time_sites(network)
+    first: Any = layers.linear_1
+    first.to(torch.bfloat16)
+    first(torch.ones(1, first.in_features, dtype=torch.bfloat16)).sum().backward()
+    kept = fading(radians_per_time(sinusoids, 1000.0), SIGMA) >= KEPT
+    assert first.weight.grad.dtype == torch.bfloat16
+    assert float(first.weight.grad[:, ~kept].abs().max()) == 0
+    assert float(first.weight.grad[:, kept].abs().min()) > 0
+
+
 def test_variances_add_up_and_faded_columns_stay() -> None:
     teacher = Teacher(build_sd3(), path="owner/tiny")
     once, twice = (teacher.denoiser.copy(trainable=True).network for _ in range(2))
