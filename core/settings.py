@@ -241,6 +241,15 @@ class FakeScoreConfig(TrainedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToldFakeScoreConfig(FakeScoreConfig):
+    """The network that follows the student's distribution, on rollouts that stop at different steps."""
+
+    told_exit: bool = False
+    """Tell it at which step the student's samples stopped (ours): one that is told nothing follows the mixture of all
+    steps, which pulls the last one away from the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimeLawConfig:
     """How random times are drawn at which networks are compared or trained."""
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 from fewstep.core.config import OptimizerConfig, RunConfig, require_one_method
 from fewstep.core.run_settings import RunSettings
 from fewstep.core.settings import (
-    FakeScoreConfig,
     SampleDataConfig,
     SteppingStudentConfig,
     TeacherConfig,
     TimeLawConfig,
+    ToldFakeScoreConfig,
 )
 from fewstep.evaluation.scorers.settings import ScorerListConfig
 from fewstep.evaluation.validation import ValidationConfig
@@ -242,7 +242,7 @@ class RegressionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DmdFakeScoreConfig(FakeScoreConfig):
+class DmdFakeScoreConfig(ToldFakeScoreConfig):
     """The network that follows the student's distribution."""
 
     student_share: float = 0.0
@@ -302,6 +302,7 @@ class DmdConfig:
         if self.f_distill is not None and self.gan is None:
             raise ValueError("f_distill reads density ratios off the discriminator; give the section gan")
         check_shared_weights(self)
+        check_told_exit(self)
         apart = self.fake_score.path is not None or self.teacher.lora_apart
         if self.blended_real is not None and (self.fake_score.lora_rank == 0 or apart):
             raise ValueError(
@@ -314,6 +315,12 @@ class DmdConfig:
             raise ValueError(
                 f"regression with student.steps {self.student.steps}: DMD1 is a one-step method; set it to 1"
             )
+
+    @property
+    def told_exits(self) -> int:
+        """How many exits of the student the fake score is told apart; 0 for none."""
+        times = self.student.times or self.student.timesteps
+        return (len(times) if times else self.student.steps) if self.fake_score.told_exit else 0
 
     @property
     def objective(self) -> MatchingObjective:
@@ -364,3 +371,19 @@ def check_shared_weights(config: DmdConfig) -> None:
             f"fake_score.student_share is {fake.student_share}, and path is {student.path} for the student and "
             f"{fake.path} for the fake score: it moves between the weights of one network alone"
         )
+
+
+def check_told_exit(config: DmdConfig) -> None:
+    """Raise ValueError where a fake score is to be told the exit, and there is one alone, or more than a number."""
+    if not config.fake_score.told_exit:
+        return
+    if config.told_exits < 2:
+        raise ValueError("fake_score.told_exit with a student of one step, whose samples all stop there: leave it out")
+    noised = config.noised_data
+    if noised is not None and (noised.latents is None or noised.share < 1):
+        raise ValueError(
+            "fake_score.told_exit with noised_data of the student's own samples, or in a share of the steps: samples "
+            "of a step would then be of two kinds; give noised_data.latents and a share of 1, or leave it out"
+        )
+    if config.blended_real is not None:
+        raise ValueError("fake_score.told_exit with blended_real, whose real score is told nothing: leave one out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,19 +79,25 @@ class Scores:
     """The two scores that are compared: the frozen teacher's with guidance, and the fake one.
 
     `fake` is the bare module with its parameters frozen by the caller: for SiD and the GAN gradients pass through it to
-    x0. So is `judge`, the discriminator on the teacher's features, where there is one.
+    x0. So is `judge`, the discriminator on the teacher's features, where there is one. `exits` [B] are those of the
+    samples, where the fake score is told.
     """
 
     teacher: Teacher
     fake: FakeScore
     guidance: float | Tensor
     judge: TeacherJudge | None = None
+    exits: Tensor | None = None
 
     def logits(self, x_t: Tensor, t: Tensor, condition: Condition, output: FakeScoreOutput | None = None) -> Tensor:
         """The discriminator's logits [B]; `output` is the fake score's at the same place, where it was called."""
         if self.judge is not None:
             return self.judge(x_t, t, condition)
-        return require_logits(self.fake(x_t, t, condition) if output is None else output)
+        # Told the exit of fakes alone, a discriminator would know them by that.
+        if output is None or self.exits is not None:
+            output = self.fake(x_t, t, condition)
+        assert output is not None
+        return require_logits(output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +116,11 @@ class SampleWeights:
 
 
 EQUAL = SampleWeights()
+
+
+def telling(fake_score: nn.Module, exits: Tensor | None) -> Callable[[Tensor, Tensor, Condition], FakeScoreOutput]:
+    """The fake score, bare or wrapped, told the exits [n] of the first n samples; itself where there are none."""
+    return fake_score if exits is None else partial(fake_score, exits=exits)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ def student_step(
     through_networks = isinstance(objective, SidObjective)
     with torch.set_grad_enabled(through_networks):
         x_t = add_noise(x0 if through_networks else x0.detach(), eps, t)
-        output = scores.fake(x_t, t, condition)
+        output = telling(scores.fake, scores.exits)(x_t, t, condition)
         fake_x0 = x0_from_velocity(x_t, output.velocity, t)
         real_x0 = scores.teacher.x0(x_t, t, condition, scores.guidance)
 
@@ -198,7 +210,7 @@ def fake_score_step(
     x0: Tensor,
     condition: Condition,
     *,
-    fake_score: nn.Module,
+    fake_score: Callable[[Tensor, Tensor, Condition], FakeScoreOutput],
     draw: Draw,
     times: MatchingConfig,
     clock: Clock,
@@ -207,8 +219,9 @@ def fake_score_step(
 ) -> FakeScoreStep:
     """The fake score's loss on the student's samples x0 (without graph), with the discriminator's where there is a GAN.
 
-    `fake_score` may be a distributed wrapper: it is called once, on the batch or on [batch, fakes, reals] joined.
-    `real` are latents and their conditions, for the GAN; `clock` is the family of the networks.
+    `fake_score` may be a distributed wrapper: it is called once, on the batch or on [batch, fakes, reals] joined; one
+    that is told the exits of the batch (`telling`) is told none of the others. `real` are latents and their conditions,
+    for the GAN; `clock` is the family of the networks.
     """
     shape = tuple(x0.shape[1:])
     t = draw_times(draw, "fake_time", times.fake_times, clock)

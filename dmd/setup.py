@@ -175,13 +175,15 @@ def build_judges(
 ) -> tuple[FakeScore, nn.Module | None]:
     """The fake score, with heads where the discriminator is on its features; else the heads on the teacher's apart."""
     gan = config.gan
-    fake_score = build_fake_score(config.fake_score, teacher, data.fake_score, seed=config.run.seed)
+    seed, exits = config.run.seed, config.told_exits
+    fake_score = build_fake_score(config.fake_score, teacher, data.fake_score, seed=seed, exits=exits)
     if gan is None:
         return fake_score, None
     on_teacher = gan.features == "teacher"
     trunk = teacher.denoiser if on_teacher else fake_score.denoiser
     told = teacher.with_first_frames(teacher.null_condition, torch.zeros((1, *shape)))
-    heads = build_gan_heads(gan, trunk, shape=shape, null=told, seed=config.run.seed)
+    heads = build_gan_heads(gan, trunk, shape=shape, null=told, seed=seed)
     if on_teacher:
         return fake_score, heads
-    return FakeScore(fake_score.denoiser, heads=heads, blocks=gan.chosen_blocks), None
+    shift = fake_score.exit_shift
+    return FakeScore(fake_score.denoiser, heads=heads, blocks=gan.chosen_blocks, exit_shift=shift), None

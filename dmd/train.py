@@ -20,7 +20,15 @@ from fewstep.core.training.trainer import Trainer
 from fewstep.core.training.watch import Watch, run_text
 from fewstep.dmd.config import DmdConfig, matching_at
 from fewstep.dmd.loss import regression_loss
-from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, heads_step, student_step
+from fewstep.dmd.matching import (
+    SampleWeights,
+    Scores,
+    drawn_guidance,
+    fake_score_step,
+    heads_step,
+    student_step,
+    telling,
+)
 from fewstep.dmd.setup import DmdData, DmdSetup, build_setup
 from fewstep.dmd.validation import build_validation, check_validation, rehearsal, watched
 from fewstep.evaluation.scorers.failure import keeping_failures
@@ -33,11 +41,29 @@ INPUT_PARTS = 10**6
 @dataclass(frozen=True)
 class Batch:
     """One slice of a step: the student's samples x0 [B, C, h, w] without graph, on which fake score and discriminator
-    learn, their condition and random numbers."""
+    learn, their condition, random numbers, and exits where the fake score is told (`Samples`)."""
 
     x0: Tensor
     condition: Condition
     draw: Draw
+    exits: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The student's samples of one slice.
+
+    Attributes:
+        x0: [B, C, h, w], with a graph where gradients are on.
+        condition: of them.
+        shown: what the fake score learns on: x0, but for inputs of the student's own samples.
+        exits: int64 [B], the step at which each stopped.
+    """
+
+    x0: Tensor
+    condition: Condition
+    shown: Tensor
+    exits: Tensor
 
 
 def train_dmd(config: DmdConfig, *, scorers: Sequence[Scorer] | None = None) -> int:
@@ -88,10 +114,11 @@ def train_step(config: DmdConfig, setup: DmdSetup, trainer: Trainer) -> dict[str
         condition = setup.prompts.of_samples(indices, config.run.seed)
         # Steps of the fake score alone roll out without a graph: their samples are only data.
         with trainer.sync(setup.student_role, number == len(slices) - 1), torch.set_grad_enabled(student_due):
-            x0, condition, shown = student_samples(config, setup, trainer, condition=condition, draw=draw)
+            samples = student_samples(config, setup, trainer, condition=condition, draw=draw)
             if student_due:
-                records.append(student_backward(config, setup, trainer, x0=x0, condition=condition, draw=draw))
-        batches.append(Batch(shown.detach(), condition, draw))
+                records.append(student_backward(config, setup, trainer, samples=samples, draw=draw))
+        exits = samples.exits if config.fake_score.told_exit else None
+        batches.append(Batch(samples.shown.detach(), samples.condition, draw, exits))
     metrics: dict[str, float | Tensor] = {**mean_records(records)}
     if student_due:
         metrics["student_grad_norm"] = trainer.update(setup.student_role)
@@ -121,9 +148,8 @@ def follow_student(setup: DmdSetup, *, share: float) -> None:
 
 def student_samples(
     config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, condition: Condition, draw: Draw
-) -> tuple[Tensor, Condition, Tensor]:
-    """The student's x0 [B, C, h, w] for one slice and its condition, with a graph where gradients are on; and the
-    samples that the fake score learns on, which are the same but for inputs of its own samples.
+) -> Samples:
+    """The student's samples for one slice, with a graph where gradients are on.
 
     The step with the gradient is drawn from (seed, step) alone, so all processes stop there and build the same graph.
     Its input is what the student's own steps before led to; or, where these are configured, noised real data or noised
@@ -140,7 +166,8 @@ def student_samples(
         else:
             clean = whole_samples(setup, condition, draw)
             if not torch.is_grad_enabled():
-                return clean, condition, clean
+                last = torch.full((len(clean),), len(setup.student.times) - 1)
+                return Samples(clean, condition, clean, last)
             noise = draw.noise(setup.latent_shape, "input_noise")
         # There is no rollout that all processes would have to leave at one step: each sample has its own.
         times = torch.tensor(setup.student.times, device=trainer.device)
@@ -149,9 +176,9 @@ def student_samples(
         x_t = add_noise(clean, noise, t)
         called = setup.student.denoiser if wrapped is None else wrapped
         x0 = x0_from_velocity(x_t, called(x_t, t, condition), t)
-        return x0, condition, x0 if setup.inputs is not None else clean
+        return Samples(x0, condition, x0 if setup.inputs is not None else clean, place)
     x0 = setup.student.rollout(noise, condition, renoise, grad_step, wrapped).x0
-    return x0, condition, x0
+    return Samples(x0, condition, x0, torch.full((len(x0),), grad_step))
 
 
 def takes_noised_data(config: DmdConfig, step: int) -> bool:
@@ -177,9 +204,10 @@ def whole_samples(setup: DmdSetup, condition: Condition, draw: Draw) -> Tensor:
 
 
 def student_backward(
-    config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, x0: Tensor, condition: Condition, draw: Draw
+    config: DmdConfig, setup: DmdSetup, trainer: Trainer, *, samples: Samples, draw: Draw
 ) -> dict[str, Tensor]:
     """Add the student's gradients for one slice; returns what to log."""
+    x0, exits = samples.x0, samples.exits if config.fake_score.told_exit else None
     # Gradients may pass through the fake score to x0 (SiD, GAN), but must not be left on its weights.
     judge = setup.judge
     with frozen(setup.fake_score), nullcontext() if judge is None else frozen(judge.heads):
@@ -187,8 +215,8 @@ def student_backward(
         real = setup.teacher if setup.blended is None else setup.blended.teacher(setup.student_role.updates)
         step = student_step(
             x0,
-            condition,
-            scores=Scores(real, setup.fake_score, guidance, judge),
+            samples.condition,
+            scores=Scores(real, setup.fake_score, guidance, judge, exits),
             draw=draw,
             times=config.matching,
             objective=config.objective,
@@ -250,7 +278,7 @@ def fake_score_backward(config: DmdConfig, setup: DmdSetup, trainer: Trainer, *,
     step = fake_score_step(
         batch.x0,
         batch.condition,
-        fake_score=setup.fake_role.wrapped,
+        fake_score=telling(setup.fake_role.wrapped, batch.exits),
         draw=batch.draw,
         times=config.matching,
         clock=setup.teacher.family,

@@ -113,7 +113,7 @@ def later_cases(*objectives: str) -> list[tuple[str, str]]:
 VIDEOS = ("wan", "wan_time_per_token")
 CONSISTENT = ("sd15", "sdxl", "sana", "wan_time_per_token")
 ADAPTERS = {"student.lora_rank": 2, "fake_score.lora_rank": 2}
-MATCHINGS = ("dmd", "sid", "f_distill", "adapters", "teacher_gan", "refl")
+MATCHINGS = ("dmd", "told_exit", "sid", "f_distill", "adapters", "teacher_gan", "refl")
 OBJECTIVES = ("scm", "dcm", "ect", "rcm", "adapters", "pairs")
 STAGES = (
     "teacher_forcing",
@@ -223,6 +223,7 @@ def test_matching(families: Callable[[str], FamilyInputs], tmp_path: Path, name:
     changes: dict[str, Any] = {"student.steps": 2, **family.settings}
     changes |= {
         "dmd": {},
+        "told_exit": {"fake_score.told_exit": True},
         "sid": {"dmd": None, "sid": SidObjective()},
         "f_distill": {"dmd": None, "f_distill": FDistillObjective(), "gan": gan},
         "adapters": ADAPTERS,

@@ -23,7 +23,7 @@ from fewstep.causal_video.stages.sections import (
     require_default,
 )
 from fewstep.core.config import RunConfig, require_one_method
-from fewstep.core.settings import FakeScoreConfig, TeacherConfig
+from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
 from fewstep.dmd.config import DmdObjective, MatchingConfig, SidObjective
 
 # Sections that are there beside self_forcing alone, those that it needs first.
@@ -66,7 +66,7 @@ class CausalConfig:
     """Regression on trajectories."""
     self_forcing: SelfForcingConfig | None = None
     """Distribution matching on rollouts; needs fake_score and matching."""
-    fake_score: FakeScoreConfig | None = None
+    fake_score: ToldFakeScoreConfig | None = None
     """The bidirectional network that follows the student's distribution, beside self_forcing."""
     matching: MatchingConfig | None = None
     """Times of the scores, beside self_forcing."""
@@ -116,6 +116,14 @@ class CausalConfig:
         return (
             on_data or isinstance(self.stage, VideoStage) or self.data.image_share > 0 or self.data.controls is not None
         )
+
+    @property
+    def told_exits(self) -> int:
+        """How many exits of the student the fake score is told apart; 0 for none."""
+        if self.fake_score is None or self.self_forcing is None or not self.fake_score.told_exit:
+            return 0
+        schedules = self.self_forcing.rollout_schedules
+        return sum(map(max, schedules)) if schedules else self.student.longest_steps
 
     @property
     def objective(self) -> DmdObjective | SidObjective:
@@ -225,6 +233,13 @@ def check_scores(config: CausalConfig) -> None:
         )
     if stage.rollout_schedules and student.times is not None:
         raise ValueError("self_forcing.rollout_schedules count steps on grids; leave student.times out")
+    if fake_score.told_exit and (stage.input != "rollout" or (stage.exit == "last" and not stage.rollout_schedules)):
+        raise ValueError(
+            f"fake_score.told_exit with self_forcing.input {stage.input!r} and exit {stage.exit!r}: chunks of a video "
+            "have steps of their own there, or all rollouts stop at the last; leave it out"
+        )
+    if fake_score.told_exit and config.told_exits < 2:
+        raise ValueError("fake_score.told_exit with rollouts of one step, which all stop there: leave it out")
     if config.asd is not None and max([student.longest_steps, *map(max, stage.rollout_schedules)]) < 2:
         raise ValueError("asd compares n with n + 1 steps, and no chunk has two: raise student.steps")
     stage.check_layout(ChunkLayout(student.layout))

@@ -29,7 +29,7 @@ from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, student_step
+from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, student_step, telling
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class RolloutPlan:
         exit_step: where its chunks stop, see `StepSchedule.exits`.
         extra_chunks: chunks beyond those of the layout.
         learning_frames: frames at the end of a rollout with extra chunks that learn.
+        told_exit: number of the exit among those of all schedules, where the fake score is told it.
     """
 
     student_due: bool
@@ -49,6 +50,11 @@ class RolloutPlan:
     exit_step: int
     extra_chunks: int
     learning_frames: int
+    told_exit: int | None = None
+
+    def exits(self, samples: int) -> Tensor | None:
+        """int64 [samples] for a fake score that is told, or None."""
+        return None if self.told_exit is None else torch.full((samples,), self.told_exit)
 
     @property
     def has_more_steps(self) -> bool:
@@ -97,9 +103,10 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
     assert config.fake_score is not None
     cycles, place = divmod(step, config.fake_score.ratio + 1)
     count = cycles if place == 0 else step - cycles - 1
-    schedule = settings.schedule
+    schedule, before = settings.schedule, 0
     if stage.rollout_schedules:
         chosen = shared_integer(seed, step, "rollout_schedule", len(stage.rollout_schedules))
+        before = sum(map(max, stage.rollout_schedules[:chosen]))
         schedule = StepSchedule.steps(stage.rollout_schedules[chosen], shift=config.student.shift)
     match stage.exit:
         case "cycled":
@@ -112,7 +119,8 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
     if stage.longest_frames is not None:
         most = (stage.longest_frames - settings.layout.frames) // settings.layout.lengths[-1]
         extra = shared_integer(seed, step, "rollout_chunks", most + 1)
-    return RolloutPlan(place == 0, schedule, exit_step, extra, stage.learning_frames(settings.layout))
+    told = before + exit_step if config.fake_score.told_exit else None
+    return RolloutPlan(place == 0, schedule, exit_step, extra, stage.learning_frames(settings.layout), told)
 
 
 def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> tuple[Condition, Tensor | None]:
@@ -227,11 +235,12 @@ def student_backward(
     if setup.weigh is not None:
         prompts = texts_of_inputs(config, setup, draw, trainer.step)
         weight, judged = setup.weigh(setup.teacher, window.latents.detach(), prompts)
+    guidance, exits = drawn_guidance(times, config.teacher, draw), plan.exits(len(draw.indices))
     with frozen(scores.fake):
         step = student_step(
             window.latents,
             condition,
-            scores=Scores(scores.real or setup.teacher, scores.fake, drawn_guidance(times, config.teacher, draw)),
+            scores=Scores(scores.real or setup.teacher, scores.fake, guidance, exits=exits),
             draw=draw,
             times=times,
             objective=config.objective,
@@ -281,9 +290,8 @@ def fake_score_backward(
         else:
             done = generate(setup, plan, draw=draw, condition=condition, image=image)
     video = done.window().latents
-    step = fake_score_step(
-        video, condition, fake_score=scores.fake_role.wrapped, draw=draw, times=times, clock=setup.teacher.family
-    )
+    fake_score = telling(scores.fake_role.wrapped, plan.exits(len(draw.indices)))
+    step = fake_score_step(video, condition, fake_score=fake_score, draw=draw, times=times, clock=setup.teacher.family)
     trainer.check_finite("fake score loss", step.loss)
     trainer.backward(step.loss)
     record = {"fake_score_loss": step.flow_loss.detach()}

@@ -287,10 +287,11 @@ def build_scores(
     assert config.fake_score is not None
     assert config.self_forcing is not None
     seed, optimizer = config.run.seed, config.fake_score.optimizer
-    fake = build_fake_score(config.fake_score, teacher, data.fake_score, seed=seed)
+    fake = build_fake_score(config.fake_score, teacher, data.fake_score, seed=seed, exits=config.told_exits)
     real = None
     if config.self_forcing.scores == "causal":
-        fake = FakeScore(CausalDenoiser(fake.denoiser, settings.layout, settings.policy))
+        causal = CausalDenoiser(fake.denoiser, settings.layout, settings.policy)
+        fake = FakeScore(causal, exit_shift=fake.exit_shift)
         real = teacher.with_denoiser(CausalDenoiser(teacher.denoiser, settings.layout, settings.policy))
     fake_role = trainer.add_role("fake_score", fake, optimizer)
     # All steps but the first of each cycle.

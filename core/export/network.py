@@ -90,6 +90,8 @@ def _fake_score(run: Path, settings: RunSettings, checkpoint: str) -> tuple[Mode
     stored = find_checkpoint(run, checkpoint) / "fake_score.safetensors"
     if values is None or not stored.is_file():
         raise ValueError(f"{run} has no fake score: give the run of a method that trains one")
+    if values.get("told_exit"):
+        raise ValueError(f"{run}: its fake score is told the exit of its samples, which no stock network is")
     source = settings.teacher if values["path"] is None else ModelSource(path=values["path"])
     has_adapters, bits = values["lora_rank"] > 0, settings.teacher_quantise if values["path"] is None else "none"
     teacher = load_base(source, settings.teacher_dtype, bits, has_adapters=has_adapters, device="cpu")

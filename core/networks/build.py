@@ -12,6 +12,7 @@ from fewstep.core.denoiser import Denoiser
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.families.family import Family
 from fewstep.core.networks.adapters import load_adapters, merge_stored_adapters
+from fewstep.core.networks.exit_shift import ExitShift
 from fewstep.core.networks.lora import add_lora, matching_layers
 from fewstep.core.settings import FakeScoreConfig, TrainedConfig
 from fewstep.core.teacher import Teacher
@@ -73,10 +74,14 @@ def adapted_layers(network: nn.Module, family: Family, given: Sequence[str]) -> 
 
 
 def build_fake_score(
-    settings: FakeScoreConfig, teacher: Teacher, weights: StoredWeights | None, *, seed: int
+    settings: FakeScoreConfig, teacher: Teacher, weights: StoredWeights | None, *, seed: int, exits: int = 0
 ) -> FakeScore:
-    """The fake score without a discriminator: see `build_denoiser`; from these weights, if any (`find_fake_score`)."""
-    fake_score = FakeScore(build_denoiser(settings, teacher, None, seed=seed + 1))
+    """The fake score without a discriminator: see `build_denoiser`; from these weights, if any (`find_fake_score`).
+
+    It is told one of so many `exits` of the student, or none where there are 0.
+    """
+    denoiser = build_denoiser(settings, teacher, None, seed=seed + 1)
+    fake_score = FakeScore(denoiser, exit_shift=ExitShift(denoiser.network, exits) if exits else None)
     if weights is not None:
         load_fake_score(fake_score, weights, alpha=settings.lora_alpha)
     return fake_score
@@ -115,6 +120,9 @@ def load_fake_score(fake_score: FakeScore, weights: StoredWeights, *, alpha: flo
         return
     tables = {name for name, _ in fake_score.named_buffers()}
     found = {name: t for name, t in weights.tensors().items() if not name.startswith("heads.") and name not in tables}
+    if not any(name.startswith("exit_shift.") for name in found):
+        # One that was told nothing is one with shifts of zero.
+        trained = {name: p for name, p in trained.items() if not name.startswith("exit_shift.")}
     wrong = sorted(name for name in found.keys() & trained.keys() if found[name].shape != trained[name].shape)
     missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
     if missing or unknown or wrong:

@@ -22,7 +22,7 @@ from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_set
 from fewstep.core.config import OptimizerConfig, RunConfig
 from fewstep.core.data import LatentDataset
 from fewstep.core.randomness import sample_noise
-from fewstep.core.settings import FakeScoreConfig, TeacherConfig
+from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import MatchingConfig, SidObjective
@@ -32,7 +32,7 @@ from tests.tiny_videos import VIDEO_LATENTS, build_video_pipeline
 PROMPTS = ("a red cat", "two dogs", "blue 7", "house 42")
 LAYOUT = (1, 2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.0)
-FAKE_SCORE = FakeScoreConfig(optimizer=OPTIMIZER, ratio=2)
+FAKE_SCORE = ToldFakeScoreConfig(optimizer=OPTIMIZER, ratio=2)
 NOISY = {"student.policy": CachePolicy(noisy_from=0)}
 LONG = {
     "student.layout": (1, 1, 1),

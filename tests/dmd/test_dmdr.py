@@ -132,7 +132,8 @@ def test_whole_samples_are_noised_for_the_student_and_shown_to_the_fake_score(
     draw = Draw(5, [0, 1, 2, 3], trainer.device)
     condition = setup.prompts.of_samples(draw.indices, 5)
     with torch.set_grad_enabled(due):
-        x0, told, shown = student_samples(config, setup, trainer, condition=condition, draw=draw)
+        made = student_samples(config, setup, trainer, condition=condition, draw=draw)
+        x0, told, shown = made.x0, made.condition, made.shown
     trainer.close()
     assert told is condition
     with torch.no_grad():

@@ -160,7 +160,8 @@ def test_noised_data_is_the_input_of_its_share_of_the_steps(inputs: TinyInputs, 
     trainer.step = step
     draw = Draw(5, [2 * step, 2 * step + 1], trainer.device)
     condition = setup.prompts.of_samples(draw.indices, 5)
-    x0, told, shown = student_samples(config, setup, trainer, condition=condition, draw=draw)
+    made = student_samples(config, setup, trainer, condition=condition, draw=draw)
+    x0, told, shown = made.x0, made.condition, made.shown
     on_data = shared_integer(5, step, "noised_data", 10**6) < 500_000
     grad_step = shared_integer(5, step, "grad_step", 4)
     noise = draw.noise(setup.latent_shape, "noise")

@@ -95,7 +95,7 @@ def test_the_students_gradient_is_that_of_matching_and_that_of_the_reward(
             condition = setup.prompts.of_samples(draw.indices, config.run.seed)
             for _, parameter in setup.student_role.parameters:
                 parameter.grad = None
-            x0, _, _ = student_samples(config, setup, trainer, condition=condition, draw=draw)
+            x0 = student_samples(config, setup, trainer, condition=condition, draw=draw).x0
             scores = StrokeWeight()(setup.teacher.decode(x0), [""] * len(x0))
             (0.5 * (5.0 - (scores - 0.1) / 0.2)).mean().backward()
             grads["reward"] = torch.cat(

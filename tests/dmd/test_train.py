@@ -128,7 +128,7 @@ def test_samples_depend_on_seed_step_and_sample_number_alone(inputs: TinyInputs,
         rows = []
         for part in (indices, indices[:2], indices[2:]):
             draw, condition = Draw(5, part, trainer.device), setup.prompts.of_samples(part, 5)
-            rows.append(student_samples(config, setup, trainer, condition=condition, draw=draw)[0])
+            rows.append(student_samples(config, setup, trainer, condition=condition, draw=draw).x0)
         torch.testing.assert_close(torch.cat(rows[1:]), rows[0], rtol=1e-5, atol=1e-5)
         renoise = [Draw(5, indices, trainer.device).noise(setup.latent_shape, f"renoise_{i}") for i in range(grad_step)]
         noise = Draw(5, indices, trainer.device).noise(setup.latent_shape, "noise")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.stages.setup import CausalData
 from fewstep.causal_video.stages.train import train_causal_video
-from fewstep.core.settings import FakeScoreConfig
+from fewstep.core.settings import ToldFakeScoreConfig
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from tests.causal_video.tiny_causal_run import OPTIMIZER, VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
@@ -50,7 +50,7 @@ def changes_of(stage: str, small: Path, init: Path, *, adapters: bool = False) -
     if adapters:
         found["student.lora_rank"] = 2
     if stage == "self_forcing":
-        found["fake_score"] = FakeScoreConfig(
+        found["fake_score"] = ToldFakeScoreConfig(
             optimizer=OPTIMIZER,
             ratio=2,
             path=str(small),
@@ -150,7 +150,7 @@ def test_adapters_on_a_teacher_of_8_bits(inputs: VideoInputs, tmp_path: Path, st
     """A stage without a start shares the quantised weights; one that goes on has the plain weights of that start."""
     changes: dict[str, Any] = {"student.lora_rank": 2, "teacher.dtype": "bfloat16", "teacher.quantise": "int8"}
     if stage == "self_forcing":
-        changes["fake_score"] = FakeScoreConfig(optimizer=OPTIMIZER, ratio=2, lora_rank=2)
+        changes["fake_score"] = ToldFakeScoreConfig(optimizer=OPTIMIZER, ratio=2, lora_rank=2)
     assert train_causal_video(tiny_causal(inputs, tmp_path / "run", stage, {**changes, "run.steps": 2})) == 0
     _, record = export_causal_run(tmp_path / "run", steps=[2] if stage == "teacher_forcing" else None)
     assert record.verification.sampler_difference < 1e-5

@@ -4,13 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stages.self_forcing import generate, plan_rollout, rollout_inputs
 from fewstep.causal_video.stages.teacher_window import image_latent
+from fewstep.causal_video.stages.train import train_step
 from fewstep.core.randomness import Draw
-from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import FAKE_SCORE, VideoInputs, start_causal, tiny_causal
 
 NOWHERE = Path("nowhere")
 
@@ -84,3 +86,42 @@ def test_a_given_image_comes_with_its_caption(inputs: VideoInputs, tmp_path: Pat
         video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
     assert torch.equal(video[:, :, :1], image)
     trainer.close()
+
+
+TOLD = {"fake_score": dataclasses.replace(FAKE_SCORE, told_exit=True)}
+
+
+def test_exits_of_all_schedules_have_numbers_of_their_own(inputs: VideoInputs) -> None:
+    config = tiny_causal(inputs, NOWHERE, "self_forcing_mixture", TOLD)
+    assert config.told_exits == 6
+    firsts: dict[tuple[int, ...], int] = {(2, 1): 0, (1, 1): 2, (3, 2): 3}
+    for plan in plans(inputs, "self_forcing_mixture", 60, TOLD):
+        assert plan.told_exit == firsts[tuple(map(len, plan.schedule.times))] + plan.exit_step
+    assert tiny_causal(inputs, NOWHERE, "self_forcing", TOLD).told_exits == 3
+    assert {plan.told_exit for plan in plans(inputs, "self_forcing", 9)} == {None}
+    for changes, match in (
+        ({"self_forcing.exit": "last"}, "all rollouts stop at the last"),
+        ({"self_forcing.input": "noised_data"}, "steps of their own"),
+        ({"student.steps": (1, 1)}, "rollouts of one step"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tiny_causal(inputs, NOWHERE, "self_forcing", {**TOLD, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"self_forcing.scores": "causal"}, {"self_forcing.replay": True}])
+def test_fake_score_learns_the_row_of_its_exit(inputs: VideoInputs, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_causal(inputs, tmp_path, "self_forcing", {**TOLD, **changes})
+    setup, trainer = start_causal(config)
+    assert setup.scores is not None
+    assert setup.scores.fake.exit_shift is not None
+    (shift,) = setup.scores.fake.exit_shift.parameters()
+    moved = []
+    for _ in range(4):
+        before = shift.detach().clone()
+        setup.scores.fake_role.optimizer.state.clear()
+        train_step(config, setup, trainer)
+        moved.append((shift.detach() != before).any(dim=1).tolist())
+        trainer.advance()
+    trainer.close()
+    # The student's steps are the first and the fourth; the fake score's own rollouts stop at exits 0 and 1.
+    assert moved == [[False] * 3, [True, False, False], [False, True, False], [False] * 3]
