@@ -23,29 +23,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels.attention_checks import check_inputs
-from fewstep.kernels.attention_jvp_triton import (
+from fewstep.kernels.attention_launch_triton import (
     LENGTHS,
     LOG2_E,
-    NOWHERE,
     check_supported,
-    dot,
-    load_rows,
-    narrow,
     padded,
-    place_of,
     prepare_mask,
     scale_of,
-    sees,
-    short_place,
-    store_rows,
     strides_of,
     switches_of,
     tune_key,
     upcast,
     with_unit_stride,
 )
-from fewstep.kernels.autotune_triton import TileConfig, choose
+from fewstep.kernels.attention_tiles_triton import (
+    NOWHERE,
+    dot,
+    load_rows,
+    narrow,
+    place_of,
+    sees,
+    short_place,
+    store_rows,
+)
 from fewstep.kernels.mask import AttentionMask
+from fewstep.kernels.tuning.choice_triton import choose
+from fewstep.kernels.tuning.table import TileConfig
 
 DELTA_ROWS = 32
 

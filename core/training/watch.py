@@ -134,7 +134,12 @@ def run_text(config: Any, trainer: Trainer, told: str, *, frozen: Mapping[str, n
     """What a run says of itself at the start: settings, what it does in words, and each network's share of memory."""
     settings = yaml.safe_dump(plain_values(config), sort_keys=False).rstrip()
     processes = f"{trainer.world_size} process(es) on {trainer.device.type}"
-    return f"{settings}\n{told}; {processes}\n{memory_table(trainer.memory_report(frozen))}"
+    slow = ""
+    if trainer.device.type == "cuda" and config.run.mixed_precision == "no":
+        slow = (
+            "run.mixed_precision is 'no': on CUDA products of fp32 take several times those of bf16; set it to bf16\n"
+        )
+    return f"{settings}\n{told}; {processes}\n{slow}{memory_table(trainer.memory_report(frozen))}"
 
 
 def training_statistics(

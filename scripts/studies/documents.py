@@ -203,10 +203,29 @@ def _compared(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _registers(root: Path, choice: Mapping[str, Any]) -> str:
+    """Registers and stack of kernels by GPU; a cell has one pair for each width of heads."""
+    rows = _record(root / choice["file"])["rows"]
+    gpus = sorted({row["capability"] for row in rows})
+    lines = [
+        "| kernel | dtype | tiles | " + " | ".join(f"sm_{gpu}: registers, stack" for gpu in gpus) + " |",
+        "|---|---|---|" + "---|" * len(gpus),
+    ]
+    for kind, dtype, role in dict.fromkeys((row["kernel"], row["dtype"], row["role"]) for row in rows):
+        cells = []
+        for gpu in gpus:
+            found = [row for row in rows if (row["kernel"], row["dtype"], row["role"]) == (kind, dtype, role)]
+            of_gpu = sorted((row for row in found if row["capability"] == gpu), key=lambda row: row["width"])
+            cells.append(" / ".join(f"{row['registers']}, {row['stack']}" for row in of_gpu))
+        lines.append(f"| {kind} | {dtype} | {role} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
     "sizes": _sizes,
     "paths": _paths,
+    "registers": _registers,
     "compared": _compared,
 }

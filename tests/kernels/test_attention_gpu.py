@@ -13,14 +13,10 @@ pytest.importorskip("triton")
 from fewstep.kernels import mask as masks
 from fewstep.kernels.attention import attention
 from fewstep.kernels.attention_backward_triton import attention_backward
-from fewstep.kernels.attention_jvp_triton import (
-    attention_forward,
-    attention_forward_jvp,
-    forward_kernel,
-    prepare_mask,
-    tune_key,
-)
-from fewstep.kernels.autotune_triton import SWITCH, TileConfig, candidates, choose, forget
+from fewstep.kernels.attention_jvp_triton import attention_forward, attention_forward_jvp, forward_kernel
+from fewstep.kernels.attention_launch_triton import prepare_mask, tune_key
+from fewstep.kernels.tuning.choice_triton import SWITCH, candidates, choose, forget
+from fewstep.kernels.tuning.table import TileConfig
 from tests.kernels.triton_cases import (
     BF16,
     CASES,

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,27 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fewstep.kernels import mask as masks
-from fewstep.kernels.attention_backward_triton import attention_backward, dkdv_kernel, dq_kernel
-from fewstep.kernels.attention_jvp_triton import (
-    LENGTHS,
-    attention_forward,
-    attention_forward_jvp,
-    forward_kernel,
-    padded,
-)
-from fewstep.kernels.autotune_triton import (
+from fewstep.kernels.attention_backward_triton import attention_backward
+from fewstep.kernels.attention_jvp_triton import attention_forward, attention_forward_jvp
+from fewstep.kernels.attention_launch_triton import ACTIVE, CONSTANT, PLAIN
+from fewstep.kernels.tuning.choice_triton import (
     INTERPRETER_CONFIG,
     SWITCH,
-    TABLE,
-    Kind,
-    TileConfig,
     TuneKey,
     candidates,
     choose,
     first_that_fits,
     forget,
     measures,
+    size_class,
 )
+from fewstep.kernels.tuning.registers_triton import Usage, usage_of
+from fewstep.kernels.tuning.table import TABLE, Kind, TileConfig
 from tests.kernels.triton_cases import CASES, MASKS, Case, build, relative_error
 
 # Bytes on chip that a program may use, by compute capability.
-MEMORY = {90: 232448, 80: 166912, 86: 101376}
-POINTER_TYPES = {
-    "*fp32": {"LSE", "DELTA", "MEAN"},
-    "*i32": {"INTERVALS", "ROW_PTR", "ROW_TILES", "ROW_ORDER", "COLUMN_PTR", "COLUMN_TILES", "COLUMN_ORDER"},
-    "*u8": {"QUERY_ACTIVE", "ROW_ACTIVE"},
-}
+MEMORY = {90: 232448, 80: 166912, 89: 101376}
 
 
 @pytest.fixture(scope="module")
@@ -147,29 +135,39 @@ def test_what_has_no_kernel_is_refused_with_the_backend_that_has_one() -> None:
 def key(
     capability: tuple[int, int], kind: Kind = "jvp", dtype: torch.dtype = torch.bfloat16, width: int = 128
 ) -> TuneKey:
-    return TuneKey(kind, capability, width, width, dtype, (True,))
+    return TuneKey(kind, capability, width, width, dtype, (True, False))
 
 
 def test_table_holds_powers_of_two_and_distinct_candidates() -> None:
-    assert len(TABLE) == 8
+    assert len(TABLE) == 12
     for columns in TABLE.values():
-        assert set(columns) == {"64", "128", "256", "exact"}
+        assert {name for name in columns if not name.endswith("roles")} == {
+            *("64", "128", "256"),
+            *("exact 64", "exact 128", "exact 256"),
+        }
         for tiles in columns.values():
             assert len(set(tiles)) == len(tiles) >= 2
-            for query_tile, key_tile, warps, stages in tiles:
-                assert {query_tile, key_tile} <= {16, 32, 64, 128}
-                assert warps in (4, 8)
-                assert stages in (1, 2, 3)
+            for found in tiles:
+                assert {found.query_tile, found.key_tile} <= {16, 32, 64, 128}
+                assert found.warps in (4, 8)
+                assert found.stages in (1, 2, 3)
 
 
-def test_candidates_depend_on_gpu_width_and_dtype() -> None:
-    assert candidates(key((9, 0)))[0] == TileConfig(128, 32, 8, 2)
-    assert candidates(key((8, 6)))[0] == TileConfig(128, 32, 8, 1)
-    assert candidates(key((12, 0))) == candidates(key((8, 0)))
+def test_candidates_depend_on_gpu_width_dtype_and_promises() -> None:
+    hopper, ampere = key((9, 0)), key((8, 0))
+    assert candidates(hopper)[0] == TileConfig(128, 32, 8, 2)
+    assert candidates(ampere)[0] == TileConfig(128, 16, 8, 3, early=True)
+    assert candidates(replace(ampere, flags=(True, True)))[0] == TileConfig(128, 16, 8, 2, early=True)
+    assert candidates(key((12, 0))) == candidates(key((8, 6)))
+    assert candidates(key((10, 0))) == candidates(hopper)
     assert candidates(key((9, 0), width=40)) == candidates(key((9, 0), width=64))
-    assert candidates(key((9, 0), dtype=torch.float32))[0] == TileConfig(32, 32, 4, 1)
+    assert candidates(key((9, 0), dtype=torch.float32))[0] == TileConfig(16, 16, 8, 1)
     with pytest.raises(ValueError, match=r"8\.0 or newer and this one has 7\.5; use backend='tiled'"):
         candidates(key((7, 5)))
+
+
+def test_classes_of_lengths() -> None:
+    assert [size_class(tokens) for tokens in (1, 512, 513, 4096, 4097, 10**6)] == [0, 0, 1, 1, 2, 2]
 
 
 def out_of_memory() -> Exception:
@@ -219,49 +217,46 @@ def test_switch_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
         measures()
 
 
-def compile_for(kernel: Any, capability: int, config: TileConfig, width: int, flags: dict[str, bool]) -> Any:
-    """Compile a kernel for a GPU that need not be there; bf16, lengths as plain numbers, all else aligned."""
-    constants = {"D": width, "E": width, "D_PAD": padded(width), "E_PAD": padded(width), "RANGES": 2, "UPCAST": False}
-    constants |= {"BM": config.query_tile, "BN": config.key_tile, "MASKED": True, **flags}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in LENGTHS or name.startswith("scale"):
-            signature[name] = "i32" if name in LENGTHS else "fp32"
-        else:
-            types = [pointer for pointer, names in POINTER_TYPES.items() if name in names]
-            signature[name] = (types or ["*bf16" if name.isupper() else "i32"])[0]
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+# Heads for which first candidates are compiled here; the record in assets/benchmarks has all.
+WIDTHS = (64, 128)
+# Bytes of stack of a thread, where there are some: in the walk over partial tiles alone.
+STACKS = {(89, "jvp", 128, "plain"): 16, (89, "jvp", 128, "active"): 8}
+ROLES = {"plain": PLAIN, "active": ACTIVE, "constant": CONSTANT}
+
+
+def first_usage(kind: Kind, capability: int, width: int, role: str) -> tuple[TileConfig, Usage]:
+    """The first candidate of a key under a mask with partial tiles, and what it takes."""
+    found = candidates(replace(key(divmod(capability, 10), kind, width=width), flags=(True, role != "plain")))[0]
+    return found, usage_of(kind, capability, found, width=width, role=ROLES[role])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 86])
+@pytest.mark.parametrize("capability", MEMORY)
 @pytest.mark.parametrize("kind", ["forward", "jvp", "dq", "dkdv"])
-def test_first_candidate_compiles_into_the_memory_on_chip(
+def test_first_candidates_keep_all_numbers_in_registers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Kind, capability: int
 ) -> None:
+    """Compiled for a GPU that need not be there: no stack, memory that the chip has, products on matrix units."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    config = candidates(key((capability // 10, capability % 10), kind=kind))[0]
-    flags: dict[str, bool] = {}
-    if kind in ("forward", "jvp"):
-        flags = {f"HAS_T{letter}": kind == "jvp" for letter in "QKV"} | {"ACTIVITY": False}
-    kernel = {"dq": dq_kernel, "dkdv": dkdv_kernel}.get(kind, forward_kernel)
-    compiled = compile_for(kernel, capability, config, 128, flags)
-    assert 0 < compiled.metadata.shared <= MEMORY[capability]
-    # Matrix units do the products, and loads of the next tile overlap with them where there are stages.
-    assert compiled.asm["ptx"].count("wgmma.mma_async" if capability == 90 else "mma.sync") > 0
-    assert (compiled.asm["ttgir"].count("async_copy_global") > 0) == (config.stages > 1)
+    for width in WIDTHS:
+        for role in ("plain", "active", "constant") if kind == "jvp" else ("plain",):
+            if role == "constant" and width == 64:
+                continue
+            config, usage = first_usage(kind, capability, width, role)
+            case = width, role, config
+            assert usage.stack <= STACKS.get((capability, kind, width, role), 0), case
+            assert 0 < usage.shared <= MEMORY[capability], case
+            assert usage.registers <= 255, case
+            assert usage.products > 0, case
+            # Loads of the next tile overlap with the products where there are stages.
+            assert usage.copies == (config.stages > 1), case
 
 
 @pytest.mark.slow
-def test_classes_of_zero_tangents_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_more_than_the_registers_hold_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tiles that stood first for A100, whose rows are fewer than the heads are wide; Hopper's wait on products."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    flags = {"HAS_TQ": True, "HAS_TK": True, "HAS_TV": True, "ACTIVITY": True}
-    compiled = compile_for(forward_kernel, 90, TileConfig(64, 32, 4, 2), 64, flags)
-    assert 0 < compiled.metadata.shared <= MEMORY[90]
+    assert usage_of("jvp", 80, TileConfig(64, 32, 4, 2), width=128).stack > 4000
+    hopper = usage_of("jvp", 90, TileConfig(128, 32, 8, 2), width=128)
+    assert hopper.products == 60
+    assert hopper.full_waits == 10

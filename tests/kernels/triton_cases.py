@@ -23,9 +23,9 @@ from fewstep.kernels import mask as masks
 from fewstep.kernels.attention_backward_triton import attention_backward
 from fewstep.kernels.attention_jvp_triton import attention_forward, attention_forward_jvp
 from fewstep.kernels.attention_reference import attention_jvp_reference, attention_reference
-from fewstep.kernels.autotune_triton import TileConfig
 from fewstep.kernels.mask import AttentionMask
 from fewstep.kernels.mask_conversion import dense
+from fewstep.kernels.tuning.table import TileConfig
 
 FLOORS = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 1.5e-3}
 CEILINGS = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -57,6 +57,7 @@ class Case:
         """Unique among the cases."""
         heads = f"{self.heads}over{self.key_heads}x{self.width}and{self.value_width}"
         tiles = "" if self.config is None else f"-{self.config.query_tile}by{self.config.key_tile}"
+        tiles += "-early" if self.config is not None and self.config.early else ""
         dtype = str(self.dtype).removeprefix("torch.")
         tangents = self.tangents or "none"
         return f"{self.mask}-{dtype}-{heads}-t{tangents}-{self.layout}-{self.size}-{self.magnitude:g}{tiles}"
@@ -108,7 +109,12 @@ MASKS: dict[str, Callable[[int], AttentionMask]] = {
 }
 
 F16, BF16 = torch.float16, torch.bfloat16
-TILES = [TileConfig(16, 16, 4, 1), TileConfig(16, 32, 4, 1), TileConfig(64, 32, 4, 1)]
+TILES = [
+    TileConfig(16, 16, 4, 1),
+    TileConfig(16, 32, 4, 1),
+    TileConfig(64, 32, 4, 1),
+    TileConfig(32, 16, 4, 1, early=True),
+]
 CASES = (
     *[Case(name) for name in MASKS if name not in ("lengths", "mixed_1")],
     Case("lengths", batch=3, heads=2, key_heads=1),

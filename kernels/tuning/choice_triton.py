@@ -1,8 +1,10 @@
-"""Tiles of the Triton attention kernels: a table of candidates per GPU, and their measurement on the first call.
+"""Tiles of the Triton attention kernels: which of the candidates in `table` a call takes.
 
-A key never holds a length, so a program with many lengths measures once. FEWSTEP_ATTENTION_AUTOTUNE=0 and
-torch.use_deterministic_algorithms(True) take the first candidate instead: tiles decide the order of sums, so a measured
-winner may differ between two runs of one program, and with it the last bits of the results.
+They are measured on the first call of a key, which holds classes of lengths and no length, so that a program with many
+lengths measures a few times. Winners are kept in a file: the processes of a machine measure once between them, take the
+same tiles, and the next run measures nothing. FEWSTEP_ATTENTION_AUTOTUNE=0 and torch.use_deterministic_algorithms(True)
+take the first candidate instead: tiles decide the order of sums, so a measured winner may differ between two machines,
+and with it the last bits of the results.
 """
 
 from __future__ import annotations
@@ -10,29 +12,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
 import triton.testing
 from triton import knobs
 
+from fewstep.kernels.tuning.table import TABLE, Kind, Row, TileConfig
+from fewstep.kernels.tuning.winners import kept_winner
+
 SWITCH = "FEWSTEP_ATTENTION_AUTOTUNE"
 # Milliseconds of launches per candidate, before and while it is measured.
 WARMUP_MS = 10
 MEASURE_MS = 40
 
-Kind = Literal["forward", "jvp", "dq", "dkdv"]
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Queries and keys of a tile (powers of two from 16), warps of a program, stages of the software pipeline."""
-
-    query_tile: int
-    key_tile: int
-    warps: int
-    stages: int
+SIZES = (512, 4096)
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,8 @@ class TuneKey:
     """What the best tiles depend on.
 
     `capability` is CUDA's (9, 0) for Hopper. `flags` are the compile-time switches of the kernel: which tangents there
-    are, whether the mask has partial tiles, whether it promises zero tangents.
+    are, whether the mask has partial tiles, whether it promises zero tangents. `size` are the classes of the numbers of
+    queries and keys (`size_class`): tiles that win on a short text are not those of a long video.
     """
 
     kind: Kind
@@ -49,6 +44,12 @@ class TuneKey:
     value_width: int
     dtype: torch.dtype
     flags: tuple[bool, ...]
+    size: tuple[int, int] = (0, 0)
+
+
+def size_class(tokens: int) -> int:
+    """0 up to 512 tokens, 1 up to 4,096, 2 above."""
+    return sum(tokens > limit for limit in SIZES)
 
 
 # Rectangular, so that an exchange of the two sides shows in tests.
@@ -78,7 +79,7 @@ def measures() -> bool:
 
 
 def choose(key: TuneKey, launch: Callable[[TileConfig], None]) -> TileConfig:
-    """Tiles for a kernel: the fastest of the candidates on this call's tensors, kept for the life of the process.
+    """Tiles for a kernel: the fastest of the candidates on this call's tensors, kept for this and later processes.
 
     Args:
         key: what the choice depends on.
@@ -93,12 +94,13 @@ def choose(key: TuneKey, launch: Callable[[TileConfig], None]) -> TileConfig:
         return first_that_fits(key, launch)
     winner = _winners.get(key)
     if winner is None:
-        winner = _winners[key] = measure(key, launch)
+        name = f"{torch.cuda.get_device_name()} | {key}"
+        winner = _winners[key] = kept_winner(name, candidates(key), lambda: measure(key, launch))
     return winner
 
 
 def forget() -> None:
-    """Drop what was measured, so that the next calls measure again."""
+    """Drop what this process knows, so that the next calls look again."""
     _winners.clear()
     _fitting.clear()
 
@@ -145,63 +147,6 @@ def none_fits(key: TuneKey) -> ValueError:
     )
 
 
-# "64", "128", "256": the power of two that holds the wider head; "exact": fp32 at any width, which matrix units would
-# round. What is listed for fp16 and bf16 fits the memory on chip at the upper end of its width; wide fp32 heads need
-# later entries on some GPUs. Tiles that keep their sums in registers come first.
-Column = Literal["64", "128", "256", "exact"]
-EXACT = ((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1))
-TABLE: dict[tuple[str, Kind], dict[Column, tuple[tuple[int, int, int, int], ...]]] = {
-    ("hopper", "forward"): {
-        "64": ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-        "128": ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2)),
-        "256": ((64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-        "exact": EXACT,
-    },
-    ("hopper", "jvp"): {
-        "64": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3)),
-        "128": ((128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3), (64, 64, 4, 2)),
-        "256": ((64, 16, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)),
-        "exact": EXACT,
-    },
-    ("hopper", "dq"): {
-        "64": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
-        "128": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
-        "256": ((64, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)),
-        "exact": EXACT,
-    },
-    ("hopper", "dkdv"): {
-        "64": ((64, 128, 8, 2), (64, 64, 4, 3), (32, 64, 4, 3)),
-        "128": ((32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
-        "256": ((32, 64, 8, 2), (32, 64, 8, 1)),
-        "exact": EXACT,
-    },
-    ("ampere", "forward"): {
-        "64": ((128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-        "128": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-        "256": ((64, 32, 8, 2), (64, 32, 4, 2)),
-        "exact": EXACT,
-    },
-    ("ampere", "jvp"): {
-        "64": ((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2)),
-        "128": ((128, 32, 8, 1), (64, 32, 8, 2), (64, 32, 4, 2)),
-        "256": ((32, 32, 8, 1), (32, 16, 4, 2), (32, 32, 4, 1)),
-        "exact": EXACT,
-    },
-    ("ampere", "dq"): {
-        "64": ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
-        "128": ((64, 32, 4, 2), (64, 64, 4, 1)),
-        "256": ((32, 32, 4, 1), (64, 32, 8, 1)),
-        "exact": EXACT,
-    },
-    ("ampere", "dkdv"): {
-        "64": ((32, 64, 4, 2), (64, 64, 4, 2)),
-        "128": ((32, 64, 8, 2), (32, 64, 4, 2)),
-        "256": ((32, 32, 8, 1), (16, 32, 8, 2), (32, 32, 4, 1)),
-        "exact": EXACT,
-    },
-}
-
-
 def candidates(key: TuneKey) -> tuple[TileConfig, ...]:
     """Tiles worth a try, the best guess first.
 
@@ -213,14 +158,17 @@ def candidates(key: TuneKey) -> tuple[TileConfig, ...]:
             f"The Triton kernels need a GPU of compute capability 8.0 or newer and this one has "
             f"{key.capability[0]}.{key.capability[1]}; use backend='tiled'."
         )
-    # On chip 227 KB on Hopper and the data centre's Blackwell; the rest of the table fits the 99 KB of all others.
-    row = "hopper" if key.capability[0] in (9, 10) else "ampere"
-    return tuple(TileConfig(*tiles) for tiles in TABLE[row, key.kind][column_of(key)])
+    # On chip 227 KB on Hopper and the data centre's Blackwell, 163 KB on A100 and 99 KB on all others.
+    row: Row = "hopper" if key.capability[0] in (9, 10) else "ampere" if key.capability == (8, 0) else "ada"
+    columns = TABLE[row, key.kind]
+    name = column_of(key)
+    # The mask's promises are the last flag of a call; under them tiles are launched by role.
+    roles = f"{name} roles"
+    return columns[roles if key.flags[-1:] == (True,) and roles in columns else name]
 
 
-def column_of(key: TuneKey) -> Column:
+def column_of(key: TuneKey) -> str:
     """The column of the table for the heads and dtype of a key."""
-    if key.dtype == torch.float32:
-        return "exact"
     width = max(key.width, key.value_width)
-    return "64" if width <= 64 else "128" if width <= 128 else "256"
+    name = "64" if width <= 64 else "128" if width <= 128 else "256"
+    return f"exact {name}" if key.dtype == torch.float32 else name
