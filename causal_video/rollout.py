@@ -115,13 +115,20 @@ def context_of(
     """
     if result.keys_values is not None:
         return result.keys_values.detach()
-    x0 = result.x0.detach()
-    t = torch.full_like(x0[:, 0, 0, 0, 0], time)
-    x = x0 if time == 0 else add_noise(x0, noise, t)
-    x, t = condition_first_frame(x, t, condition.image)
+    x, t = shown_of(result, condition, time, noise)
     output = network.append(x, t, condition.text, result.exit.prefix, extra=condition.extra)
     assert output.keys_values is not None
     return output.keys_values
+
+
+def shown_of(result: ChunkResult, condition: VideoCondition, time: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """What later chunks see of a denoised one [B, C, n, h, w], and its times [B, n]: what the last call saw, where that
+    gave the context itself (noisy context, full schedule); else the prediction, noised to `time`."""
+    x0 = result.x0.detach()
+    t = torch.full_like(x0[:, 0, 0, 0, 0], time)
+    if result.keys_values is not None:
+        return condition_first_frame(result.exit.x.detach(), t, condition.image)
+    return condition_first_frame(x0 if time == 0 else add_noise(x0, noise, t), t, condition.image)
 
 
 def replay(network: nn.Module, exits: Sequence[ExitStep], text: Tensor | Prompt) -> Iterator[Tensor]:

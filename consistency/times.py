@@ -69,6 +69,21 @@ def grid_times(uniform: Tensor, *, steps: int, shift: float = 1.0, skip: int = 1
     return TimePair(grid[index], grid[(index + skip).clamp(max=steps)])
 
 
+def skipped_times(uniform: Tensor, *, skip: float, shift: float = 1.0) -> TimePair:
+    """Continuous times of discrete consistency: t of u in (0, 1], r of max(u - skip, 0), both shifted.
+
+    As we read the continuous times of Causal-rCM's code (arXiv:2606.25473); the grid of `grid_times` has the same steps
+    at its own times alone. u is 1 - `uniform`, so that t = 1 is drawn.
+
+    Raises:
+        ValueError: skip is not in (0, 1), or the shift is not positive.
+    """
+    if not 0 < skip < 1:
+        raise ValueError(f"skip must lie in (0, 1), got {skip}")
+    u = 1 - at_least_fp32(uniform)
+    return TimePair(shift_time(u, shift), shift_time((u - skip).clamp(min=0.0), shift))
+
+
 def mix_max_time(time: Tensor, uniform: Tensor, *, share: float, maximum: float = 1.0) -> Tensor:
     """`maximum` where uniform < share, else `time`, all [B] (SANA-Sprint, arXiv:2503.09641: share 0.5).
 

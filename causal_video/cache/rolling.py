@@ -134,10 +134,12 @@ def recache(
     *,
     keep_sink: bool = True,
     extras: Sequence[Tensor] | None = None,
+    times: Sequence[Tensor] | None = None,
 ) -> RollingCache:
     """Compute the stored keys and values again under another prompt (KV-recache of LongLive, arXiv:2509.22622).
 
-    Chunk by chunk at t = 0, each seeing the recomputed ones before it: block-causal, from the oldest stored chunk on.
+    Chunk by chunk, each seeing the recomputed ones before it: block-causal, from the oldest stored chunk on; each at
+    the time at which the policy shows it, 0 for clean context.
     Under the same prompt this gives back what was stored if nothing was evicted; after evictions the oldest chunks lose
     the context they were first computed with. LongLive's released code lets recached frames see each other both ways;
     this follows the mask of training.
@@ -145,14 +147,19 @@ def recache(
     Args:
         network: the student.
         cache: of a stream; not changed.
-        latents: clean chunks [B, C, n, h, w], one per stored segment, in order; those of a kept sink are not used.
+        latents: what each stored segment shows, [B, C, n, h, w] in order: clean chunks, or noised to their time; those
+            of a kept sink are not used.
         text: the new prompt.
         keep_sink: keep the sink as it is (LongLive's global sink); a running mean can only be kept.
         extras: conditioning channels of each segment.
+        times: [B] or [B, n] of each segment, at which it is shown; None is 0 for all.
 
     Raises:
-        ValueError: not one latent per segment, or a running mean is to be computed again.
+        ValueError: not one latent and one time per segment, or a running mean is to be computed again.
     """
+    times = [torch.zeros_like(x[:, 0, 0, 0, 0]) for x in latents] if times is None else times
+    if len(times) != len(latents):
+        raise ValueError(f"{len(latents)} latents with {len(times)} times: give the time at which each is shown")
     if len(latents) != len(cache.entries) or (extras is not None and len(extras) != len(cache.entries)):
         raise ValueError(f"the cache has {len(cache.entries)} segments, got {len(latents)} latents")
     if cache.plan.policy.sink == "ema" and not keep_sink:
@@ -163,9 +170,8 @@ def recache(
             segments = tuple(e.segment for e in done)
             positions, own = positions_of(segments, entry.segment, cache.plan.policy.positions)
             prefix = Prefix(tuple(e.content for e in done), positions, own)
-            t = torch.zeros(len(x0), dtype=torch.float32, device=x0.device)
             extra = None if extras is None else extras[index]
-            keys_values = network.append(x0, t, text, prefix, extra=extra).keys_values
+            keys_values = network.append(x0, times[index], text, prefix, extra=extra).keys_values
             assert keys_values is not None
             entry = Entry(entry.segment, stored(keys_values, cache.plan.policy.quantise))
         done.append(entry)

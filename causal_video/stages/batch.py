@@ -5,7 +5,7 @@ Legend: B batch, C channels, F latent frames, N text tokens; videos [B, C, F, h,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,10 @@ class VideoBatch:
         eps: noise like x0.
         condition: their captions, with controls where the network takes some (`controls.with_controls`).
         context: what the clean half of a packed call shows, x0 or x0 noised.
-        context_time: [B] time of it, or None for 0.
+        context_time: [B] or [B, F] time of it, or None for 0.
         image: [B, C, 1, h, w] where the first frame is given, or None.
         step: of the run.
+        teacher_sees_clean: the context is the student's alone.
     """
 
     x0: Tensor
@@ -63,6 +64,12 @@ class VideoBatch:
     context_time: Tensor | None
     image: Tensor | None
     step: int
+    teacher_sees_clean: bool = False
+
+    @property
+    def on_clean(self) -> VideoBatch:
+        """The same on clean context, as the causal teacher sees it under official noisy context; see `context`."""
+        return replace(self, context=self.x0, context_time=None) if self.teacher_sees_clean else self
 
     @property
     def frame_counts(self) -> Tensor:
@@ -222,6 +229,17 @@ def over_frames(values: Tensor, layout: ChunkLayout) -> Tensor:
 def gives_image(share: float, seed: int, step: int) -> bool:
     """Whether a step's samples have their first frame given: a share of the steps, the same in every process."""
     return shared_integer(seed, step, "image", IMAGE_PARTS) < share * IMAGE_PARTS
+
+
+def noisy_context(x0: Tensor, draw: Draw, settings: CausalSettings) -> tuple[Tensor, Tensor]:
+    """The clean half of a packed call as the policy's noisy context is: chunks from `noisy_from` on noised to the last
+    time of their schedule; and these times [B, F], 0 for chunks before (Causal-rCM, arXiv:2606.25473)."""
+    times = [
+        settings.schedule.of(chunk)[-1] if settings.policy.is_noisy(chunk) else 0.0
+        for chunk in range(settings.layout.chunks)
+    ]
+    t = over_frames(torch.tensor([times], device=x0.device, dtype=torch.float32), settings.layout).expand(len(x0), -1)
+    return add_noise(x0, draw.noise(tuple(x0.shape[1:]), "context_noise"), t), t
 
 
 def context_of_batch(x0: Tensor, draw: Draw, largest: float) -> tuple[Tensor, Tensor | None]:

@@ -139,6 +139,16 @@ def check_start(config: CausalConfig) -> None:
             f"{config.student.lora_rank}: the layers of the time are shared with the causal teacher there; set "
             "tf_scm.tangent to 'central' and central_step to 0.02, or train all weights"
         )
+    for name in ("tf_dcm", "tf_scm"):
+        section = getattr(config, name)
+        if section is None or not section.noisy_context:
+            continue
+        if config.student.policy.noisy_from is None or section.context_noise > 0:
+            raise ValueError(
+                f"{name}.noisy_context with student.policy.noisy_from {config.student.policy.noisy_from} and "
+                f"context_noise {section.context_noise}: it follows the policy, so give noisy_from (Causal-rCM: 1), "
+                "and leave context_noise out"
+            )
     if config.has_causal_teacher and config.student.init is None:
         raise ValueError(
             f"{config.method} distils a causal teacher, and student.init is empty: give the run directory of a "

@@ -22,9 +22,9 @@ from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.consistency.methods.dcm import consistency_distillation_loss, teacher_step
 from fewstep.consistency.methods.scm import Tangent, flow_tangent, normalise_tangent, scm_loss, tangent_warmup
 from fewstep.consistency.tangents import PathCheck, central_derivative, path_check, total_derivative
-from fewstep.consistency.times import grid_times, logit_normal, mix_max_time
+from fewstep.consistency.times import grid_times, logit_normal, mix_max_time, skipped_times
 from fewstep.core.families.family import network_dtype
-from fewstep.core.paths import add_noise, x0_from_velocity
+from fewstep.core.paths import add_noise, expand_time, x0_from_velocity
 from fewstep.core.randomness import Draw, sample_noise
 from fewstep.core.training.trainer import Trainer
 from fewstep.kernels.check_jvp import check_jvp
@@ -35,7 +35,11 @@ CHECKED_TIMES = (0.3, 0.7)
 
 def tf_dcm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, stage: TfDcmConfig) -> ForcingStep:
     """Discrete consistency on clean context: x0 before and after one Euler step of the causal teacher (Causal-rCM)."""
-    times = grid_times(draw.uniform("consistency_grid"), steps=stage.grid_steps, shift=stage.grid_shift)
+    uniform = draw.uniform("consistency_grid")
+    if stage.skip is None:
+        times = grid_times(uniform, steps=stage.grid_steps, shift=stage.grid_shift)
+    else:
+        times = skipped_times(uniform, skip=stage.skip, shift=stage.grid_shift)
     x_t = add_noise(batch.x0, batch.eps, times.t)
     x_r = teacher_step(x_t, teacher_velocity(networks, x_t, times.t, batch), times.t, times.r)
     target_network = networks.on_context(batch, bare=True)
@@ -60,11 +64,15 @@ def tf_scm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, sta
     t = mix_max_time(t, draw.uniform("consistency_max_time"), share=stage.max_time_share)
     x_t = add_noise(batch.x0, batch.eps, t)
     target = teacher_velocity(networks, x_t, t, batch)
-    # Before the graph is built, so that the memory of the tangent is free again.
-    derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=stage)
-    velocity = networks.on_context(batch)(x_t, t, batch.condition)
     warmup = tangent_warmup(batch.step, stage.tangent_warmup)
-    tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
+    if stage.tangent == "discrete":
+        velocity = networks.on_context(batch)(x_t, t, batch.condition)
+        tangent = discrete_tangent(batch, networks, x_t, t, network=velocity.detach(), target=target, stage=stage)
+    else:
+        # Before the graph is built, so that the memory of the tangent is free again.
+        derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=stage)
+        velocity = networks.on_context(batch)(x_t, t, batch.condition)
+        tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
     counts = batch.frame_counts[:, None, :, None, None]
     direction = normalise_tangent(torch.where(counts, tangent.total, 0.0), constant=stage.normalizer)
     # Summed, since the direction has a length of at most 1 at any size; see `scm_step`.
@@ -87,10 +95,35 @@ def path_derivative(
     return central_derivative(function, x_t, t, dx, torch.ones_like(t), step=step, interval=(0.0, 1.0))
 
 
+@torch.no_grad()
+def discrete_tangent(
+    batch: VideoBatch,
+    networks: ForcingNetworks,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    network: Tensor,
+    target: Tensor,
+    stage: TfScmConfig,
+) -> Tangent:
+    """(f(x_t, t) - f(x_s, s)) / (t - s) of f = x - t v over a step of the teacher, s = max(t - step, 0), in two parts:
+
+        v_T - v_s,    - r t (v_t - v_s) / (t - s)
+
+    which is `flow_tangent` in the limit of a short step, and the direction of tf_dcm at any.
+    """
+    s = (t - stage.central_step).clamp(min=0.0)
+    x_s = teacher_step(x_t, target, t, s)
+    before = networks.on_context(batch, bare=True)(x_s, s, batch.condition)
+    slope = (network - before) / expand_time(t - s, network)
+    drift = tangent_warmup(batch.step, stage.tangent_warmup) * expand_time(t, network) * slope
+    return Tangent(target - before, -drift)
+
+
 def teacher_velocity(networks: ForcingNetworks, x_t: Tensor, t: Tensor, batch: VideoBatch) -> Tensor:
     """The causal teacher's guided velocity; a given frame stands still."""
     assert networks.teacher is not None
-    velocity = networks.teacher.velocity(x_t, t, batch, networks.packed)
+    velocity = networks.teacher.velocity(x_t, t, batch.on_clean, networks.packed)
     return torch.where(batch.frame_counts[:, None, :, None, None], velocity, 0.0)
 
 

@@ -56,9 +56,34 @@ def diffusion_forcing_step(
 ) -> ForcingStep:
     """Flow matching with a time of its own for every chunk; context is as noisy as it is (arXiv:2407.01392)."""
     uniform = chunk_uniform(draw, networks.layout, "forcing_chunk_time")
+    if stage.times == "same":
+        uniform = draw.uniform("forcing_time")[:, None].expand_as(uniform)
+    elif stage.times == "fopp":
+        uniform = rising_times(uniform, draw.uniform("forcing_pivot"), draw.uniform("forcing_time"))
     t = over_frames(shift_time(uniform, stage.shift), networks.layout)
     x, t = condition_first_frame(add_noise(batch.x0, batch.eps, t), t, batch.image)
     return flow_step(networks.causal_velocity(x, t, batch.condition), batch, t, stage)
+
+
+def rising_times(uniform: Tensor, pivot: Tensor, time: Tensor) -> Tensor:
+    """Times [B, chunks] that never fall, from uniform numbers: one chunk, uniform among them, has a uniform time, and
+    the others are uniform among all sequences that do not fall through it (AR-Diffusion, arXiv:2503.07418, whose counts
+    of discrete sequences these are in the limit of many timesteps): sorted uniform numbers on both sides of it.
+
+    Args:
+        uniform: [B, chunks] in [0, 1).
+        pivot: [B] in [0, 1), which says the chunk.
+        time: [B], of that chunk.
+    """
+    chunks = uniform.shape[1]
+    place = (pivot * chunks).long().clamp(max=chunks - 1)[:, None]
+    number, t = torch.arange(chunks, device=uniform.device)[None], time[:, None]
+    before = torch.where(number < place, uniform * t, 2.0)
+    after = torch.where(number > place, t + uniform * (1 - t), 2.0)
+    # Sorted, those before come first, and 2 stands for all others.
+    low, high = before.sort(dim=1).values, after.sort(dim=1).values
+    shifted = high.gather(1, (number - place - 1).clamp(min=0))
+    return torch.where(number < place, low, torch.where(number == place, t, shifted))
 
 
 def flow_step(velocity: Tensor, batch: VideoBatch, t: Tensor, stage: FlowConfig) -> ForcingStep:

@@ -139,6 +139,10 @@ class TeacherForcingConfig(FlowConfig):
 class DiffusionForcingConfig(FlowConfig):
     """Flow matching with a time of its own for each chunk, on context as noisy as it is (arXiv:2407.01392)."""
 
+    times: Literal["chunk", "same", "fopp"] = "chunk"
+    """One time for each chunk, drawn apart; one for all of them; or times that never fall from a chunk to the next
+    (frame-oriented probability propagation, arXiv:2503.07418)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TfDcmConfig:
@@ -155,9 +159,18 @@ class TfDcmConfig:
     target: Literal["student", "ema"] = "student"
     """What the prediction is drawn to: the student's own one step further (Causal-rCM), or that of its average
     (Causal-Forcing++)."""
+    skip: float | None = None
+    """Times are uniform before the shift, with a step of this length to the next, in place of those of a grid."""
+    noisy_context: bool = False
+    """Show the student earlier chunks as student.policy.noisy_from will, noised to the last time of their schedule; the
+    causal teacher sees them clean (Causal-rCM)."""
 
     def __post_init__(self) -> None:
         require_share("context_noise", self.context_noise)
+        if self.skip is not None:
+            if not 0 < self.skip < 1:
+                raise ValueError(f"skip is {self.skip}; it is a length of time between 0 and 1, such as 0.02")
+            require_default(self, "grid_steps", f"skip {self.skip} takes its place")
         if self.grid_steps < 2:
             raise ValueError(f"grid_steps is {self.grid_steps}; it must be at least 2")
         if not self.grid_shift > 0:
@@ -176,10 +189,11 @@ class TfScmConfig:
     """Standard deviation of it."""
     max_time_share: float = 0.0
     """Share of samples that are trained at t = 1 instead, where generation begins (ours)."""
-    tangent: Literal["jvp", "central"] = "jvp"
-    """How to differentiate along the teacher's path: forward mode, or central differences of two calls."""
+    tangent: Literal["jvp", "central", "discrete"] = "jvp"
+    """How to differentiate along the teacher's path: forward mode, central differences of two calls, or the difference
+    of the consistency function over one step of the teacher (ours for the tf_dscm of Causal-rCM's code)."""
     central_step: float = 0.005
-    """Step of the central difference in time; belongs to tangent 'central'."""
+    """Step of the difference in time; belongs to tangent 'central' and 'discrete'."""
     check_tangent: bool = True
     """Compare the network's tangent with central differences before the first step, and refuse one that follows a
     wiggle in time rather than the path; belongs to tangent 'jvp'."""
@@ -190,6 +204,8 @@ class TfScmConfig:
     """Steps over which the derivative term grows from 0 to its full weight."""
     normalizer: float = 0.1
     """The c of g / (|g| + c)."""
+    noisy_context: bool = False
+    """As in tf_dcm."""
 
     def __post_init__(self) -> None:
         require_share("context_noise", self.context_noise)
@@ -204,6 +220,8 @@ class TfScmConfig:
             raise ValueError(f"max_time_share is {self.max_time_share}; it is a share from 0 to 1")
         unread = "central_step" if self.tangent == "jvp" else "check_tangent"
         require_default(self, unread, f"tangent is {self.tangent!r}")
+        if self.tangent == "discrete" and self.central_step >= 1:
+            raise ValueError(f"central_step is {self.central_step}; a step of the teacher is shorter than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fewstep.causal_video.stages.batch import ForcingStep, VideoBatch, context_of_batch, gives_image
+from fewstep.causal_video.stages.batch import (
+    ForcingStep,
+    VideoBatch,
+    context_of_batch,
+    gives_image,
+    noisy_context,
+)
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
 from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
@@ -118,10 +124,14 @@ def video_batch(config: CausalConfig, stage: VideoStage, setup: CausalSetup, *, 
         condition = drop_captions(condition, setup.teacher.null_condition, draw, stage.condition_drop)
     # Under diffusion forcing context is the noisy video itself.
     largest = 0.0 if isinstance(stage, DiffusionForcingConfig) else stage.context_noise
-    context, context_time = context_of_batch(x0, draw, largest)
+    is_noisy = isinstance(stage, TfDcmConfig | TfScmConfig) and stage.noisy_context
+    if is_noisy:
+        context, context_time = noisy_context(x0, draw, setup.settings)
+    else:
+        context, context_time = context_of_batch(x0, draw, largest)
     image = x0[:, :, :1] if gives_image(config.data.image_share, config.run.seed, step) else None
     eps = draw.noise(tuple(x0.shape[1:]), "forcing_noise")
-    return VideoBatch(x0, eps, condition, context, context_time, image, step)
+    return VideoBatch(x0, eps, condition, context, context_time, image, step, teacher_sees_clean=is_noisy)
 
 
 def rollout_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> Metrics:

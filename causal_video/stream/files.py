@@ -29,7 +29,7 @@ from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stream.state import KeptChunk, PendingChunk, PromptSwitch, StreamState, fingerprint
 from fewstep.causal_video.vae_stream import VaeState
 
-HEADER, FORMAT = "fewstep_stream", 1
+HEADER, FORMAT = "fewstep_stream", 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def save_state(state: StreamState, path: str | Path) -> Path:
     for index, entry in enumerate(state.cache.entries):
         entries.append({"segment": asdict(entry.segment), "dtype": put_content(tensors, f"cache.{index}", entry)})
     for index, kept in enumerate(state.kept):
-        tensors |= {f"kept.{index}.x0": kept.x0, f"kept.{index}.extra": kept.extra}
+        tensors |= {f"kept.{index}.x0": kept.shown, f"kept.{index}.t": kept.times, f"kept.{index}.extra": kept.extra}
     for index, switch in enumerate(state.switches):
         tensors[f"switch.{index}"] = switch.prompt.tokens
     words: list[str | None] = []
@@ -129,7 +129,12 @@ def build_state(header: dict[str, Any], stored: StoredTensors, network: CausalWa
         cache=cache,
         pending=None if header["pending"] is None else pending_chunk(header["pending"], stored, condition, cache),
         kept=tuple(
-            KeptChunk(chunk, tensors[f"kept.{index}.x0"], stored.maybe(f"kept.{index}.extra"))
+            KeptChunk(
+                chunk,
+                tensors[f"kept.{index}.x0"],
+                tensors[f"kept.{index}.t"],
+                stored.maybe(f"kept.{index}.extra"),
+            )
             for index, chunk in enumerate(header["kept"])
         ),
         condition=condition,

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.causal_video.cache.rolling import RollingCache, recache
 from fewstep.causal_video.denoise import ChunkNoise, ChunkResult, VideoCondition, denoise_chunk, exit_at
 from fewstep.causal_video.model.network import CausalWan
-from fewstep.causal_video.rollout import context_of, context_time
+from fewstep.causal_video.rollout import context_of, context_time, shown_of
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stream.state import (
     MODES,
@@ -276,10 +276,12 @@ class StreamSession:
         local, settings = state.cache.next_chunk, state.settings
         frames = settings.layout.length(local)
         fresh = state.noise.draw(pending.number, len(settings.schedule.of(local)), frames, pending.result.x0)
-        context = context_of(self.network, pending.result, pending.condition, context_time(settings, local), fresh)
+        time = context_time(settings, local)
+        context = context_of(self.network, pending.result, pending.condition, time, fresh)
         cache = state.cache.commit(context)
         stored = {entry.segment.chunk for entry in cache.entries}
-        kept = (*state.kept, KeptChunk(local, pending.result.x0, pending.condition.extra))
+        shown, times = shown_of(pending.result, pending.condition, time, fresh)
+        kept = (*state.kept, KeptChunk(local, shown, times, pending.condition.extra))
         return replace(state, cache=cache, kept=tuple(k for k in kept if k.chunk in stored), pending=None)
 
     def _switched(self, state: StreamState, switch: PromptSwitch) -> StreamState:
@@ -292,9 +294,10 @@ class StreamSession:
             cache = recache(
                 self.network,
                 cache,
-                [k.x0 for k in kept],
+                [k.shown for k in kept],
                 switch.prompt,
                 extras=extras if len(extras) == len(kept) else None,
+                times=[k.times for k in kept],
             )
         condition = VideoCondition(switch.prompt, image)
         return replace(state, cache=cache, kept=kept, condition=condition, caption=switch.caption)

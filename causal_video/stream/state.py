@@ -70,10 +70,12 @@ def frames_to_images(frames: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class KeptChunk:
-    """A chunk that may have to be computed again, by its number in the cache."""
+    """A chunk that may have to be computed again, by its number in the cache: what it shows to later ones, and the
+    times [B, n] of that."""
 
     chunk: int
-    x0: Tensor
+    shown: Tensor
+    times: Tensor
     extra: Tensor | None
 
 

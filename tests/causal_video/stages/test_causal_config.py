@@ -87,8 +87,9 @@ def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
     names = {stage: [field.name for field in dataclasses.fields(section)] for stage, section in STAGES.items()}
     flow = ["frames", "shift", "weight", "condition_drop"]
     assert names["teacher_forcing"] == [*flow, "times", "context_noise"]
-    assert names["diffusion_forcing"] == flow
-    assert names["tf_dcm"] == ["frames", "context_noise", "grid_steps", "grid_shift", "target"]
+    assert names["diffusion_forcing"] == [*flow, "times"]
+    dcm = ["frames", "context_noise", "grid_steps", "grid_shift", "target", "skip", "noisy_context"]
+    assert names["tf_dcm"] == dcm
     assert names["ode"] == ["source", "pairs", "count", "steps", "frames"]
     readers = {
         "teacher_forcing": ("forcing", "train"),

@@ -103,7 +103,7 @@ def test_a_clip_is_continued() -> None:
     session = pipe.open("a red cat", video=given, seed=3)
     assert session.chunk == 2
     state = session.snapshot()
-    assert torch.equal(torch.cat([state.kept[0].x0, latents[:, :, 1:]], dim=2), latents)
+    assert torch.equal(torch.cat([state.kept[0].shown, latents[:, :, 1:]], dim=2), latents)
     made = session.step()
     assert made.chunk == 2
     assert made.frames is not None

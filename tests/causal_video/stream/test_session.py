@@ -125,9 +125,15 @@ def test_a_cut_starts_the_decoder_anew_and_goes_on_with_the_noise() -> None:
     assert largest(shown[2].latents, shown[0].latents) > 1e-3
 
 
-def test_recache_under_the_same_prompt_changes_nothing_while_nothing_was_evicted() -> None:
-    settings = CausalSettings(LAYOUT, CachePolicy(), SCHEDULE)
-    plain, session = video(opened(settings), 5), opened(settings)
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("noisy_from", [None, 0, 1, 2])
+def test_recache_under_the_same_prompt_changes_nothing_while_nothing_was_evicted(
+    noisy_from: int | None, image: bool
+) -> None:
+    """Under noisy context, too: chunks are shown again at the time at which the policy shows them."""
+    settings = CausalSettings(LAYOUT, CachePolicy(noisy_from=noisy_from), SCHEDULE)
+    given = latents(1, seed=4) if image else None
+    plain, session = video(opened(settings, image=given), 5), opened(settings, image=given)
     video(session, 3)
     session.set_prompt(text(), "recache")
     assert largest(video(session, 2), plain[:, :, 5:]) < 1e-12

@@ -67,9 +67,9 @@ def test_files_of_other_models_and_other_kinds_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="another model"):
         load_state(path, build_student(seed=1))
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", metadata={HEADER: json.dumps({"format": 2})})
-    for name in ("plain", "later"):
-        with pytest.raises(ValueError, match="no snapshot of a stream of format 1"):
+    save_file({"x": torch.zeros(1)}, tmp_path / "earlier.safetensors", metadata={HEADER: json.dumps({"format": 1})})
+    for name in ("plain", "earlier"):
+        with pytest.raises(ValueError, match="no snapshot of a stream of format 2"):
             load_state(tmp_path / f"{name}.safetensors", shared_student())
     noisy = StreamSession(shared_student(), text(), noise(), CASES["noisy"])
     with pytest.raises(ValueError, match="another layout, policy or schedule"):
