@@ -30,10 +30,11 @@ def stream_video(about: str = "") -> None:
     options = _options(about)
     import torch
 
-    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, write_video
+    from fewstep.causal_video.stream.output import check_video_path, hold_last, parse_switch, until_told, write_video
     from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
-    from fewstep.causal_video.stream.speed import timed
+    from fewstep.causal_video.stream.speed import TimedStream
     from fewstep.core.media.pictures import read_picture
+    from fewstep.core.training.interrupt import Interrupt
 
     try:
         check_video_path(options.output)
@@ -46,9 +47,13 @@ def stream_video(about: str = "") -> None:
         for chunk, prompt in switches:
             session.set_prompt(prompt, options.mode, at_chunk=chunk)
         actions = hold_last(options.actions, options.chunks)
-        outputs, speed = timed(session.stream(options.chunks, actions, pipelined=options.pipelined))
-        images = [image for output in outputs for image in output.images()]
-        write_video(images, options.output, rate=pipe.defaults.frames_per_second, scale=options.scale)
+        stream = TimedStream(session.stream(options.chunks, actions, pipelined=options.pipelined))
+        # Ctrl-C ends the video after the chunk in the works, and what was made is kept.
+        with Interrupt() as interrupt:
+            images = until_told(stream, lambda: interrupt.signum)
+            write_video(images, options.output, rate=pipe.defaults.frames_per_second, scale=options.scale)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"{options.output}: {len(images)} frames in {len(outputs)} chunks; {speed.text()}")
+    print(f"{options.output}: {stream.frames} frames in {stream.chunks} chunks; {stream.speed.text()}")
+    if interrupt.signum:
+        sys.exit(128 + interrupt.signum)

@@ -12,6 +12,7 @@ def main() -> None:
     parser.add_argument("--actions", nargs="+", default=["left", "right", "up", "down"], help="what {action} can be")
     parser.add_argument("--mode", choices=("recache", "cross_only", "hard"), default="recache", help="of new prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--snapshot_gb", type=float, default=2.0, help="memory for snapshots; the oldest go first")
     parser.add_argument("--port", type=int, default=8770, help="on 127.0.0.1; 0 takes a free one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of arithmetic")
@@ -26,7 +27,14 @@ def main() -> None:
     try:
         dtype = getattr(torch, options.dtype)
         pipe = CausalVideoPipeline.from_pretrained(options.model, device=options.device, dtype=dtype)
-        world = World(pipe, options.prompt, seed=options.seed, mode=options.mode, actions=tuple(options.actions))
+        world = World(
+            pipe,
+            options.prompt,
+            seed=options.seed,
+            mode=options.mode,
+            actions=tuple(options.actions),
+            snapshot_bytes=int(options.snapshot_gb * 1024**3),
+        )
         serve(world, port=options.port)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -5,12 +5,13 @@ Legend: T pixel frames of H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fewstep.causal_video.stream.state import ChunkOutput
 from fewstep.core.media.videos import require_ffmpeg, write_film
 
 
@@ -40,8 +41,10 @@ def check_video_path(path: str | Path) -> None:
         require_ffmpeg(path)
 
 
-def write_video(images: Sequence[np.ndarray], path: str | Path, *, rate: int, scale: int = 1) -> Path:
+def write_video(images: Iterable[np.ndarray], path: str | Path, *, rate: int, scale: int = 1) -> Path:
     """Write frames, uint8 [H, W, 3] each, as .gif or .mp4; returns the path.
+
+    An mp4 is written frame by frame as they come, in memory that does not grow; a GIF needs all of them at its end.
 
     Args:
         images: the frames, at least one.
@@ -53,17 +56,30 @@ def write_video(images: Sequence[np.ndarray], path: str | Path, *, rate: int, sc
         ValueError: no frames, a scale below 1, or see `check_video_path`.
     """
     check_video_path(path)
-    if len(images) == 0 or scale < 1:
-        raise ValueError(f"a video needs at least 1 frame and a scale of at least 1, got {len(images)} and {scale}")
-    pictures = [
-        Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.Resampling.NEAREST)
-        for image in images
-    ]
+    if scale < 1:
+        raise ValueError(f"a video needs a scale of at least 1, got {scale}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".mp4":
-        write_film((np.asarray(picture) for picture in pictures), path, rate=rate)
-    else:
-        hundredths = max(2, round(100 / rate))
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=10 * hundredths, loop=0)
+        return write_film((enlarged(image, scale) for image in images), path, rate=rate)
+    pictures = [Image.fromarray(enlarged(image, scale)) for image in images]
+    if len(pictures) == 0:
+        raise ValueError(f"{path}: a video needs at least 1 frame")
+    hundredths = max(2, round(100 / rate))
+    draft = path.with_name(f".{path.stem}.partial{path.suffix}")
+    pictures[0].save(draft, save_all=True, append_images=pictures[1:], duration=10 * hundredths, loop=0)
+    draft.replace(path)
     return path
+
+
+def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
+    """A frame each of whose pixels is a square of so many."""
+    return image if scale == 1 else image.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def until_told(outputs: Iterable[ChunkOutput], told: Callable[[], object]) -> Iterator[np.ndarray]:
+    """The frames of a stream's first sample, chunk by chunk, up to the first chunk after which `told()` is true."""
+    for output in outputs:
+        yield from output.images()
+        if told():
+            return

@@ -15,13 +15,15 @@ import numpy as np
 from PIL import Image
 
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
-from fewstep.causal_video.stream.state import MODES, PromptMode, StreamState
+from fewstep.causal_video.stream.state import MODES, PromptMode, StreamState, state_bytes
 from fewstep.causal_video.stream.world import NONE
 
 PLACEHOLDER = "{action}"
 ARROWS = ("left", "right", "up", "down")
-# Snapshots are kept in memory, where each holds a cache; the oldest goes first.
+# Snapshots are kept in memory, where each holds a cache; the oldest goes first. The number is for people, the bytes for
+# the device: at 14 billion parameters and 480 pixels a cache of 12 latent frames is 15 GB.
 MOST_SNAPSHOTS = 20
+SNAPSHOT_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ class World:
         seed: of the first stream.
         mode: what a change of the prompt does to the past, see `StreamSession.set_prompt`.
         actions: what the placeholder can be, for a student of text.
+        snapshot_bytes: memory that all snapshots may hold together, what they share with each other counted once.
 
     Raises:
-        ValueError: the placeholder in a prompt of a student that takes actions, or an unknown mode.
+        ValueError: the placeholder in a prompt of a student that takes actions, an unknown mode, or no bytes.
     """
 
     def __init__(
@@ -87,9 +90,13 @@ class World:
         seed: int = 0,
         mode: PromptMode = "recache",
         actions: tuple[str, ...] = ARROWS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if snapshot_bytes < 1:
+            raise ValueError(f"snapshot_bytes is {snapshot_bytes}; snapshots need at least one")
+        self._budget = snapshot_bytes
         self.pipe = pipe
         self.mode: PromptMode = mode
         self._space = pipe.actions
@@ -144,11 +151,22 @@ class World:
             self._session = self.pipe.open(self._worded(self._prompt, NONE), seed=seed)
 
     def save(self) -> int:
-        """Keep the state; gives its number for `restore`."""
+        """Keep the state; gives its number for `restore`. The oldest ones go where there are too many, or too large.
+
+        Raises:
+            ValueError: this one alone is beyond the budget of bytes.
+        """
         with self._lock:
+            state = self._session.snapshot()
+            alone = state_bytes([state])
+            if alone > self._budget:
+                raise ValueError(
+                    f"a snapshot holds {alone / 1e6:,.1f} MB and {self._budget / 1e6:,.1f} MB are allowed: give "
+                    "--snapshot_gb more, or a policy with a smaller window"
+                )
             self._count += 1
-            self._saved[self._count] = Saved(self._session.snapshot(), self._prompt, self._action)
-            while len(self._saved) > MOST_SNAPSHOTS:
+            self._saved[self._count] = Saved(state, self._prompt, self._action)
+            while len(self._saved) > MOST_SNAPSHOTS or self._held() > self._budget:
                 del self._saved[min(self._saved)]
             return self._count
 
@@ -163,6 +181,9 @@ class World:
             saved = self._kept(number)
             self._session.restore(saved.state)
             self._prompt, self._action = saved.prompt, saved.action
+
+    def _held(self) -> int:
+        return state_bytes([saved.state for saved in self._saved.values()])
 
     def _kept(self, number: int) -> Saved:
         if number not in self._saved:

@@ -47,23 +47,53 @@ class StreamSpeed:
         return f"{first}{steady} ({vae} VAE, text encoder not counted)"
 
 
+class TimedStream:
+    """A stream that is passed on as it comes, and the times at which its chunks came; nothing of it is kept.
+
+    What is done with a chunk before the next one is asked for, such as writing it, counts in no time. `frames` are the
+    pixel frames that came.
+    """
+
+    def __init__(self, stream: Iterator[ChunkOutput]) -> None:
+        self._stream = stream
+        self._arrivals: list[float] = []
+        self._last: ChunkOutput | None = None
+        self.frames = 0
+
+    def __iter__(self) -> Iterator[ChunkOutput]:
+        waited = 0.0
+        began = time.perf_counter()
+        for output in self._stream:
+            waited += time.perf_counter() - began
+            self._arrivals.append(waited)
+            self._last = output
+            self.frames += 0 if output.frames is None else output.frames.shape[2]
+            yield output
+            began = time.perf_counter()
+
+    @property
+    def chunks(self) -> int:
+        """How many came."""
+        return len(self._arrivals)
+
+    @property
+    def speed(self) -> StreamSpeed:
+        """Of what came. Raises ValueError where nothing did."""
+        return stream_speed(self._last, self._arrivals)
+
+
 def timed(stream: Iterator[ChunkOutput]) -> tuple[list[ChunkOutput], StreamSpeed]:
-    """Take a stream to its end, and the times at which its chunks came. Raises ValueError for an empty stream."""
-    began = time.perf_counter()
-    outputs, arrivals = [], []
-    for output in stream:
-        arrivals.append(time.perf_counter() - began)
-        outputs.append(output)
-    return outputs, stream_speed(outputs, arrivals)
+    """Take a stream to its end, and its speed. Raises ValueError for an empty stream."""
+    passed = TimedStream(stream)
+    return list(passed), passed.speed
 
 
-def stream_speed(outputs: Sequence[ChunkOutput], arrivals: Sequence[float]) -> StreamSpeed:
+def stream_speed(last: ChunkOutput | None, arrivals: Sequence[float]) -> StreamSpeed:
     """The speed of a stream whose chunks came at these times, in seconds. Raises ValueError for an empty stream."""
-    if len(outputs) == 0:
+    if last is None:
         raise ValueError("the stream gave no chunks: nothing to time")
-    last = outputs[-1]
     # Every latent frame after the first one of a video stands for four.
     frames = 4 * last.latents.shape[2] if last.frames is None else last.frames.shape[2]
     gaps = [after - before for before, after in itertools.pairwise(arrivals)]
     seconds = median(gaps) if gaps else float("nan")
-    return StreamSpeed(len(outputs), arrivals[0], seconds, frames, frames / seconds, last.frames is not None)
+    return StreamSpeed(len(arrivals), arrivals[0], seconds, frames, frames / seconds, last.frames is not None)

@@ -6,7 +6,8 @@ Legend: B batch, C channels, n latent frames of a chunk, h x w latent pixels, T 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal
 
 import numpy as np
@@ -166,3 +167,23 @@ def check_state(state: StreamState, *, settings: CausalSettings, model: str, dec
             f"the snapshot knows {state.vae.frames} decoded latent frames of {settings.layout.start(state.since_cut)}"
             ": it was taken in a session without a VAE, and can go on in one without alone"
         )
+
+
+def state_bytes(states: Iterable[StreamState]) -> int:
+    """Memory that states hold together: each storage once, whatever they share; the text's keys and values with it."""
+    storages: dict[int, int] = {}
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, tuple | list):
+            for part in value:
+                add(part)
+        elif is_dataclass(value) and not isinstance(value, type):
+            for field in fields(value):
+                add(getattr(value, field.name))
+
+    for state in states:
+        add(state)
+    return sum(storages.values())

@@ -2,6 +2,8 @@
 
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
-from fewstep.causal_video.stream.output import check_video_path, write_video
-from fewstep.causal_video.stream.speed import stream_speed, timed
+from fewstep.causal_video.stream.output import check_video_path, until_told, write_video
+from fewstep.causal_video.stream.speed import TimedStream, stream_speed, timed
 from fewstep.causal_video.stream.state import ChunkOutput, ChunkSeconds
+from fewstep.core.media.videos import iterate_frames
 from tests.causal_video.tiny_streams import text_pipeline
 
 
@@ -27,17 +30,17 @@ def outputs(frames: bool) -> list[ChunkOutput]:
 
 
 def test_speed_is_that_of_the_viewer() -> None:
-    speed = stream_speed(outputs(True), [0.5, 0.7, 1.1])
+    speed = stream_speed(outputs(True)[-1], [0.5, 0.7, 1.1])
     assert speed.first_seconds == 0.5
     assert speed.chunk_seconds == pytest.approx(0.3)
     assert speed.frames_per_second == pytest.approx(8 / 0.3)
     assert "first chunk after 500 ms, then 300 ms a chunk of 8 frames: 26.7 frames per second (with VAE" in speed.text()
-    assert "(without VAE" in stream_speed(outputs(False), [0.5, 0.7, 1.1]).text()
-    one = stream_speed(outputs(False)[:1], [0.5])
+    assert "(without VAE" in stream_speed(outputs(False)[-1], [0.5, 0.7, 1.1]).text()
+    one = stream_speed(outputs(False)[0], [0.5])
     assert math.isnan(one.frames_per_second)
     assert one.text().startswith("first chunk after 500 ms (without VAE")
     with pytest.raises(ValueError, match="no chunks"):
-        stream_speed([], [])
+        stream_speed(None, [])
     taken, measured = timed(text_pipeline().stream("a red cat", chunks=3))
     assert [output.chunk for output in taken] == [0, 1, 2]
     assert measured.frames_per_chunk == 8
@@ -80,5 +83,41 @@ def test_videos_are_written(tmp_path: Path) -> None:
     for path in ("a.webm", "a"):
         with pytest.raises(ValueError, match=r"must end in \.gif or \.mp4"):
             check_video_path(path)
-    with pytest.raises(ValueError, match="at least 1 frame and a scale of at least 1, got 0 and 1"):
-        write_video([], tmp_path / "b.gif", rate=16)
+    for suffix in ("gif", "mp4"):
+        with pytest.raises(ValueError, match="needs at least 1 frame"):
+            write_video([], tmp_path / f"b.{suffix}", rate=16)
+    with pytest.raises(ValueError, match="a scale of at least 1, got 0"):
+        write_video(images, tmp_path / "b.gif", rate=16, scale=0)
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.gif"]
+
+
+def test_films_are_written_while_they_come_and_no_chunk_is_kept(tmp_path: Path) -> None:
+    """A thousand chunks in the memory of a few: each is gone before the one after the next is made."""
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def chunks() -> Iterator[ChunkOutput]:
+        for number in range(1000):
+            pixels = torch.full((1, 3, 4, 8, 8), number / 1000)
+            output = ChunkOutput(number, torch.zeros(1, 4, 1, 2, 2), pixels, ChunkSeconds(0, 0, 0))
+            alive.append(weakref.ref(pixels.numpy()))
+            assert sum(reference() is not None for reference in alive[:-2]) == 0
+            yield output
+
+    stream = TimedStream(chunks())
+    film = write_video(until_told(stream, lambda: False), tmp_path / "a.mp4", rate=16)
+    assert sum(1 for _ in iterate_frames(film)) == 4000
+    assert stream.chunks == 1000
+    assert stream.speed.chunks == 1000
+
+
+def test_a_stream_that_is_told_to_end_is_a_whole_video(tmp_path: Path) -> None:
+    made = []
+
+    def chunks() -> Iterator[ChunkOutput]:
+        for output in outputs(True) * 100:
+            made.append(output)
+            yield output
+
+    film = write_video(until_told(chunks(), lambda: len(made) == 5), tmp_path / "a.mp4", rate=16)
+    assert len(made) == 5
+    assert sum(1 for _ in iterate_frames(film)) == 5 * 8

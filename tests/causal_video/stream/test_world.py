@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.causal_video.model.prefix import KeysValues
 from fewstep.causal_video.stream.play import MOST_SNAPSHOTS, World
+from fewstep.causal_video.stream.state import state_bytes
 from fewstep.causal_video.stream.world import ActionSpace, latent_actions, spread
 from tests.causal_video.tiny_causal import largest
 from tests.causal_video.tiny_streams import NAMES, action_pipeline, latents_of, text_pipeline
@@ -136,6 +138,41 @@ def test_a_world_of_actions() -> None:
     for _ in range(MOST_SNAPSHOTS):
         world.save()
     assert world.status().snapshots == tuple(range(2, MOST_SNAPSHOTS + 2))
+
+
+def test_snapshots_keep_to_a_budget_of_bytes() -> None:
+    """What snapshots share counts once; the oldest go first; one that is larger than all may be is refused."""
+    session = action_pipeline().open("a red cat", seed=2)
+    states = [session.snapshot()]
+    for _ in range(4):
+        session.step("left")
+        states.append(session.snapshot())
+    sizes = [state_bytes([state]) for state in states]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    whole = state_bytes(states)
+    assert sizes[-1] < whole < sum(sizes)
+    assert state_bytes([states[-1], states[-1]]) == sizes[-1]
+    # A cache entry of keys and values alone, by hand: layers x heads x tokens x width numbers of each.
+    entry = states[-1].cache.entries[0].content
+    assert isinstance(entry, KeysValues)
+    assert sizes[-1] > 4 * (entry.keys.numel() + entry.values.numel())
+
+    world = World(action_pipeline(), "a red cat", seed=2, snapshot_bytes=2 * sizes[-1])
+    numbers = []
+    for _ in range(6):
+        world.step("left")
+        numbers.append(world.save())
+    kept = world.status().snapshots
+    assert kept == tuple(numbers[-len(kept) :])
+    assert 1 <= len(kept) < 6
+    assert state_bytes([world.snapshot(number) for number in kept]) <= 2 * sizes[-1]
+    small = World(action_pipeline(), "a red cat", snapshot_bytes=sizes[0] // 2)
+    with pytest.raises(ValueError, match=r"a snapshot holds .* MB and .* MB are allowed: give --snapshot_gb more"):
+        small.save()
+    assert small.status().snapshots == ()
+    with pytest.raises(ValueError, match="snapshot_bytes is 0"):
+        World(action_pipeline(), "a red cat", snapshot_bytes=0)
 
 
 def test_a_world_that_is_steered_by_its_prompt() -> None:
