@@ -24,10 +24,10 @@ from fewstep.causal_video.stages.sections import (
 )
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
-from fewstep.dmd.config import DmdObjective, MatchingConfig, SidObjective
+from fewstep.dmd.config import DmdObjective, GanConfig, MatchingConfig, SidObjective
 
 # Sections that are there beside self_forcing alone, those that it needs first.
-NEEDED_SCORES, SCORE_SECTIONS = ("fake_score", "matching"), ("fake_score", "matching", "sid", "asd", "redmd")
+NEEDED_SCORES, SCORE_SECTIONS = ("fake_score", "matching"), ("fake_score", "matching", "sid", "asd", "redmd", "gan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,9 @@ class CausalConfig:
     """Adversarial self-distillation, beside self_forcing; leave it out for none."""
     redmd: RedmdConfig | None = None
     """Rollouts weigh by a reward, beside self_forcing; leave it out for none."""
+    gan: GanConfig | None = None
+    """A discriminator on the fake score's features of rollouts and real videos, beside self_forcing; leave it out for
+    none."""
 
     def __post_init__(self) -> None:
         require_one_method(self)
@@ -237,6 +240,8 @@ def check_scores(config: CausalConfig) -> None:
         )
     if config.redmd is not None and config.sid is not None:
         raise ValueError("redmd weighs the reverse KL, and sid takes its place: leave one of them out")
+    if config.gan is not None:
+        check_gan(config, config.gan, stage)
     if stage.input == "noised_data" and (config.data.image_share > 0 or config.asd is not None):
         raise ValueError(
             "self_forcing.input 'noised_data' with data.image_share or asd, which belong to rollouts: leave them out"
@@ -253,3 +258,18 @@ def check_scores(config: CausalConfig) -> None:
     if config.asd is not None and max([student.longest_steps, *map(max, stage.rollout_schedules)]) < 2:
         raise ValueError("asd compares n with n + 1 steps, and no chunk has two: raise student.steps")
     stage.check_layout(ChunkLayout(student.layout))
+
+
+def check_gan(config: CausalConfig, gan: GanConfig, stage: SelfForcingConfig) -> None:
+    """Raise ValueError for a discriminator that has no features, or no real videos of its kind."""
+    if gan.features != "fake_score":
+        raise ValueError(
+            f"gan.features is {gan.features!r}; beside self_forcing the discriminator is on the fake score's features"
+        )
+    if gan.head == "conv":
+        raise ValueError("gan.head 'conv' reads features as pictures: use 'mlp' or 'multiscale' for videos")
+    beside = {"asd": config.asd is not None, "data.controls": config.data.controls is not None}
+    beside |= {"self_forcing.scores 'causal'": stage.scores == "causal"}
+    wrong = [name for name, there in beside.items() if there]
+    if wrong:
+        raise ValueError(f"gan with {wrong[0]}, whose features or conditions it does not know: leave one of them out")

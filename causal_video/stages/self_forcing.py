@@ -29,7 +29,16 @@ from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, shared_integer
 from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.matching import SampleWeights, Scores, drawn_guidance, fake_score_step, student_step, telling
+from fewstep.dmd.config import GanConfig
+from fewstep.dmd.matching import (
+    SampleWeights,
+    Scores,
+    StudentStep,
+    drawn_guidance,
+    fake_score_step,
+    student_step,
+    telling,
+)
 
 
 @dataclass(frozen=True)
@@ -244,10 +253,10 @@ def student_backward(
             draw=draw,
             times=times,
             objective=config.objective,
+            gan=config.gan,
             samples=SampleWeights(weight, setup.settings.layout.lengths if stage.scores == "causal" else None),
         )
-        # The frames that learn are to weigh what they would in a mean over them alone.
-        total = step.loss / window.counts.float().mean()
+        total = weighed_student_loss(step, window.counts, config.gan)
         record = {"student_loss": total.detach(), **step.log(), **judged}
         if config.asd is not None and scores.discriminator is not None and plan.has_more_steps:
             more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
@@ -264,6 +273,16 @@ def student_backward(
         assert new.grad is not None
         replayed_backward(wrapped, done.exits, condition.text, new.grad)
     return record
+
+
+def weighed_student_loss(step: StudentStep, counts: Tensor, gan: GanConfig | None) -> Tensor:
+    """The loss of a window whose frames bool [T] count or not: those that learn weigh what they would in a mean over
+    them alone; a discriminator's logit is of the whole window, and stays as it is."""
+    share = counts.float().mean()
+    if gan is None or step.gan_loss is None:
+        return step.loss / share
+    adversarial = gan.weight * step.gan_loss
+    return (step.loss - adversarial) / share + adversarial
 
 
 @torch.no_grad()
@@ -291,10 +310,21 @@ def fake_score_backward(
             done = generate(setup, plan, draw=draw, condition=condition, image=image)
     video = done.window().latents
     fake_score = telling(scores.fake_role.wrapped, plan.exits(len(draw.indices)))
-    step = fake_score_step(video, condition, fake_score=fake_score, draw=draw, times=times, clock=setup.teacher.family)
+    step = fake_score_step(
+        video,
+        condition,
+        fake_score=fake_score,
+        draw=draw,
+        times=times,
+        clock=setup.teacher.family,
+        gan=config.gan,
+        real=None if setup.judged is None else setup.judged.rows(draw.indices, draw.device)[1:],
+    )
     trainer.check_finite("fake score loss", step.loss)
     trainer.backward(step.loss)
     record = {"fake_score_loss": step.flow_loss.detach()}
+    if step.discriminator_loss is not None:
+        record["discriminator_loss"] = step.discriminator_loss.detach()
     if config.asd is not None and scores.discriminator_role is not None and plan.has_more_steps:
         more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
         adversarial = asd_discriminator_loss(

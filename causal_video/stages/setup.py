@@ -21,7 +21,15 @@ from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pa
 from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig
 from fewstep.causal_video.stages.student import build_student, check_names, steer_teacher
 from fewstep.core.condition import Condition
-from fewstep.core.data import PAIR_SEED, REAL_SEED, LatentDataset, LatentSource, PromptConditions, read_prompts
+from fewstep.core.data import (
+    INPUT_SEED,
+    PAIR_SEED,
+    REAL_SEED,
+    LatentDataset,
+    LatentSource,
+    PromptConditions,
+    read_prompts,
+)
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
@@ -32,6 +40,7 @@ from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
+from fewstep.dmd.discriminator import build_gan_heads
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class CausalData:
     controls: FrameControls | None
     steered_teacher: StoredWeights | None
     fake_score: StoredWeights | None
+    judged: LatentDataset | None = None
 
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
@@ -59,6 +69,11 @@ class CausalData:
             if real.latents.ndim != 5:
                 raise ValueError(f"data.latents holds {tuple(real.latents.shape)}; videos are [N, C, F, h, w]")
             check_frames("data.latents", real.latents, settings)
+        judged = None if config.gan is None else LatentDataset.load(config.gan.latents)
+        if judged is not None:
+            if judged.latents.ndim != 5:
+                raise ValueError(f"gan.latents holds {tuple(judged.latents.shape)}; videos are [N, C, F, h, w]")
+            check_frames("gan.latents", judged.latents, settings)
         pairs = read_pairs(stage, settings) if isinstance(stage, OdeConfig) else None
         init = None if config.student.init is None else find_weights(config.student.init)
         steered = None
@@ -73,7 +88,7 @@ class CausalData:
                 if weights is not None:
                     check_names(weights, controls.names)
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
-        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered, fake_score)
+        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered, fake_score, judged)
 
 
 def read_pairs(stage: OdeConfig, settings: CausalSettings) -> OdePairs | None:
@@ -127,6 +142,7 @@ class CausalSetup:
         networks: calls and masks of the stages on given videos.
         pairs: trajectories, in ode.
         scores: in self_forcing.
+        judged: real videos with captions, for a discriminator.
         weigh: weights [B] of the rollouts of self_forcing and what to log, of (teacher, latents, prompts).
     """
 
@@ -141,6 +157,7 @@ class CausalSetup:
     networks: ForcingNetworks | None = None
     pairs: OdeSource | None = None
     scores: ScoreNetworks | None = None
+    judged: LatentSource | None = None
     weigh: Weigh | None = None
 
     def save_settings(self, directory: Path) -> None:
@@ -189,11 +206,14 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     def embed(prompts: Sequence[str]) -> PromptConditions:
         return PromptConditions(teacher, prompts, cache=config.data.cache_prompts)
 
-    prompts, real, pairs, networks, scores = embed(data.prompts), None, None, None, None
+    prompts, real, pairs, networks, scores, judged = embed(data.prompts), None, None, None, None, None
+    if data.judged is not None:
+        data.judged.require_shape(shape, "gan.latents")
+        judged = LatentSource(data.judged, embed(data.judged.prompts), config.run.seed + INPUT_SEED)
     if data.real is not None:
         real = LatentSource(data.real, embed(data.real.prompts), config.run.seed + REAL_SEED)
     if isinstance(stage, SelfForcingConfig):
-        scores = build_scores(config, data, teacher, settings, trainer)
+        scores = build_scores(config, data, teacher, settings, trainer, shape=shape)
     else:
         networks = forcing_networks(config, student_role, student, frozen, settings, shape=shape)
         if isinstance(stage, OdeConfig):
@@ -213,6 +233,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
         networks=networks,
         pairs=pairs,
         scores=scores,
+        judged=judged,
         weigh=weigh,
     )
 
@@ -281,9 +302,16 @@ def forcing_networks(
 
 
 def build_scores(
-    config: CausalConfig, data: CausalData, teacher: Teacher, settings: CausalSettings, trainer: Trainer
+    config: CausalConfig,
+    data: CausalData,
+    teacher: Teacher,
+    settings: CausalSettings,
+    trainer: Trainer,
+    *,
+    shape: tuple[int, int, int, int],
 ) -> ScoreNetworks:
-    """The fake score, and with ASD heads for every n with an n + 1 on the middle block of it."""
+    """The fake score, with a discriminator's heads on it, or with ASD heads for every n with an n + 1 on its middle
+    block."""
     assert config.fake_score is not None
     assert config.self_forcing is not None
     seed, optimizer = config.run.seed, config.fake_score.optimizer
@@ -292,6 +320,10 @@ def build_scores(
     if config.self_forcing.scores == "causal":
         causal = CausalDenoiser(fake.denoiser, settings.layout, settings.policy)
         fake = FakeScore(causal, exit_shift=fake.exit_shift)
+    if config.gan is not None:
+        null = teacher.with_first_frames(teacher.null_condition, torch.zeros((1, *shape)))
+        heads = build_gan_heads(config.gan, fake.denoiser, shape=shape, null=null, seed=seed)
+        fake = FakeScore(fake.denoiser, heads=heads, blocks=config.gan.chosen_blocks, exit_shift=fake.exit_shift)
         real = teacher.with_denoiser(CausalDenoiser(teacher.denoiser, settings.layout, settings.policy))
     fake_role = trainer.add_role("fake_score", fake, optimizer)
     # All steps but the first of each cycle.

@@ -25,7 +25,7 @@ from fewstep.core.randomness import sample_noise
 from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
 from fewstep.core.training.run_directory import RunDirectory
 from fewstep.core.training.trainer import Trainer
-from fewstep.dmd.config import MatchingConfig, SidObjective
+from fewstep.dmd.config import GanConfig, MatchingConfig, SidObjective
 from tests.tiny_pipelines import save_pipeline
 from tests.tiny_videos import VIDEO_LATENTS, build_video_pipeline
 
@@ -74,7 +74,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "self_forcing_long": ("self_forcing", LONG),
     "self_forcing_long_replay": ("self_forcing", {**LONG, "self_forcing.replay": True}),
     "self_forcing_asd": ("self_forcing", {"asd": AsdConfig(weight=0.1)}),
+    "self_forcing_gan": ("self_forcing", {"gan": lambda inputs: with_gan(inputs)}),
 }
+
+
+def with_gan(inputs: "VideoInputs") -> GanConfig:
+    """A discriminator that sees the tiny videos."""
+    return GanConfig(latents=str(inputs.latents), weight=0.1, discriminator_weight=0.5)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ def tiny_causal(
     Videos are given where the stage reads some, else their size.
     """
     stage, settings = CASES[name]
-    given = {**settings, **(changes or {})}
+    told = {**settings, **(changes or {})}
+    given: dict[str, Any] = {key: value(inputs) if callable(value) else value for key, value in told.items()}
     causal_teacher = stage in ("tf_dcm", "tf_scm") or given.get("ode.source") == "causal"
     if stage == "ode":
         reads_videos = causal_teacher and "ode.pairs" not in given

@@ -22,7 +22,7 @@ from fewstep.causal_video.stages.sections import (
     TfScmConfig,
 )
 from fewstep.core.config import ConfigError, load_config, save_resolved
-from fewstep.dmd.config import DmdObjective, MatchingConfig, SidObjective
+from fewstep.dmd.config import DmdObjective, GanConfig, MatchingConfig, SidObjective
 from fewstep.dmd.reward.config import ScorerConfig
 from tests.causal_video.tiny_causal_run import CASES, FAKE_SCORE, STAGES, VideoInputs, tiny_causal
 
@@ -183,6 +183,7 @@ def test_scores_belong_to_self_forcing(inputs: VideoInputs) -> None:
         "sid": SidObjective(),
         "asd": AsdConfig(weight=1.0),
         "redmd": RedmdConfig(scorers=(ScorerConfig(name="clip_light"),)),
+        "gan": GanConfig(latents="x", weight=0.1),
     }
     assert tuple(parts) == SCORE_SECTIONS
     for name, part in parts.items():
@@ -206,6 +207,18 @@ def test_rollouts_that_do_not_fit_are_named(inputs: VideoInputs) -> None:
     times = {"student__times": ((1.0, 0.5),), "student__steps": (4, 2)}
     refused(inputs, "self_forcing_mixture", r"leave student\.times out", **times)
     refused(inputs, "self_forcing", "without data.controls: leave it out", self_forcing__steered_teacher="x")
+
+
+def test_discriminators_that_do_not_fit_are_named(inputs: VideoInputs) -> None:
+    optimizer = FAKE_SCORE.optimizer
+    for gan, match in (
+        (GanConfig(latents="x", weight=0.1, features="teacher", optimizer=optimizer), "on the fake score's features"),
+        (GanConfig(latents="x", weight=0.1, head="conv"), "use 'mlp' or 'multiscale' for videos"),
+    ):
+        refused(inputs, "self_forcing", match, gan=gan)
+    refused(inputs, "self_forcing_gan", "gan with asd", asd=AsdConfig(weight=0.1))
+    refused(inputs, "self_forcing_gan", "gan with self_forcing.scores 'causal'", self_forcing__scores="causal")
+    refused(inputs, "tf_dcm", "the section gan belongs to self_forcing", gan=GanConfig(latents="x", weight=0.1))
 
 
 def test_configurations_of_both_scripts_have_other_methods(repository: Path) -> None:

@@ -15,12 +15,16 @@ from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.consistency import check_tangent
 from fewstep.causal_video.stages.sections import TfScmConfig
+from fewstep.causal_video.stages.self_forcing import weighed_student_loss
 from fewstep.causal_video.stages.setup import CausalData, CausalSetup
 from fewstep.causal_video.stages.train import train_causal_video, train_step
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.roles import Role
 from fewstep.core.training.run_directory import read_metrics
 from fewstep.core.training.trainer import Trainer
+from fewstep.dmd.config import GanConfig
+from fewstep.dmd.loss import MatchingStatistics
+from fewstep.dmd.matching import StudentStep
 from tests.causal_video.tiny_causal_run import CASES, VideoInputs, start_causal, tiny_causal
 from tests.dmd.tiny_run import assert_same_checkpoint
 
@@ -80,8 +84,49 @@ def test_steps_of_self_forcing_with_a_discriminator(inputs: VideoInputs, tmp_pat
     assert [c[2] for c in counts] == [1, 1, 1, 1, 1]
 
 
+def test_a_discriminator_of_real_videos_learns_with_the_fake_score(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Its heads move in the fake score's steps alone, and the student's gradient has a part of it once they have."""
+    config = tiny_causal(inputs, tmp_path / "run", "self_forcing_gan")
+    setup, trainer = start_causal(config)
+    assert setup.scores is not None
+    heads = {name: p for name, p in setup.scores.fake_role.parameters if name.startswith("heads.")}
+    assert len(heads) > 3
+    moved: list[int] = []
+    metrics: dict[str, Any] = {}
+    for _ in range(3):
+        before = {name: p.detach().clone() for name, p in heads.items()}
+        metrics = train_step(config, setup, trainer)
+        moved.append(sum(not torch.equal(p, before[name]) for name, p in heads.items()))
+        trainer.advance()
+    assert 0 < float(metrics["discriminator_loss"]) < 10
+    assert moved[0] == 0
+    # Last layers begin at zero, so that those before them move after them.
+    assert 0 < moved[1] < moved[2] == len(heads)
+    found = []
+    for gan in (config.gan, None):
+        trainer.step = 3
+        for _, weight in setup.student_role.parameters:
+            weight.grad = None
+        found.append(gradients_of_first_step(dataclasses.replace(config, gan=gan), setup, trainer))
+    trainer.close()
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) > 1e-6
+
+
+def test_weights_of_a_window_leave_the_discriminator_as_it_is() -> None:
+    counts = torch.tensor([False, True, True, True])
+    zero = torch.zeros(())
+    statistics = MatchingStatistics(*[zero] * len(dataclasses.fields(MatchingStatistics)))
+    gan = GanConfig(latents="x", weight=0.5)
+    step = StudentStep(torch.tensor(3.0 + 0.5 * 2.0), statistics, torch.tensor(2.0))
+    assert weighed_student_loss(step, counts, gan).item() == pytest.approx(3.0 / 0.75 + 1.0)
+    plain = StudentStep(torch.tensor(3.0), statistics)
+    assert weighed_student_loss(plain, counts, None).item() == pytest.approx(4.0)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["self_forcing", "self_forcing_long", "self_forcing_sid", "self_forcing_asd"])
+@pytest.mark.parametrize(
+    "name", ["self_forcing", "self_forcing_long", "self_forcing_sid", "self_forcing_asd", "self_forcing_gan"]
+)
 def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
     changes = {"run.seed": 7, "student.steps": (2,), **({"student.steps": (1, 1)} if name.endswith("long") else {})}
     found = []
@@ -100,7 +145,11 @@ def test_replayed_gradients_are_those_of_the_single_graph(inputs: VideoInputs, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["teacher_forcing_context", "tf_scm", "ode", "self_forcing", "self_forcing_long", "self_forcing_asd"]
+    "name",
+    [
+        *("teacher_forcing_context", "tf_scm", "ode"),
+        *("self_forcing", "self_forcing_long", "self_forcing_asd", "self_forcing_gan"),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(inputs: VideoInputs, tmp_path: Path, name: str) -> None:
     straight = tiny_causal(inputs, tmp_path / "straight", name)
@@ -239,4 +288,4 @@ def test_files_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path) ->
     with pytest.raises(ValueError, match="positions='shifted' move the sink"):
         train_causal_video(tiny_causal(inputs, tmp_path / "masked", "teacher_forcing", policy))
     assert not any(tmp_path.glob("*/config.yaml"))
-    assert len(CASES) == 17
+    assert len(CASES) == 18
