@@ -98,10 +98,18 @@ class ScmConfig(ContinuousConfig, TimesConfig):
     learned_weight: bool = False
     """Fit a weight of each time beside the student: exp(w(t)) error - w(t), as the sCM paper does. It is trained with
     the student's optimizer settings."""
+    warmup_of: Literal["drift", "state"] = "drift"
+    """What tangent_warmup weighs in TrigFlow: the whole derivative term (sCM), or its part in the state alone, with
+    sqrt(1 - r^2 sin^2) on the gap, as we read rCM's public code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_times(self)
+        if self.warmup_of != "drift" and (self.coordinates != "trigflow" or self.tangent_warmup == 0):
+            raise ValueError(
+                f"warmup_of is {self.warmup_of!r} with coordinates {self.coordinates!r} and tangent_warmup "
+                f"{self.tangent_warmup}, where nothing reads it: it is for a warm-up in TrigFlow, leave it out"
+            )
         if self.max_time_share > 0 and self.coordinates == "trigflow":
             raise ValueError(
                 f"max_time_share is {self.max_time_share}: it trains at t = 1, where TrigFlow's tangent is zero and "
@@ -165,6 +173,9 @@ class EctConfig(TimesConfig):
     """Largest time, since the weights are stated for the finite ratio t / (1 - t)."""
     huber: float = 0.06
     """The c of the metric sqrt(|d|^2 + c^2) - c."""
+    weight: Literal["snr", "gap"] = "snr"
+    """Weight of a time: by the ratio of signal and noise, or one over the distance of sigma_t and sigma_r, as in ECT's
+    public code."""
 
     def __post_init__(self) -> None:
         check_times(self)

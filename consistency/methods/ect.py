@@ -80,6 +80,6 @@ def ect_step(noised: Noised, networks: Networks, settings: EctConfig) -> Consist
     with torch.no_grad():
         target = x0_from_velocity(x_r, networks.student(x_r, times.r, noised.condition), times.r)
     prediction = x0_from_velocity(x_t, networks.wrapped(x_t, times.t, noised.condition), times.t)
-    weight = ect_weight(times.t, times.r, sigma_data=1.0)
+    weight = ect_weight(times.t, times.r, kind=settings.weight, sigma_data=1.0)
     found = pseudo_huber_loss(prediction, target, constant=settings.huber, weight=weight)
     return ConsistencyStep(found.loss, {"isolated_samples": found.isolated_count.float()})

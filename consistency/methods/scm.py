@@ -27,6 +27,7 @@ from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.shapes import expand_weight, require_same_shape
 
 Normaliser = Literal["none", "l2", "rms", "clip"]
+Placement = Literal["drift", "state"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def trig_tangent(
     *,
     warmup: float = 1.0,
     sigma_data: float = 1.0,
-    placement: Literal["drift", "state"] = "drift",
+    placement: Placement = "drift",
 ) -> Tangent:
     """g = cos df/dtau, with the factor cos that keeps every term finite up to pi/2 (arXiv:2410.11081, Alg. 1).
 
@@ -206,8 +207,11 @@ def scm_step(noised: Noised, networks: Networks, settings: ScmConfig) -> Consist
     target = networks.teacher_velocity(x_t, t, noised.condition)
     derivative = path_derivative(noised, networks.student, target, settings, settings.coordinates)
     velocity = networks.wrapped(x_t, t, noised.condition)
-    direction_of = trig_direction if settings.coordinates == "trigflow" else flow_direction
-    output, tangent = direction_of(noised, velocity, target, derivative, settings)
+    if settings.coordinates == "trigflow":
+        of = settings.warmup_of
+        output, tangent = trig_direction(noised, velocity, target, derivative, settings, placement=of)
+    else:
+        output, tangent = flow_direction(noised, velocity, target, derivative, settings)
     log_weight = None if networks.time_weight is None else networks.time_weight(t)
     direction = normalise_tangent(tangent.total, constant=settings.normalizer)
     # A direction has a length of at most 1, whatever the size of the latents; a mean over them would divide the
@@ -249,14 +253,21 @@ def path_derivative(
 
 
 def trig_direction(
-    noised: Noised, velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, settings: ContinuousConfig
+    noised: Noised,
+    velocity: Tensor,
+    teacher_velocity: Tensor,
+    derivative: Tensor,
+    settings: ContinuousConfig,
+    *,
+    placement: Placement = "drift",
 ) -> tuple[Tensor, Tangent]:
     """(F with graph, its tangent) in TrigFlow's coordinates, from the `path_derivative` there."""
     x_tau, tau = to_trig_state(noised.x_t, noised.t)
     network = trig_from_velocity(noised.x_t, velocity, tau)
     target = trig_from_velocity(noised.x_t, teacher_velocity, tau)
     warmup = tangent_warmup(noised.step, settings.tangent_warmup)
-    return network, trig_tangent(x_tau, network.detach(), target, derivative, tau, warmup=warmup)
+    tangent = trig_tangent(x_tau, network.detach(), target, derivative, tau, warmup=warmup, placement=placement)
+    return network, tangent
 
 
 def flow_direction(

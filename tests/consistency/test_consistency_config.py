@@ -174,6 +174,12 @@ def test_sections_that_do_not_fit_are_named(
         (ScmConfig, {"tangent": "central", "check_tangent": False}, "check_tangent: given False, which only tangent"),
         (ScmConfig, {"tangent": "central", "central_step": 0.0}, "central_step: given 0.0, allowed is a number > 0"),
         (ScmConfig, {"normalizer": 0.0}, "normalizer 0.0"),
+        (ScmConfig, {"warmup_of": "state"}, "tangent_warmup 0, where nothing reads it"),
+        (
+            ScmConfig,
+            {"warmup_of": "state", "coordinates": "rf", "tangent_warmup": 5},
+            "it is for a warm-up in TrigFlow",
+        ),
         (ScmConfig, {"tangent_warmup": -1}, "tangent_warmup is -1"),
         (DcmConfig, {"grid_steps": 1}, "at least 2 steps"),
         (DcmConfig, {"grid_shift": 0.0}, "grid_shift 0.0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.consistency.batch import DataBatch, Networks
-from fewstep.consistency.sections import ScmConfig
+from fewstep.consistency.sections import EctConfig, ScmConfig
 from fewstep.consistency.tangent_check import check_tangent
 from fewstep.consistency.train import consistency_step, train_consistency, train_step
 from fewstep.core.config import save_resolved
@@ -78,6 +78,31 @@ def test_tangents_of_both_kinds_agree(inputs: TinyInputs, tmp_path: Path, coordi
     trainer.close()
     assert found[0] == pytest.approx(found[1], rel=2e-2)
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_the_warm_up_weighs_what_is_said_and_ects_weight_is_that_of_a_time(inputs: TinyInputs, tmp_path: Path) -> None:
+    config = tiny_consistency(inputs, tmp_path, "scm")
+    setup, trainer = start_consistency(config)
+    draw = Draw(3, list(range(4)), trainer.device)
+    _, x0, condition = setup.real.rows(draw.indices, trainer.device)
+    networks = Networks(setup.student_role.module, setup.student_role.wrapped, setup.teacher, 2.0)
+
+    def record(settings: Any, step: int) -> Any:
+        data = DataBatch(x0, draw.noise(tuple(x0.shape[1:]), "consistency_noise"), condition, draw, step=step)
+        return consistency_step(data, networks, settings)
+
+    # Half-way the state's part alone is weighed: sqrt(1 - r^2 sin^2) stands where cos did, so that the gap is longer.
+    half, whole = (
+        [record(ScmConfig(tangent_warmup=8, warmup_of=of), step).record for of in ("drift", "state")] for step in (4, 8)
+    )
+    assert float(half[1]["tangent_gap"]) > 1.05 * float(half[0]["tangent_gap"])
+    assert float(half[1]["tangent_drift"]) != pytest.approx(float(half[0]["tangent_drift"]), rel=1e-3)
+    for name in ("tangent_gap", "tangent_drift"):
+        assert float(whole[1][name]) == pytest.approx(float(whole[0][name]), rel=1e-5)
+    losses = [float(record(EctConfig(weight=weight), 9).loss) for weight in ("snr", "gap")]
+    trainer.close()
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+    assert min(losses) > 0
 
 
 def test_the_check_of_the_tangent_passes_and_is_reported(inputs: TinyInputs, tmp_path: Path) -> None:
