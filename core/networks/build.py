@@ -120,9 +120,15 @@ def load_fake_score(fake_score: FakeScore, weights: StoredWeights, *, alpha: flo
         return
     tables = {name for name, _ in fake_score.named_buffers()}
     found = {name: t for name, t in weights.tensors().items() if not name.startswith("heads.") and name not in tables}
-    if not any(name.startswith("exit_shift.") for name in found):
+    told = {name for name in found if name.startswith("exit_shift.")}
+    if not told:
         # One that was told nothing is one with shifts of zero.
         trained = {name: p for name, p in trained.items() if not name.startswith("exit_shift.")}
+    elif fake_score.exit_shift is None:
+        raise ValueError(
+            f"{weights.key} {weights.source}: its fake score is told the student's exit, and this one is not: set "
+            "fake_score.told_exit where there is one, or give another fake_score.init, such as the teacher's model"
+        )
     wrong = sorted(name for name in found.keys() & trained.keys() if found[name].shape != trained[name].shape)
     missing, unknown = sorted(trained.keys() - found.keys()), sorted(found.keys() - trained.keys())
     if missing or unknown or wrong:
