@@ -103,13 +103,15 @@ def start_of(chain: str) -> str:
     return "dcm" if chain == "astrolabe" else chain
 
 
-def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] = ()) -> None:
+def train_chain(folder: Path, chain: str, *, seed: int, changes: Sequence[str] = (), until: str | None = None) -> None:
     """Train the stages of a chain that are not finished; an interrupted one goes on.
 
-    `changes` are settings for the command line of every stage, such as ("--run.steps", "20").
+    `changes` are settings for the command line of every stage, such as ("--run.steps", "20"); `until` is the last
+    stage, the chain's own where it is None.
     """
     before: Path | None = None
-    for stage in CHAINS[chain]:
+    stages = CHAINS[chain] if until is None else CHAINS[chain][: CHAINS[chain].index(until) + 1]
+    for stage in stages:
         run = run_directory(folder, chain, stage, seed)
         done = run / CONFIG_FILE
         if done.is_file() and latest_step(run) >= read_causal_run(run).run.steps:
@@ -135,12 +137,15 @@ def fingerprint(weights: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
 
 
-def load_student(run: Path) -> StudyStudent:
-    """The averaged weights of a run's latest checkpoint, without gradients. Raises ValueError as `find_weights`."""
+def load_student(run: Path, checkpoint: Path | None = None) -> StudyStudent:
+    """The averaged weights of a checkpoint of a run, the latest by default, without gradients.
+
+    Raises ValueError as `find_weights`.
+    """
     config = read_causal_run(run)
     teacher = Teacher.load(config.teacher.path)
     names = load_defaults(run).actions
-    weights = find_weights(str(run))
+    weights = find_weights(str(checkpoint or run))
     network = build_student(config.student, teacher, weights, seed=0, controls=len(names))
     return StudyStudent(
         teacher, weights.files[0], network.requires_grad_(False), causal_settings(config.student), config

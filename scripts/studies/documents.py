@@ -221,11 +221,28 @@ def _registers(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _curves(root: Path, choice: Mapping[str, Any]) -> str:
+    """Last distances of curves by time, beside those of the baseline, and calls to reach the baseline's last ones."""
+    record = _record(root / choice["file"])
+    lines = ["| student | t | distance | minus tf_dcm's | calls to its last distance |", "|---|---:|---:|---:|---|"]
+    for row in record["summary"]:
+        difference, reached = "baseline", ""
+        if "minus_tf_dcm" in row:
+            found = row["minus_tf_dcm"]
+            word = "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "same"
+            difference = f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] {word}"
+            calls = ["none" if one is None else f"{one:.0f}" for one in row["calls_to_tf_dcm"]]
+            reached = f"{', '.join(calls)} of {row['calls_of_tf_dcm']}"
+        lines.append(f"| {row['variant']} | {row['time']} | {row['last']:.4f} | {difference} | {reached} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
     "sizes": _sizes,
     "paths": _paths,
     "registers": _registers,
+    "curves": _curves,
     "compared": _compared,
 }
