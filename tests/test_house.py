@@ -18,7 +18,7 @@ FRAME = "core/training/run.py"
 FRAME_CALLS = {"RunDirectory", "TemporaryDirectory", "should_stop"}
 EMBEDDED_READERS = {"dmd/reward/scorers.py", "dmd/reward/pixel_discriminator.py"}
 # What the layers above distribution matching may take from it.
-SHARED_OF_DMD = {"matching", "gan_loss", "config", "validation"}
+SHARED_OF_DMD = {"matching", "gan_loss", "config", "validation", "discriminator"}
 SHARED_OF_REWARDS = {"config", "groups", "inputs", "methods", "monitor", "scorers", "scores", "train"}
 COMMANDS = "commands/"
 LABORATORY = re.compile(r"study|toy|benchmark")

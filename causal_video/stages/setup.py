@@ -320,11 +320,11 @@ def build_scores(
     if config.self_forcing.scores == "causal":
         causal = CausalDenoiser(fake.denoiser, settings.layout, settings.policy)
         fake = FakeScore(causal, exit_shift=fake.exit_shift)
+        real = teacher.with_denoiser(CausalDenoiser(teacher.denoiser, settings.layout, settings.policy))
     if config.gan is not None:
         null = teacher.with_first_frames(teacher.null_condition, torch.zeros((1, *shape)))
         heads = build_gan_heads(config.gan, fake.denoiser, shape=shape, null=null, seed=seed)
         fake = FakeScore(fake.denoiser, heads=heads, blocks=config.gan.chosen_blocks, exit_shift=fake.exit_shift)
-        real = teacher.with_denoiser(CausalDenoiser(teacher.denoiser, settings.layout, settings.policy))
     fake_role = trainer.add_role("fake_score", fake, optimizer)
     # All steps but the first of each cycle.
     fake_role.total_updates = max(1, config.run.steps - -(-config.run.steps // (config.fake_score.ratio + 1)))

@@ -237,6 +237,20 @@ def _curves(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _judged(root: Path, choice: Mapping[str, Any]) -> str:
+    """Judged clips: medians over seeds with the smallest and the largest."""
+    columns = (("digit_accuracy", 100, ".1f"), ("direction_accuracy", 100, ".1f"), ("frame_distance", 1, ".1f"))
+    lines = ["| student | digit % | direction % | frame distance |", "|---|---:|---:|---:|"]
+    for row in _record(root / choice["file"])["rows"]:
+        cells = []
+        for name, scale, digits in columns:
+            values = [scale * one[name] for one in row["seeds"]]
+            shown = (format(value, digits) for value in (scale * row["median"][name], min(values), max(values)))
+            cells.append("{} [{}, {}]".format(*shown))
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
@@ -244,5 +258,6 @@ TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "paths": _paths,
     "registers": _registers,
     "curves": _curves,
+    "judged": _judged,
     "compared": _compared,
 }

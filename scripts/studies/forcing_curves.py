@@ -223,7 +223,7 @@ def draw(curves: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None
                 )
         panel.set(title=f"t = {time}", xlabel="network calls", yscale="log")
         panel.grid(visible=True, which="both", alpha=0.3)
-    panels[0].set_ylabel("distance to the end of the causal teacher's ODE")
+    panels[0].set_ylabel("distance to the ODE's end")
     panels[0].legend()
     figure.savefig(path, dpi=110)
 

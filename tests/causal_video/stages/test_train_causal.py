@@ -89,6 +89,8 @@ def test_a_discriminator_of_real_videos_learns_with_the_fake_score(inputs: Video
     config = tiny_causal(inputs, tmp_path / "run", "self_forcing_gan")
     setup, trainer = start_causal(config)
     assert setup.scores is not None
+    # The real score is the bidirectional teacher's, as without a discriminator.
+    assert setup.scores.real is None
     heads = {name: p for name, p in setup.scores.fake_role.parameters if name.startswith("heads.")}
     assert len(heads) > 3
     moved: list[int] = []
