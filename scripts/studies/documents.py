@@ -251,6 +251,24 @@ def _judged(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _drift(root: Path, choice: Mapping[str, Any]) -> str:
+    """Long streams: first, middle and last part, and memory between the first tenth and the end."""
+    lines = [
+        "| policy | frames with the digit %: first part, middle, last | frame distance: first, last "
+        "| memory of the state | process, end minus first tenth |",
+        "|---|---|---|---:|---:|",
+    ]
+    for row in _record(root / choice["file"])["rows"]:
+        parts, memory = row["parts"], row["memory"]
+        shown = (parts[0], parts[len(parts) // 2], parts[-1])
+        digits = ", ".join(f"{100 * part['accuracy']:.0f}" for part in shown)
+        grown = (memory[-1]["resident_bytes"] - memory[0]["resident_bytes"]) / 1e6
+        state = f"{memory[-1]['state_bytes'] / 1e6:.1f} MB"
+        distances = f"{parts[0]['distance']:.0f}, {parts[-1]['distance']:.0f}"
+        lines.append(f"| {row['name']} | {digits} | {distances} | {state} | {grown:+.1f} MB |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
@@ -259,5 +277,6 @@ TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "registers": _registers,
     "curves": _curves,
     "judged": _judged,
+    "drift": _drift,
     "compared": _compared,
 }
