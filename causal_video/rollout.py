@@ -124,10 +124,10 @@ def context_of(
 def shown_of(result: ChunkResult, condition: VideoCondition, time: float, noise: Tensor) -> tuple[Tensor, Tensor]:
     """What later chunks see of a denoised one [B, C, n, h, w], and its times [B, n]: what the last call saw, where that
     gave the context itself (noisy context, full schedule); else the prediction, noised to `time`."""
+    if result.keys_values is not None:
+        return result.exit.x, result.exit.t
     x0 = result.x0.detach()
     t = torch.full_like(x0[:, 0, 0, 0, 0], time)
-    if result.keys_values is not None:
-        return condition_first_frame(result.exit.x.detach(), t, condition.image)
     return condition_first_frame(x0 if time == 0 else add_noise(x0, noise, t), t, condition.image)
 
 

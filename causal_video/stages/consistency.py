@@ -20,11 +20,18 @@ from fewstep.causal_video.stages.batch import (
 from fewstep.causal_video.stages.sections import TfDcmConfig, TfScmConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.consistency.methods.dcm import consistency_distillation_loss, teacher_step
-from fewstep.consistency.methods.scm import Tangent, flow_tangent, normalise_tangent, scm_loss, tangent_warmup
+from fewstep.consistency.methods.scm import (
+    Tangent,
+    discrete_tangent,
+    flow_tangent,
+    normalise_tangent,
+    scm_loss,
+    tangent_warmup,
+)
 from fewstep.consistency.tangents import PathCheck, central_derivative, path_check, total_derivative
 from fewstep.consistency.times import grid_times, logit_normal, mix_max_time, skipped_times
 from fewstep.core.families.family import network_dtype
-from fewstep.core.paths import add_noise, expand_time, x0_from_velocity
+from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import Draw, sample_noise
 from fewstep.core.training.trainer import Trainer
 from fewstep.kernels.check_jvp import check_jvp
@@ -65,13 +72,15 @@ def tf_scm_step(batch: VideoBatch, networks: ForcingNetworks, *, draw: Draw, sta
     x_t = add_noise(batch.x0, batch.eps, t)
     target = teacher_velocity(networks, x_t, t, batch)
     warmup = tangent_warmup(batch.step, stage.tangent_warmup)
+    wrapped = networks.on_context(batch)
+    # What the tangent needs comes before the graph is built, so that its memory is free again.
     if stage.tangent == "discrete":
-        velocity = networks.on_context(batch)(x_t, t, batch.condition)
-        tangent = discrete_tangent(batch, networks, x_t, t, network=velocity.detach(), target=target, stage=stage)
+        before, s = one_step_before(batch, networks, x_t, t, target=target, step=stage.central_step)
+        velocity = wrapped(x_t, t, batch.condition)
+        tangent = discrete_tangent(velocity.detach(), before, target, t, s, warmup=warmup)
     else:
-        # Before the graph is built, so that the memory of the tangent is free again.
         derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=stage)
-        velocity = networks.on_context(batch)(x_t, t, batch.condition)
+        velocity = wrapped(x_t, t, batch.condition)
         tangent = flow_tangent(velocity.detach(), target, derivative, t, warmup=warmup)
     counts = batch.frame_counts[:, None, :, None, None]
     direction = normalise_tangent(torch.where(counts, tangent.total, 0.0), constant=stage.normalizer)
@@ -96,28 +105,13 @@ def path_derivative(
 
 
 @torch.no_grad()
-def discrete_tangent(
-    batch: VideoBatch,
-    networks: ForcingNetworks,
-    x_t: Tensor,
-    t: Tensor,
-    *,
-    network: Tensor,
-    target: Tensor,
-    stage: TfScmConfig,
-) -> Tangent:
-    """(f(x_t, t) - f(x_s, s)) / (t - s) of f = x - t v over a step of the teacher, s = max(t - step, 0), in two parts:
-
-        v_T - v_s,    - r t (v_t - v_s) / (t - s)
-
-    which is `flow_tangent` in the limit of a short step, and the direction of tf_dcm at any.
-    """
-    s = (t - stage.central_step).clamp(min=0.0)
-    x_s = teacher_step(x_t, target, t, s)
-    before = networks.on_context(batch, bare=True)(x_s, s, batch.condition)
-    slope = (network - before) / expand_time(t - s, network)
-    drift = tangent_warmup(batch.step, stage.tangent_warmup) * expand_time(t, network) * slope
-    return Tangent(target - before, -drift)
+def one_step_before(
+    batch: VideoBatch, networks: ForcingNetworks, x_t: Tensor, t: Tensor, *, target: Tensor, step: float
+) -> tuple[Tensor, Tensor]:
+    """(v_s, s): the student's velocity one Euler step of the teacher away, at s = max(t - step, 0)."""
+    s = (t - step).clamp(min=0.0)
+    packed = networks.on_context(batch, bare=True)
+    return packed(teacher_step(x_t, target, t, s), s, batch.condition), s
 
 
 def teacher_velocity(networks: ForcingNetworks, x_t: Tensor, t: Tensor, batch: VideoBatch) -> Tensor:

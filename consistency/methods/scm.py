@@ -129,6 +129,35 @@ def flow_tangent(network: Tensor, teacher: Tensor, derivative: Tensor, t: Tensor
 
 
 @torch.no_grad()
+def discrete_tangent(
+    network: Tensor, before: Tensor, teacher: Tensor, t: Tensor, s: Tensor, *, warmup: float = 1.0
+) -> Tangent:
+    """g = (f(x_t, t) - f(x_s, s)) / (t - s) of f = x - t v, x_s one Euler step of the teacher from x_t, in two parts:
+
+        -(v_s - v_T),    - r t (v_t - v_s) / (t - s)
+
+    `flow_tangent` in the limit of a short step, and the direction of discrete consistency at any. Ours.
+
+    Args:
+        network: [B, ...] v_t, velocity of the student at (x_t, t).
+        before: v_s, at (x_s, s).
+        teacher: v_T, of the guided teacher at (x_t, t).
+        t: [B] canonical time; likewise s below it.
+        warmup: r in [0, 1].
+
+    Raises:
+        ValueError: shapes differ, r is outside [0, 1], or an s is not below its t.
+    """
+    require_same_shape(network=network, before=before, teacher=teacher)
+    _require_warmup(warmup)
+    if bool((s >= t).any()):
+        raise ValueError(f"s {s.tolist()} must lie below t {t.tolist()}")
+    step = expand_time(t - s, network)
+    slope = (at_least_fp32(network) - at_least_fp32(before)) / step
+    return Tangent(at_least_fp32(teacher) - at_least_fp32(before), -warmup * expand_time(t, network) * slope)
+
+
+@torch.no_grad()
 def normalise_tangent(tangent: Tensor, *, kind: Normaliser = "l2", constant: float = 0.1) -> Tensor:
     """The tangent at a bounded length, [B, ...]; norms run over all dimensions but the batch.
 

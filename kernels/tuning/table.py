@@ -39,7 +39,7 @@ def early(*tiles: tuple[int, int, int, int]) -> tuple[TileConfig, ...]:
 
 # "64", "128", "256": the power of two that holds the wider head; "exact" is fp32, in three products of halves. "roles":
 # under a mask that promises zero tangents. On A100 and Ada a tile has at least as many queries as its heads are wide:
-# with fewer, Triton 3.6 to 3.9 gives each warp all queries of the tile, and no candidate fits the registers.
+# with fewer, Triton 3.9 gives each warp all queries of the tile, and no candidate fits the registers.
 EXACT: dict[Kind, dict[str, tuple[TileConfig, ...]]] = {
     "forward": {
         "exact 64": of((64, 16, 4, 2), (64, 32, 4, 1), (32, 16, 4, 1)),

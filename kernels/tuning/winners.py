@@ -36,7 +36,7 @@ def kept_winner(name: str, candidates: Sequence[TileConfig], measure: Callable[[
 
     A winner of other kernels or compilers than today's, or one that is no candidate, is measured anew.
     """
-    path, name = winners_file(), f"{name} | {made_by()}"
+    path, name, winner = winners_file(), f"{name} | {made_by()}", None
     try:
         with locked(path):
             found = read(path).get(name)
@@ -53,7 +53,8 @@ def kept_winner(name: str, candidates: Sequence[TileConfig], measure: Callable[[
             "FEWSTEP_CACHE to a folder that can be written",
             stacklevel=2,
         )
-        return measure()
+        # What was measured before the file failed holds all the same.
+        return measure() if winner is None else winner
 
 
 @cache

@@ -145,8 +145,14 @@ def _difference(row: Mapping[str, Any]) -> str:
     found = row["minus_baseline"].get("fid")
     if found is None:
         return "baseline"
+    return _with_interval(found, ".2f")
+
+
+def _with_interval(found: Mapping[str, Any], digits: str) -> str:
+    """A difference of a measure that is to be small, its interval, and what that says."""
     word = VERDICTS[found["value"] < 0] if found["decided"] else "same"
-    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] {word}"
+    value, low, high = (format(found[name], f"+{digits}") for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] {word}"
 
 
 def _families(root: Path, choice: Mapping[str, Any]) -> str:
@@ -228,9 +234,7 @@ def _curves(root: Path, choice: Mapping[str, Any]) -> str:
     for row in record["summary"]:
         difference, reached = "baseline", ""
         if "minus_tf_dcm" in row:
-            found = row["minus_tf_dcm"]
-            word = "better" if found["high"] < 0 else "worse" if found["low"] > 0 else "same"
-            difference = f"{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] {word}"
+            difference = _with_interval(row["minus_tf_dcm"], ".4f")
             calls = ["none" if one is None else f"{one:.0f}" for one in row["calls_to_tf_dcm"]]
             reached = f"{', '.join(calls)} of {row['calls_of_tf_dcm']}"
         lines.append(f"| {row['variant']} | {row['time']} | {row['last']:.4f} | {difference} | {reached} |")

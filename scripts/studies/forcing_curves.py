@@ -39,6 +39,7 @@ from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import sample_noise
 from fewstep.core.teacher import Teacher
 from fewstep.embedded.moving_digits.clips import moving_digits
+from fewstep.evaluation.measures.resampling import Difference
 from fewstep.evaluation.provenance import collect_provenance
 
 RAW, SMOOTH = ("--tf_scm.time_smoothing", "0", "--tf_scm.check_tangent", "false"), ("--tf_scm.time_smoothing", "0.01")
@@ -113,7 +114,7 @@ def distances(checkpoint: Path, run: Path, ends: Ends) -> dict[str, float]:
     return row
 
 
-def train(folder: Path, variant: str, seed: int, *, calls: int, every: int, changes: Sequence[str] = ()) -> Path:
+def train(folder: Path, variant: str, seed: int, *, calls: int, every: int) -> Path:
     """Train one student for a number of calls, with a checkpoint each `every` calls; a finished one is kept."""
     stage, cost, settings = VARIANTS[variant]
     run, steps = folder / f"{variant}_seed{seed}", calls // cost
@@ -123,7 +124,7 @@ def train(folder: Path, variant: str, seed: int, *, calls: int, every: int, chan
         start = ("--student.init", str(run_directory(folder, "dcm", "teacher_forcing", seed)))
         resume = ("--resume", "latest") if latest_step(run) > 0 else ()
         config = ("--config", f"configs/digits_video/{stage}.yaml", *where, *kept, *start, *CONSTANT)
-        show_and_run(*LAUNCH, "scripts/train_causal_video.py", *config, *settings, *changes, *resume)
+        show_and_run(*LAUNCH, "scripts/train_causal_video.py", *config, *settings, *resume)
     return run
 
 
@@ -146,12 +147,15 @@ def calls_to_reach(curve: Sequence[dict[str, Any]], time: str, goal: float) -> f
     return before["calls"] + share * (after["calls"] - before["calls"])
 
 
-def paired(values: Sequence[float]) -> dict[str, float]:
-    """Mean of differences over seeds with the 95 % interval of Student's t."""
+def paired(values: Sequence[float]) -> Difference:
+    """Mean of differences over seeds with the 95 % interval of Student's t: both students of a seed have one teacher.
+
+    The clips are the same in all, and their choice is no part of the interval.
+    """
     mean, half = statistics.mean(values), math.inf
     if len(values) > 1:
         half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"value": mean, "low": mean - half, "high": mean + half}
+    return Difference(mean, mean - half, mean + half)
 
 
 def summary_of(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
@@ -163,7 +167,8 @@ def summary_of(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> list[dict[
             row: dict[str, Any] = {"variant": variant, "time": time, "last": statistics.median(last.values())}
             if variant != "tf_dcm" and "tf_dcm" in curves:
                 goal = {seed: curves["tf_dcm"][seed][-1] for seed in of_seed}
-                row["minus_tf_dcm"] = paired([last[seed] - goal[seed][time] for seed in of_seed])
+                difference = paired([last[seed] - goal[seed][time] for seed in of_seed])
+                row["minus_tf_dcm"] = {**asdict(difference), "decided": difference.decided}
                 reach = [calls_to_reach(curve, time, goal[seed][time]) for seed, curve in of_seed.items()]
                 row["calls_to_tf_dcm"], row["calls_of_tf_dcm"] = reach, next(iter(goal.values()))["calls"]
             rows.append(row)

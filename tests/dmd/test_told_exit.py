@@ -239,6 +239,19 @@ class TestRun:
         trainer.close()
         assert len(seen) > 1
 
+    def test_adapters_on_the_layers_of_the_time_are_told_as_well(self, inputs: TinyInputs, tmp_path: Path) -> None:
+        changes = {**TOLD, "fake_score.lora_rank": 2, "fake_score.lora_targets": ("all",)}
+        config = tiny_config(inputs, tmp_path / "run", changes)
+        setup, trainer = start(config)
+        assert setup.fake_score.exit_shift is not None
+        (shift,) = setup.fake_score.exit_shift.parameters()
+        assert "exit_shift.shifts.0" in dict(setup.fake_role.parameters)
+        assert any("timestep_embedder.linear_1.lora" in name for name, _ in setup.fake_role.parameters)
+        train_step(config, setup, trainer)
+        trainer.close()
+        place = shared_integer(5, 0, "grad_step", 3)
+        assert [bool(row.abs().sum() > 0) for row in shift.detach()] == [number == place for number in range(3)]
+
     def test_resume_is_exact_and_an_untold_fake_score_can_be_gone_on_from(
         self, inputs: TinyInputs, tmp_path: Path
     ) -> None:

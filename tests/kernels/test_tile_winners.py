@@ -60,6 +60,18 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeyp
         assert winners.kept_winner("jvp", (FIRST,), lambda: FIRST) == FIRST
 
 
+def test_what_was_measured_is_not_measured_again_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(winners, "write", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        assert winners.kept_winner("jvp", (FIRST,), lambda: measured.append(0) or FIRST) == FIRST
+    assert len(measured) == 1
+
+
 def test_without_the_variable_it_lies_in_the_users_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEWSTEP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -18,7 +18,7 @@ from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.batch import noisy_context
 from fewstep.causal_video.stages.consistency import (
-    discrete_tangent,
+    one_step_before,
     path_derivative,
     teacher_velocity,
     tf_dcm_step,
@@ -27,7 +27,7 @@ from fewstep.causal_video.stages.consistency import (
 from fewstep.causal_video.stages.forcing import diffusion_forcing_step, rising_times
 from fewstep.causal_video.stages.sections import DiffusionForcingConfig, TfDcmConfig, TfScmConfig
 from fewstep.consistency.methods.dcm import teacher_step
-from fewstep.consistency.methods.scm import flow_tangent
+from fewstep.consistency.methods.scm import discrete_tangent, flow_tangent
 from fewstep.consistency.times import skipped_times
 from fewstep.core.grids import shift_time
 from fewstep.core.paths import add_noise, x0_from_velocity
@@ -90,36 +90,33 @@ class TestTimes:
 
 class TestDiscreteTangent:
     def test_is_the_difference_of_the_consistency_function(self) -> None:
-        student, batch = build_student(), batch_of()
-        networks, stage = networks_of(student, frozen_teacher(), 2.0), TfScmConfig(tangent="discrete", central_step=0.1)
-        t = torch.tensor([0.7, 0.05], dtype=torch.float64)
-        s = torch.tensor([0.6, 0.0], dtype=torch.float64)
+        batch, networks = batch_of(), networks_of(build_student(), frozen_teacher(), 2.0)
+        t, s = (torch.tensor(times, dtype=torch.float64) for times in ([0.7, 0.05], [0.6, 0.0]))
         x_t = add_noise(batch.x0, batch.eps, t)
         target = teacher_velocity(networks, x_t, t, batch)
-        packed = networks.on_context(batch, bare=True)
         with torch.no_grad():
-            v_t = packed(x_t, t, batch.condition)
-            x_s = teacher_step(x_t, target, t, s)
-            v_s = packed(x_s, s, batch.condition)
-        found = discrete_tangent(batch, networks, x_t, t, network=v_t, target=target, stage=stage).total
-        jump = x0_from_velocity(x_t, v_t, t) - x0_from_velocity(x_s, v_s, s)
+            v_t = networks.on_context(batch, bare=True)(x_t, t, batch.condition)
+        v_s, at = one_step_before(batch, networks, x_t, t, target=target, step=0.1)
+        torch.testing.assert_close(at, s)
+        found = discrete_tangent(v_t, v_s, target, t, s).total
+        jump = x0_from_velocity(x_t, v_t, t) - x0_from_velocity(teacher_step(x_t, target, t, s), v_s, s)
         assert largest(found, jump / (t - s).view(-1, 1, 1, 1, 1)) < 1e-12
+        with pytest.raises(ValueError, match="must lie below t"):
+            discrete_tangent(v_t, v_s, target, t, t)
 
     def test_is_that_of_forward_mode_for_short_steps(self) -> None:
-        student, batch = build_student(), batch_of()
-        networks = networks_of(student, frozen_teacher(), 2.0)
+        batch, networks = batch_of(), networks_of(build_student(), frozen_teacher(), 2.0)
         t = torch.tensor([0.7, 0.3], dtype=torch.float64)
         x_t = add_noise(batch.x0, batch.eps, t)
         target = teacher_velocity(networks, x_t, t, batch)
         with torch.no_grad():
             v_t = networks.on_context(batch, bare=True)(x_t, t, batch.condition)
         derivative = path_derivative(batch, networks, x_t, t, dx=target, stage=TfScmConfig())
-        exact = flow_tangent(v_t, target, derivative, t).total
+        exact = flow_tangent(v_t, target, derivative, t, warmup=0.5).total
         errors = []
         for step in (1e-4, 5e-5):
-            stage = TfScmConfig(tangent="discrete", central_step=step)
-            found = discrete_tangent(batch, networks, x_t, t, network=v_t, target=target, stage=stage).total
-            errors.append(largest(found, exact))
+            v_s, s = one_step_before(batch, networks, x_t, t, target=target, step=step)
+            errors.append(largest(discrete_tangent(v_t, v_s, target, t, s, warmup=0.5).total, exact))
         # Of first order: half the step has half the error.
         assert errors[1] / errors[0] == pytest.approx(0.5, abs=0.02)
 

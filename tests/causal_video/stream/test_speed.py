@@ -93,20 +93,20 @@ def test_videos_are_written(tmp_path: Path) -> None:
 
 def test_films_are_written_while_they_come_and_no_chunk_is_kept(tmp_path: Path) -> None:
     """A thousand chunks in the memory of a few: each is gone before the one after the next is made."""
-    alive: list[weakref.ref[np.ndarray]] = []
+    alive: list[weakref.ref[ChunkOutput]] = []
 
     def chunks() -> Iterator[ChunkOutput]:
         for number in range(1000):
             pixels = torch.full((1, 3, 4, 8, 8), number / 1000)
             output = ChunkOutput(number, torch.zeros(1, 4, 1, 2, 2), pixels, ChunkSeconds(0, 0, 0))
-            alive.append(weakref.ref(pixels.numpy()))
+            alive.append(weakref.ref(output))
             assert sum(reference() is not None for reference in alive[:-2]) == 0
             yield output
 
     stream = TimedStream(chunks())
     film = write_video(until_told(stream, lambda: False), tmp_path / "a.mp4", rate=16)
     assert sum(1 for _ in iterate_frames(film)) == 4000
-    assert stream.chunks == 1000
+    assert len(alive) == stream.chunks == 1000
     assert stream.speed.chunks == 1000
 
 
