@@ -68,17 +68,24 @@ def matching_direction(
     real_x0: Tensor,
     *,
     weight: Tensor | None = None,
+    elements: Tensor | None = None,
     chunks: Sequence[int] | None = None,
     floor: float = NORMALISER_FLOOR,
 ) -> Tensor:
-    """weight (fake_x0 - real_x0) / normaliser, [B, ...]: descent along it moves x0 towards the teacher.
+    """weight elements (fake_x0 - real_x0) / normaliser, [B, ...]: descent along it moves x0 towards the teacher.
 
     With `chunks`, lengths in frames, the normaliser of a video [B, C, F, h, w] is that of each chunk by itself.
 
     Raises:
-        ValueError: the shapes differ, weight is not [B], or the chunks do not add up to F.
+        ValueError: the shapes differ, weight is not [B], elements not [B, 1, ...], or the chunks do not add up to F.
     """
     require_same_shape(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
+    if elements is not None:
+        one_channel = (x0.shape[0], 1, *x0.shape[2:])
+        if elements.shape != one_channel:
+            raise ValueError(f"elements must be {one_channel}, one channel, got {tuple(elements.shape)}")
+        whole = matching_direction(x0, fake_x0, real_x0, weight=weight, chunks=chunks, floor=floor)
+        return whole * at_least_fp32(elements)
     if chunks is not None:
         if x0.ndim != 5 or sum(chunks) != x0.shape[2]:
             raise ValueError(f"chunks {list(chunks)} of videos {tuple(x0.shape)}: they must add up to the frames")
@@ -95,6 +102,7 @@ def distribution_matching_loss(
     real_x0: Tensor,
     *,
     weight: Tensor | None = None,
+    elements: Tensor | None = None,
     chunks: Sequence[int] | None = None,
     floor: float = NORMALISER_FLOOR,
 ) -> Tensor:
@@ -108,14 +116,17 @@ def distribution_matching_loss(
         fake_x0: [B, ...] prediction of the fake score at x_t, without guidance.
         real_x0: [B, ...] prediction of the teacher at the same x_t, with guidance u + w (c - u).
         weight: [B] factor of each sample's gradient, for instance of an f-divergence; None is one.
+        elements: [B, 1, ...] factor of each place, for instance of Stream-R1; None is one. Normalisers do not see it.
         chunks: lengths in frames of the parts of a video that have a normaliser each; None is one for the sample.
         floor: smallest normaliser. Where x0 equals real_x0 the gradient is finite, and zero where
             fake_x0 agrees too.
 
     Raises:
-        ValueError: the shapes differ, weight is not [B], or the chunks do not add up to the frames.
+        ValueError: the shapes differ, weight is not [B], elements not [B, 1, ...], or the chunks do not add up to the
+            frames.
     """
-    direction = matching_direction(x0, fake_x0, real_x0, weight=weight, chunks=chunks, floor=floor)
+    predictions = (x0, fake_x0, real_x0)
+    direction = matching_direction(*predictions, weight=weight, elements=elements, chunks=chunks, floor=floor)
     x0 = at_least_fp32(x0)
     # x0 - x0.detach() is an exact zero that carries the graph; x0 - (x0 - direction) would round the direction away.
     return 0.5 * (x0 - x0.detach() + direction).square().mean()

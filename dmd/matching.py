@@ -106,11 +106,13 @@ class SampleWeights:
 
     Attributes:
         weight: [B] factors, for the reverse KL; None is one.
+        elements: [B, 1, ...] factors of places, for the reverse KL; None is one.
         chunks: lengths in frames of the parts of a video whose direction has a normaliser each, for the reverse KL.
         mean_over_processes: averages a 0-dim tensor over the processes of the run; f-distill's weights have mean one.
     """
 
     weight: Tensor | None = None
+    elements: Tensor | None = None
     chunks: Sequence[int] | None = None
     mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach
 
@@ -194,7 +196,8 @@ def student_step(
         weight = unit_mean(weight, mean=samples.mean_over_processes(weight.mean()))
         total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight)
     else:
-        total = distribution_matching_loss(x0, fake_x0, real_x0, weight=samples.weight, chunks=samples.chunks)
+        weight, elements, chunks = samples.weight, samples.elements, samples.chunks
+        total = distribution_matching_loss(x0, fake_x0, real_x0, weight=weight, elements=elements, chunks=chunks)
 
     adversarial = None
     if gan is not None:

@@ -219,7 +219,8 @@ def judged(values: dict[str, Any]) -> dict[str, Any]:
     if "refl" in values:
         found["refl.scorers"] = '[{"name": "stroke_weight", "weight": 0.1}]'
     if "redmd" in values:
-        found |= {"redmd.scorers": '[{"name": "clip_light"}]'}
+        judge = "stroke_weight" if values["redmd"].get("saliency") else "clip_light"
+        found |= {"redmd.scorers": f'[{{"name": "{judge}"}}]'}
     return found
 
 

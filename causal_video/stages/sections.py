@@ -341,6 +341,9 @@ class RedmdConfig(ScorerListConfig):
     """Factor of the reward."""
     max_weight: float | None = None
     """Largest weight of a rollout; empty is none, as published: a reward of 2 then weighs 55 times one of 0."""
+    saliency: bool = False
+    """Weigh each place of a rollout by how strongly it moves the rewards, too, the weakest of them most (Stream-R1);
+    scorers must be differentiable."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

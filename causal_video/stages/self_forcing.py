@@ -31,7 +31,7 @@ from fewstep.core.training.roles import frozen
 from fewstep.core.training.trainer import Trainer
 from fewstep.dmd.config import GanConfig
 from fewstep.dmd.matching import (
-    SampleWeights,
+    EQUAL,
     Scores,
     StudentStep,
     drawn_guidance,
@@ -240,10 +240,11 @@ def student_backward(
             done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
     new = done.new.detach().requires_grad_() if replay else done.new
     window = done.window(new)
-    weight, judged = None, {}
+    weights, judged = EQUAL, {}
     if setup.weigh is not None:
         prompts = texts_of_inputs(config, setup, draw, trainer.step)
-        weight, judged = setup.weigh(setup.teacher, window.latents.detach(), prompts)
+        found = setup.weigh(setup.teacher, window.latents.detach(), window.counts, prompts)
+        weights, judged = found.weights, found.record
     guidance, exits = drawn_guidance(times, config.teacher, draw), plan.exits(len(draw.indices))
     with frozen(scores.fake):
         step = student_step(
@@ -254,7 +255,7 @@ def student_backward(
             times=times,
             objective=config.objective,
             gan=config.gan,
-            samples=SampleWeights(weight, setup.settings.layout.lengths if stage.scores == "causal" else None),
+            samples=replace(weights, chunks=setup.settings.layout.lengths if stage.scores == "causal" else None),
         )
         total = weighed_student_loss(step, window.counts, config.gan)
         record = {"student_loss": total.detach(), **step.log(), **judged}

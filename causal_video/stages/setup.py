@@ -41,6 +41,7 @@ from fewstep.core.training.roles import Role
 from fewstep.core.training.trainer import Trainer
 from fewstep.core.weights import StoredWeights, find_weights
 from fewstep.dmd.discriminator import build_gan_heads
+from fewstep.dmd.matching import SampleWeights
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,15 @@ def check_frames(key: str, latents: Tensor, settings: CausalSettings) -> None:
         )
 
 
-Weigh = Callable[[Teacher, Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
+@dataclass(frozen=True, eq=False)
+class JudgedRollouts:
+    """How rollouts weigh, and what to log."""
+
+    weights: SampleWeights
+    record: dict[str, Tensor]
+
+
+Weigh = Callable[[Teacher, Tensor, Tensor, list[str]], JudgedRollouts]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class CausalSetup:
         pairs: trajectories, in ode.
         scores: in self_forcing.
         judged: real videos with captions, for a discriminator.
-        weigh: weights [B] of the rollouts of self_forcing and what to log, of (teacher, latents, prompts).
+        weigh: how rollouts of self_forcing weigh, of (teacher, latents, frames that learn, prompts).
     """
 
     teacher: Teacher

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -104,15 +105,7 @@ def _hpsv3(choice: ScorerChoice, device: str) -> Scorer:
 def _videoalign(choice: ScorerChoice, device: str) -> Scorer:
     from fewstep.evaluation.scorers.qwen import load_videoalign
 
-    match choice.name:
-        case "videoalign_vq":
-            return load_videoalign(choice.folder, "VQ", device=device)
-        case "videoalign_mq":
-            return load_videoalign(choice.folder, "MQ", device=device)
-        case "videoalign_ta":
-            return load_videoalign(choice.folder, "TA", device=device)
-        case _:
-            return load_videoalign(choice.folder, "overall", device=device)
+    return load_videoalign(choice.folder, AXES[choice.name], device=device)
 
 
 def _geneval(choice: ScorerChoice, device: str) -> Scorer:
@@ -125,6 +118,14 @@ def _geneval(choice: ScorerChoice, device: str) -> Scorer:
 def _aesthetic(choice: ScorerChoice, device: str) -> Scorer:
     return load_aesthetic(choice.folder, clip=choice.clip or "", device=device, **choice.architecture("clip_model"))
 
+
+# Axes of one model, which a list of scorers loads once.
+AXES: dict[str, Literal["VQ", "MQ", "TA", "overall"]] = {
+    "videoalign_vq": "VQ",
+    "videoalign_mq": "MQ",
+    "videoalign_ta": "TA",
+    "videoalign_overall": "overall",
+}
 
 SCORERS: dict[str, ScorerRow] = {
     "stroke_weight": ScorerRow(lambda choice, device: StrokeWeight(), has_weights=False),
@@ -139,10 +140,7 @@ SCORERS: dict[str, ScorerRow] = {
     "pickscore": ScorerRow(lambda choice, device: load_pickscore(choice.folder, device=device)),
     "image_reward": ScorerRow(_image_reward),
     "hpsv3": ScorerRow(_hpsv3),
-    "videoalign_vq": ScorerRow(_videoalign),
-    "videoalign_mq": ScorerRow(_videoalign),
-    "videoalign_ta": ScorerRow(_videoalign),
-    "videoalign_overall": ScorerRow(_videoalign),
+    **{name: ScorerRow(_videoalign) for name in AXES},
     "geneval": ScorerRow(_geneval),
     "geneval_correct": ScorerRow(_geneval),
     "remote": ScorerRow(lambda choice, device: RemoteScorer(choice.folder)),
@@ -169,10 +167,14 @@ def load_scorers(entries: Sequence[ScorerConfig], *, device: torch.device, video
     Raises ValueError that says what is missing or unknown.
     """
     found: list[Scorer] = []
+    models: dict[str, Any] = {}
     for entry in entries:
         choice = ScorerChoice(entry.name, entry.weights, entry.clip, entry.model, entry.frames)
+        axis, shared = AXES.get(choice.name), models.get(choice.folder)
         try:
-            scorer = make_scorer(choice, device=str(device))
+            scorer = make_scorer(choice, device=str(device)) if axis is None or shared is None else shared.of_axis(axis)
+            if axis is not None:
+                models[choice.folder] = scorer
         except RuntimeError as error:
             raise ValueError(f"scorer {entry.name} cannot be reached: {error}") from error
         found.append(scorer if entry.prompt_prefix is None else PrefixedScorer(scorer, entry.prompt_prefix))

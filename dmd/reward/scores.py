@@ -82,6 +82,25 @@ class RewardModel:
         """Normalised rewards [R, n] with the graph to the pixels. Raises RewardError when a scorer fails."""
         return self.normalised(self._with_graph(self.scorers, pixels, prompts))
 
+    def sensitivity(self, pixels: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Normalised rewards [R, n], and |d reward / d pixel| averaged over channels [R, n, (F,) H, W]; no graph stays.
+
+        One scorer judges `chunk` samples at a time, so that one graph is alive. Raises RewardError when one fails.
+        """
+        size, rows = self.settings.chunk or len(prompts), []
+        for scorer, entry in zip(self.scorers, self.settings.scorers, strict=True):
+            parts = []
+            for start in range(0, len(prompts), size):
+                leaf = pixels[start : start + size].detach().requires_grad_()
+                with torch.enable_grad():
+                    scored = self._with_graph([scorer], leaf, prompts[start : start + size])
+                    values = normalised_scores(scored.values, [entry])[0]
+                    slope = torch.autograd.grad(values.sum(), leaf)[0]
+                parts.append((values.detach(), slope.abs().mean(dim=1)))
+            rows.append([torch.cat(column) for column in zip(*parts, strict=True)])
+        values, maps = zip(*rows, strict=True)
+        return torch.stack(values), torch.stack(maps)
+
     def _with_graph(self, scorers: Sequence[Scorer], pixels: Tensor, prompts: list[str]) -> RewardParts:
         try:
             return score_all(scorers, pixels, prompts, gradient=True, chunk=self.settings.chunk)

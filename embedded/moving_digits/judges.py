@@ -149,14 +149,12 @@ def frames_of(pixels: Tensor) -> Tensor:
     return pixels.transpose(1, 2).flatten(0, 1)
 
 
-@torch.no_grad()
 def frame_logits(judge: FrameJudge, pixels: Tensor) -> Tensor:
     """Digit logits [B, F, 10] of each frame."""
     logits = torch.cat([judge(part) for part in frames_of(pixels).split(512)])
     return logits.unflatten(0, (len(pixels), -1))
 
 
-@torch.no_grad()
 def clip_logits(judge: ClipJudge, pixels: Tensor) -> ClipLogits:
     """The clip judge on clips [B, 3, F, 32, 32] by their first 25 frames."""
     parts = [judge(part) for part in pixels[:, :, :CLIP_FRAMES].split(128)]
@@ -191,6 +189,7 @@ def _loss(judges: VideoJudges, clips: MovingDigits, generator: torch.Generator) 
     return torch.stack(losses).sum()
 
 
+@torch.no_grad()
 def judge_accuracies(judges: VideoJudges, clips: MovingDigits) -> tuple[float, float, float, float]:
     """(digit by clip, digit by frame, direction, speed) as fractions of right answers on clips."""
     by_frame, said = frame_logits(judges.frame, clips.pixels), clip_logits(judges.clip, clips.pixels)

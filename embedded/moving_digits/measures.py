@@ -137,7 +137,8 @@ def measure_clips(
         torch.tensor([read(text) for text in prompts])
         for read in (label_of_prompt, direction_of_prompt, speed_of_prompt)
     )
-    said = clip_logits(judges.clip, pixels)
+    with torch.no_grad():
+        said = clip_logits(judges.clip, pixels)
     features = frame_features(judges.frame, pixels).unflatten(0, (len(pixels), -1))
     by_frame = judges.frame.head(features.float())
     right = (by_frame.argmax(dim=-1) == digits[:, None]).double()

@@ -35,7 +35,7 @@ class ClipDigit:
 
     def __init__(self, judge: FrameJudge, *, weights: str | None = None) -> None:
         self.judge = judge
-        self.card = ScorerCard("clip_digit", -math.inf, 0.0, needs_video=True, weights=weights)
+        self.card = ScorerCard("clip_digit", -math.inf, 0.0, differentiable=True, needs_video=True, weights=weights)
 
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         labels = torch.tensor([label_of_prompt(prompt) for prompt in prompts], device=pixels.device)
@@ -52,7 +52,8 @@ class ClipMotion:
 
     def __init__(self, judges: VideoJudges, question: Question, *, weights: str | None = None) -> None:
         self.judge, self.question = judges.clip, question
-        self.card = ScorerCard(f"clip_{question}", -math.inf, 0.0, needs_video=True, weights=weights)
+        name = f"clip_{question}"
+        self.card = ScorerCard(name, -math.inf, 0.0, differentiable=True, needs_video=True, weights=weights)
 
     def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         frames = pixels.shape[2]

@@ -189,6 +189,11 @@ class VideoAlign(nn.Module):
         self.means, self.stds = means, stds
         self.card = ScorerCard(f"videoalign_{axis.lower()}", differentiable=True, needs_video=True, weights=weights)
 
+    def of_axis(self, axis: Literal["VQ", "MQ", "TA", "overall"]) -> VideoAlign:
+        """Another axis of the same model, which is not loaded again."""
+        of_model = {"means": self.means, "stds": self.stds, "frames": self.frames, "gray": self.gray}
+        return VideoAlign(self.reward, axis, **of_model, weights=self.card.weights)
+
     def forward(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         if self.frames is not None and pixels.shape[2] > self.frames:
             places = torch.linspace(0, pixels.shape[2] - 1, self.frames, dtype=torch.float64).round().long()

@@ -25,7 +25,7 @@ from fewstep.dmd.reward.methods.euphonium import guided_transition, langevin_sca
 from fewstep.dmd.reward.methods.flash import preference_loss, preference_margin
 from fewstep.dmd.reward.methods.gndm import gndmr_advantages, likelihood_weight, matching_reward
 from fewstep.dmd.reward.methods.nft import nft_loss, optimality_probability
-from fewstep.dmd.reward.methods.redmd import rollout_weights, space_time_weight, weighted_matching_loss
+from fewstep.dmd.reward.methods.redmd import rollout_weights, space_time_weight
 from fewstep.dmd.reward.methods.rtdmd import direct_reward_loss, effective_tilt, hybrid_loss
 
 Method = Literal["grpo", "rtdmd", "gndmr", "nft", "astrolabe", "crd", "flash_dmd", "euphonium", "re_dmd", "stream_r1"]
@@ -356,7 +356,7 @@ def _weighted(law: GaussianLaw, reward: ToyReward, tilt_scale: float, updates: i
             saliency = torch.stack([reward.gradient(clips).abs(), clips.abs()], dim=1)
             place = space_time_weight(saliency, torch.stack([rewards, -clips.square().mean(dim=(1, 2, 3))], dim=1))
         weight = rollout_weights(rewards, tilt_scale=tilt_scale).weight
-        return weighted_matching_loss(x0, fake.x0(x_t, t), law.x0(x_t, t), weight, element_weight=place)
+        return distribution_matching_loss(x0, fake.x0(x_t, t), law.x0(x_t, t), weight=weight, elements=place)
 
     _fit(student, loss, updates)
     return _result("stream_r1" if elements else "re_dmd", student.law(), law, 0.0)

@@ -8,16 +8,16 @@ or [B, C, H, W].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from fewstep.core.paths import at_least_fp32
 from fewstep.core.randomness import Draw
-from fewstep.core.shapes import expand_weight, require_same_shape
-from fewstep.dmd.loss import NORMALISER_FLOOR, matching_direction
+from fewstep.dmd.loss import distribution_matching_loss
 from fewstep.dmd.reward.chain import (
     CallKey,
     Loss,
@@ -129,42 +129,6 @@ def space_time_weight(
     return (weight / weight.mean(dim=(1, 2, 3), keepdim=True)).unsqueeze(1)
 
 
-def weighted_matching_loss(
-    x0: Tensor,
-    fake_x0: Tensor,
-    real_x0: Tensor,
-    weight: Tensor,
-    *,
-    element_weight: Tensor | None = None,
-    floor: float = NORMALISER_FLOOR,
-) -> Tensor:
-    """1/2 mean(w W (x0 - stop(x0 - g))^2): its gradient with respect to x0 is w W g / numel, g that of DMD.
-
-    Re-DMD with `weight` alone, Stream-R1 with both. The fake score's own loss stays unweighted.
-
-    Args:
-        x0: [B, ...] student sample, with graph.
-        fake_x0: [B, ...] prediction of the fake score.
-        real_x0: [B, ...] prediction of the teacher.
-        weight: [B], one per rollout; no gradient reaches it.
-        element_weight: [B, 1, F, H, W], or None for ones.
-        floor: smallest normaliser, which is not weighted.
-
-    Raises:
-        ValueError: the shapes differ, or a weight is not finite.
-    """
-    require_same_shape(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
-    factor = expand_weight(finite_values(weight.detach(), "weights"), x0)
-    if element_weight is not None:
-        one_channel = (x0.shape[0], 1, *x0.shape[2:])
-        if element_weight.shape != one_channel:
-            raise ValueError(f"element_weight must be {one_channel}, one channel, got {tuple(element_weight.shape)}")
-        factor = factor * at_least_fp32(element_weight.detach())
-    direction = matching_direction(x0, fake_x0, real_x0, floor=floor)
-    x0 = at_least_fp32(x0)
-    return 0.5 * (factor * (x0 - x0.detach() + direction).square()).mean()
-
-
 def _profile(values: Tensor, floor: float) -> Tensor:
     """Scaled to [0, 1] over the last dimension, raised to the floor, divided by the mean; ones where all are equal."""
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
@@ -220,28 +184,39 @@ class Redmd:
             max_weight=self.settings.max_weight,
             population=rewards.population,
         )
-        x0, fake_x0, real_x0 = scores.x0, scores.fake_x0, scores.real_x0
-        if self.settings.saliency:
-            elements = element_weights(self.setup, rollout)
-            # A picture is a clip of one frame.
-            clips = (x0[:, :, None], fake_x0[:, :, None], real_x0[:, :, None])
-            loss = weighted_matching_loss(*clips, weights.weight, element_weight=elements)
-        else:
-            loss = weighted_matching_loss(x0, fake_x0, real_x0, weights.weight)
+        elements = element_weights(self.setup, rollout) if self.settings.saliency else None
+        compared = (scores.x0, scores.fake_x0, scores.real_x0)
+        loss = distribution_matching_loss(*compared, weight=weights.weight, elements=elements)
         return loss, {"effective_share": weights.effective_share, "clipped_weight_share": weights.clipped_share}
 
 
 def element_weights(setup: RewardSetup, rollout: Rollout) -> Tensor:
-    """Stream-R1's weights [n, 1, 1, h, w] of pictures, clips of one frame: where the rewards are sensitive.
+    """Stream-R1's weights [n, 1, (F,) h, w] of the rollout's samples: where the rewards are sensitive.
 
-    The saliency of a scorer is the channel mean of |d score / d pixel|, averaged over the pixels under each element.
     Its penalty for rewards that fall behind is one number for all samples of a step, which the division of weights by
     their mean takes out again, so it is left out.
     """
-    with torch.enable_grad():
-        pixels = setup.teacher.decode(rollout.x0).detach().requires_grad_()
-        values = setup.reward.with_gradient(pixels, rollout.prompts)
-        maps = [torch.autograd.grad(row.sum(), pixels, retain_graph=True)[0].abs().mean(dim=1) for row in values]
-    size = (rollout.x0.shape[-2], rollout.x0.shape[-1])
-    saliency = F.interpolate(torch.stack(maps, dim=1), size=size, mode="area")
-    return space_time_weight(saliency[:, :, None], values.detach().T)
+    with torch.no_grad():
+        pixels = setup.teacher.decode(rollout.x0)
+    values, maps = setup.reward.sensitivity(pixels, rollout.prompts)
+    x0 = rollout.x0
+    frames = x0.shape[2] if x0.ndim == 5 else 1
+    saliency = latent_saliency(maps if x0.ndim == 5 else maps[:, :, None], frames, x0.shape[-2:])
+    weight = space_time_weight(saliency.transpose(0, 1), values.T)
+    return weight if x0.ndim == 5 else weight[:, :, 0]
+
+
+def latent_saliency(maps: Tensor, frames: int, size: Sequence[int]) -> Tensor:
+    """Maps [R, n, T, H, W] of pixels as means over what lies under each element: [R, n, frames, h, w].
+
+    One latent frame stands for the first pixel frame where there is one frame more than a multiple of the others (Wan);
+    else each stands for as many.
+    """
+    spatial = functional.interpolate(maps.flatten(0, 1), size=tuple(size), mode="area").unflatten(0, maps.shape[:2])
+    pixel_frames = spatial.shape[2]
+    if pixel_frames == frames:
+        return spatial
+    if frames > 1 and (pixel_frames - 1) % (frames - 1) == 0:
+        later = spatial[:, :, 1:].unflatten(2, (frames - 1, -1)).mean(dim=3)
+        return torch.cat([spatial[:, :, :1], later], dim=2)
+    raise ValueError(f"{pixel_frames} pixel frames do not fall into {frames} latent frames, the first of one alone")

@@ -13,7 +13,7 @@ from fewstep.evaluation.scorers.settings import ScorerConfig
 from tests.causal_video.tiny_causal_run import FAKE_SCORE, VideoInputs, tiny_causal
 from tests.two_processes import assert_same_run, launch_two
 
-REWARD = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),))
+REWARD = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),), saliency=True)
 SCRIPT = Path(__file__).parents[3] / "scripts" / "train_causal_video.py"
 ROLES = {
     "tf_scm": ("student", "student_ema"),

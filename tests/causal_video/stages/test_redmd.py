@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from fewstep.causal_video.stages.config import CausalConfig
-from fewstep.causal_video.stages.redmd import RolloutReward, reward_weight
+from fewstep.causal_video.stages.redmd import RolloutReward, reward_weight, window_saliency_weight
 from fewstep.causal_video.stages.sections import RedmdConfig
 from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_setup
 from fewstep.causal_video.stages.train import train_causal_video, train_step
@@ -96,7 +96,9 @@ def test_each_samples_gradient_is_multiplied_and_rests_at_the_teacher(inputs: Vi
     def gradient(guidance: float, weight: Tensor | None, chunks: tuple[int, ...] | None = None) -> Tensor:
         assert setup.scores is not None
         scores = Scores(setup.teacher, setup.scores.fake, guidance)
-        step = student_step(x0, condition, scores=scores, draw=draw, times=times, samples=SampleWeights(weight, chunks))
+        step = student_step(
+            x0, condition, scores=scores, draw=draw, times=times, samples=SampleWeights(weight, chunks=chunks)
+        )
         return torch.autograd.grad(step.loss, x0)[0]
 
     weight = torch.tensor([3.0, 0.25])
@@ -135,16 +137,54 @@ def test_a_step_is_that_of_self_forcing_times_the_weight(inputs: VideoInputs, tm
     assert "reward" not in found["plain"][0]
 
 
+class EndAbove:
+    """Mean of the upper half of the last four pixel frames of nine."""
+
+    card = ScorerCard("end_above", 0.0, 1.0, differentiable=True, needs_video=True)
+
+    def __call__(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        return pixels[:, :, 5:, :16].flatten(1).mean(dim=1)
+
+
+def test_places_that_learn_weigh_one_in_the_mean_and_a_weak_reward_counts_more() -> None:
+    maps = torch.zeros(2, 1, 9, 4, 4, dtype=torch.float64)
+    maps[0, 0, 1:5, :2], maps[1, 0, 5:, :2] = 1.0, 1.0
+    rewards, learns = torch.tensor([[-3.0], [3.0]]), torch.tensor([False, True, True])
+    weight = window_saliency_weight(maps, rewards, learns, (2, 2))
+    assert weight.shape == (1, 1, 3, 2, 2)
+    assert weight[0, 0, 0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert float(weight[:, :, learns].mean()) == pytest.approx(1.0)
+    # Frame profile (1, 0.2) / 0.6; inside of a frame (1, 0.15) / 0.575.
+    expected = torch.tensor([[1.0, 0.15], [0.2, 0.03]], dtype=torch.float64) / 0.6 / 0.575
+    torch.testing.assert_close(weight[0, 0, 1:, :, 0], expected)
+    swapped = window_saliency_weight(maps, -rewards, learns, (2, 2))
+    torch.testing.assert_close(swapped[0, 0, 1:, :, 0], expected.flip(0))
+
+
+def test_a_step_weighs_the_places_that_move_the_reward(inputs: VideoInputs, tmp_path: Path) -> None:
+    """With a graph and with a replay; a scorer without a gradient is refused before anything is loaded."""
+    for name, replay in (("plain", False), ("replay", True)):
+        changes = {**redmd(saliency=True), "self_forcing.replay": replay}
+        config, setup, trainer = started(inputs, tmp_path / name, changes, EndAbove())
+        metrics = train_step(config, setup, trainer)
+        trainer.close()
+        # The profile of frames is (0.2, 0.2, 1) over its mean.
+        assert float(metrics["reward_frame_weight_largest"]) == pytest.approx(3 / 1.4, rel=1e-5)
+        assert float(metrics["reward_weight"]) > 1.0
+    with pytest.raises(ValueError, match=r"brightness has none: choose another scorer"):
+        started(inputs, tmp_path / "refused", redmd(saliency=True), Brightness())
+
+
 @pytest.mark.slow
 def test_a_run_resumes_exactly_and_the_fake_score_is_not_weighed(inputs: VideoInputs, tmp_path: Path) -> None:
-    weighed = redmd(max_weight=4.0)
+    weighed = redmd(max_weight=4.0, saliency=True)
     for name, changes in (
         ("straight", {}),
         ("resumed", {"run.steps": 2}),
         ("resumed", {"run.resume": "latest"}),
     ):
         config = tiny_causal(inputs, tmp_path / name, "self_forcing", {**weighed, **changes})
-        assert train_causal_video(config, scorers=[Brightness()]) == 0
+        assert train_causal_video(config, scorers=[EndAbove()]) == 0
     left, right = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "resumed"))
     assert_same_checkpoint(left, right)
     metrics = [record for record in read_metrics(tmp_path / "straight" / "metrics.jsonl") if "note" not in record]

@@ -19,6 +19,10 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from fewstep.dmd.reward.config import RewardSettings
+from fewstep.dmd.reward.methods.redmd import latent_saliency, space_time_weight
+from fewstep.dmd.reward.scorers import load_scorers
+from fewstep.dmd.reward.scores import RewardModel
 from fewstep.evaluation.scorers.qwen import (
     HPSV3_TOKENS,
     VIDEO_TOKENS,
@@ -32,6 +36,7 @@ from fewstep.evaluation.scorers.qwen import (
     modern_names,
 )
 from fewstep.evaluation.scorers.scorer import score
+from fewstep.evaluation.scorers.settings import ScorerConfig
 
 AREA = (28 * 28, 2 * 28 * 28)
 WORDS = ["rate", "this", ":", "prompt", "red", "fox", "runs", "over", "the", "hill", "a", "and", "then", "user"]
@@ -248,6 +253,24 @@ def test_new_names_and_half_precision_load_too(image_folder, video_folder, tmp_p
     assert next(half.reward.head.parameters()).dtype == torch.float32
     clip = load_videoalign(video_folder, "TA", dtype=torch.float32)
     assert (clip.means, clip.stds, clip.card.needs_video) == (MEANS, STDS, True)
+
+
+def test_axes_of_one_model_are_loaded_once_and_say_where_they_look_in_half_precision(video_folder) -> None:
+    """Stream-R1's three rewards: one network, and a finite map of the pixels for each of them."""
+    entries = [ScorerConfig(name=f"videoalign_{axis}", weights=str(video_folder)) for axis in ("vq", "mq", "ta")]
+    scorers: Any = load_scorers(entries, device=torch.device("cpu"), videos=True)
+    assert [scorer.axis for scorer in scorers] == ["VQ", "MQ", "TA"]
+    assert len({id(scorer.reward) for scorer in scorers}) == 1
+    assert scorers[0].reward.network.dtype == torch.bfloat16
+    settings = RewardSettings(scorers=tuple(entries), group_size=2, chunk=1, overlap=False)
+    model = RewardModel(scorers, settings, gradient=True, videos=True)
+    values, maps = model.sensitivity(smooth(2, 3, 9, 28, 56), PROMPTS)
+    assert (values.shape, maps.shape) == ((3, 2), (3, 2, 9, 28, 56))
+    assert bool((maps.flatten(2).amax(dim=2) > 0).all())
+    assert all(parameter.grad is None for parameter in scorers[0].parameters())
+    weight = space_time_weight(latent_saliency(maps, 3, (7, 14)).transpose(0, 1), values.T)
+    assert weight.shape == (2, 1, 3, 7, 14)
+    torch.testing.assert_close(weight.mean(dim=(1, 2, 3, 4)), torch.ones(2))
 
 
 def test_prompts_cannot_smuggle_tokens_in(image_folder) -> None:

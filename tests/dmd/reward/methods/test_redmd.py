@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.core.paths import add_noise
 from fewstep.dmd.loss import distribution_matching_loss
-from fewstep.dmd.reward.methods.redmd import rollout_weights, space_time_weight, weighted_matching_loss
+from fewstep.dmd.reward.methods.redmd import latent_saliency, rollout_weights, space_time_weight
 from tests.dmd.gaussian_bench import Gaussian, hermite_grid
 
 TEACHER = Gaussian(0.7, 1.3)
@@ -110,21 +110,31 @@ def video_batch() -> tuple[Tensor, Tensor, Tensor]:
 def test_weighted_gradient_is_the_weight_times_dmds() -> None:
     x0, fake, real = video_batch()
     (plain,) = torch.autograd.grad(distribution_matching_loss(x0, fake, real), x0)
-    ones = torch.ones(2, dtype=torch.float64)
-    assert float(weighted_matching_loss(x0, fake, real, ones)) == pytest.approx(
-        float(distribution_matching_loss(x0, fake, real))
-    )
     place = space_time_weight(*make_saliency())
     weight = tensor(0.5, 3.0).requires_grad_()
-    loss = weighted_matching_loss(x0, fake, real, weight, element_weight=place)
-    loss.backward()
-    assert x0.grad is not None
-    torch.testing.assert_close(x0.grad, weight.detach().view(2, 1, 1, 1, 1) * place * plain)
-    assert weight.grad is None
+    for chunks in (None, (1, 3)):
+        (alone,) = torch.autograd.grad(distribution_matching_loss(x0, fake, real, chunks=chunks), x0)
+        loss = distribution_matching_loss(x0, fake, real, weight=weight, elements=place, chunks=chunks)
+        (found,) = torch.autograd.grad(loss, x0)
+        torch.testing.assert_close(found, weight.detach().view(2, 1, 1, 1, 1) * place * alone)
+        assert loss.item() == pytest.approx(0.5 * float((found * x0.numel()).square().mean()))
+        assert (chunks is None) == torch.equal(alone, plain)
     with pytest.raises(ValueError, match="one channel"):
-        weighted_matching_loss(x0, fake, real, weight, element_weight=torch.ones_like(x0))
-    with pytest.raises(ValueError, match="weights of samples"):
-        weighted_matching_loss(x0, fake, real, tensor(1.0, math.inf))
+        distribution_matching_loss(x0, fake, real, elements=torch.ones_like(x0))
+
+
+def test_a_latent_frame_takes_the_mean_of_what_lies_under_it() -> None:
+    """Pixel frames 1 + 4 (F - 1), and blocks of pixels: means in closed form; sums are kept."""
+    maps = torch.arange(9.0, dtype=torch.float64)[:, None, None].expand(9, 4, 6)[None, None].clone()
+    maps[..., 0, 0] += 4.0
+    found = latent_saliency(maps, 3, (2, 3))
+    assert found.shape == (1, 1, 3, 2, 3)
+    # Frame 0; the mean of 1 to 4; that of 5 to 8. One of four pixels carries 4 more.
+    assert found[0, 0, :, 1, 1].tolist() == [0.0, 2.5, 6.5]
+    assert found[0, 0, :, 0, 0].tolist() == [1.0, 3.5, 7.5]
+    assert torch.equal(latent_saliency(maps, 9, (4, 6)), maps)
+    with pytest.raises(ValueError, match="9 pixel frames do not fall into 4 latent frames"):
+        latent_saliency(maps, 4, (2, 3))
 
 
 @pytest.mark.parametrize("tilt_scale", [0.0, 2.0, -1.0])
@@ -137,7 +147,7 @@ def test_the_teacher_stays_stationary_for_every_weight(tilt_scale: float) -> Non
         x0 = Gaussian(mean, std).sample(points[:, :1])
         x_t = add_noise(x0.detach(), points[:, 1:], torch.full((len(points),), 0.5, dtype=torch.float64))
         weight = rollout_weights(x0.detach()[:, 0], tilt_scale=tilt_scale).weight
-        loss = weighted_matching_loss(x0, law.x0(x_t, 0.5), TEACHER.x0(x_t, 0.5), weight)
+        loss = distribution_matching_loss(x0, law.x0(x_t, 0.5), TEACHER.x0(x_t, 0.5), weight=weight)
         gradients = torch.autograd.grad(loss, (mean, std))
         if still:
             assert [float(g) for g in gradients] == [0.0, 0.0]
