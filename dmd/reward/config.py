@@ -313,11 +313,22 @@ def check_matching(config: RewardRunConfig) -> None:
 
 
 def check_direct(config: RewardRunConfig) -> None:
-    """Raise ValueError for a direct term that follows a scorer which is not there."""
-    direct, names = getattr(config.section, "direct", None), [entry.name for entry in config.reward.scorers]
-    unknown = [] if direct is None else [name for name in direct.scorers if name not in names]
-    if unknown:
-        raise ValueError(f"{config.method}.direct.scorers names {unknown[0]!r}; reward.scorers has {', '.join(names)}")
+    """Raise ValueError for the reward's own gradient where a scorer is not there, or nothing clean is compared."""
+    names = [entry.name for entry in config.reward.scorers]
+    for key in ("direct", "tilted_teacher"):
+        term = getattr(config.section, key, None)
+        unknown = [] if term is None else [name for name in term.scorers if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{config.method}.{key}.scorers names {unknown[0]!r}; reward.scorers has {', '.join(names)}"
+            )
+    matching = config.matching
+    is_tilted = getattr(config.section, "tilted_teacher", None) is not None
+    if is_tilted and matching is not None and matching.ambient is not None and matching.steps != "last":
+        raise ValueError(
+            f"{config.method}.tilted_teacher with matching.ambient and matching.steps {matching.steps!r}: ambient "
+            "matching compares clean predictions at the last step alone; set steps to 'last', or leave ambient out"
+        )
 
 
 def check_random_steps(config: RewardRunConfig) -> None:

@@ -38,6 +38,7 @@ class ComparedScores:
     x0: Tensor
     fake_x0: Tensor
     real_x0: Tensor
+    x_t: Tensor
     t: Tensor
 
     @property
@@ -92,7 +93,7 @@ def compare_scores(
         x_t = add_noise(x0.detach(), draw.noise(setup.latent_shape, "score_noise"), t)
         fake_x0 = x0_from_velocity(x_t, setup.fake_score(x_t, t, rollout.condition).velocity, t)
         real_x0 = setup.teacher.x0(x_t, t, rollout.condition, drawn_guidance(matching, config.teacher, draw))
-    return ComparedScores(x0, fake_x0, real_x0, t)
+    return ComparedScores(x0, fake_x0, real_x0, x_t, t)
 
 
 def ambient_matching(
@@ -128,7 +129,7 @@ def ambient_matching(
         "matching_student_std": rollout.x0.std(),
     }
     fake_x0, real_x0 = x0_from_velocity(x_t, fake, t), x0_from_velocity(x_t, real, t)
-    return Matched(loss, record, ComparedScores(x_s, fake_x0, real_x0, t) if is_last else None)
+    return Matched(loss, record, ComparedScores(x_s, fake_x0, real_x0, x_t, t) if is_last else None)
 
 
 def ambient_times(law: TimeLawConfig, u: Tensor, s: Tensor) -> Tensor:

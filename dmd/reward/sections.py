@@ -74,11 +74,31 @@ class DirectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TiltedTeacherConfig:
+    """The reward's own gradient, read where the scores are compared: the teacher that is matched is tilted (ours)."""
+
+    tilt_scale: float
+    """Lambda of e^(lambda reward), the density that the teacher's is multiplied by; exact for a linear reward."""
+    scorers: tuple[str, ...] = ()
+    """Names of those of reward.scorers that it follows, which must be differentiable; empty is all."""
+
+    def __post_init__(self) -> None:
+        require_positive(tilt_scale=self.tilt_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RtdmdConfig(ChainConfig):
     """RTDMD (arXiv:2605.26108): matching, policy gradients on random steps, the reward's gradient on the last."""
 
     direct: DirectConfig | None = None
     """The reward's own gradient on the last step; leave it out for none."""
+    tilted_teacher: TiltedTeacherConfig | None = None
+    """In place of direct, a teacher that the reward tilts; leave it out for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direct is not None and self.tilted_teacher is not None:
+            raise ValueError("direct and tilted_teacher are two strengths of one reward: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from fewstep.dmd.reward.pixel_discriminator import RealPictures, build_discrimin
 from fewstep.dmd.reward.scorers import load_scorers
 from fewstep.dmd.reward.scores import RewardModel
 from fewstep.dmd.reward.sections import DecayConfig, PixelGanConfig
+from fewstep.evaluation.measures.spectrum import LatentSpread
 from fewstep.evaluation.scorers.scorer import Scorer, require_prompts
 
 VARIANCE_SAMPLES, VARIANCE_STEPS = 16, 20
@@ -55,7 +56,7 @@ class Needs:
             last one, or from the student where there is none.
         reward_gradient: whether the reward is differentiated, which not every scorer can be.
         followed: names of the scorers that are, where not all are.
-        teacher_variance: the variance of the teacher's samples.
+        teacher_spread: how wide the teacher's samples are.
         latent_reward: folder of a latent reward model.
         pixel_gan: settings of a discriminator on decoded pixels.
     """
@@ -64,7 +65,7 @@ class Needs:
     snapshots: Mapping[str, DecayConfig] = field(default_factory=dict)
     reward_gradient: bool = False
     followed: tuple[str, ...] = ()
-    teacher_variance: bool = False
+    teacher_spread: bool = False
     latent_reward: str | None = None
     pixel_gan: PixelGanConfig | None = None
 
@@ -124,7 +125,7 @@ class RewardSetup:
     """Everything the loop calls. `latent_shape` is (C, h, w), or (C, F, h, w) for videos.
 
     `reference` is the student at the start, frozen; `snapshots` are older policies, roles without updates of their own,
-    so that checkpoints hold them, and `decays` how much of each stays at an update. `teacher_variance` is that of the
+    so that checkpoints hold them, and `decays` how much of each stays at an update. `teacher_spread` is that of the
     teacher's samples where the direct term needs it to tell its tilt. `pixel_role` is the discriminator of Flash-DMD
     and `pixel_real` what it takes for real; `latent_reward` judges noisy latents.
     """
@@ -143,7 +144,7 @@ class RewardSetup:
     held_out: tuple[Scorer, ...]
     processes: Processes
     device: torch.device
-    teacher_variance: float | None
+    teacher_spread: LatentSpread | None
     pixel_role: Role | None = None
     pixel_real: RealPictures | None = None
     latent_reward: LatentScorer | None = None
@@ -207,7 +208,7 @@ def build_setup(
         held_out=held_out,
         processes=Processes(trainer.rank, trainer.world_size),
         device=trainer.device,
-        teacher_variance=teacher_variance(config, teacher, prompts, shape) if needs.teacher_variance else None,
+        teacher_spread=teacher_spread(config, teacher, prompts, shape) if needs.teacher_spread else None,
         pixel_role=pixel_role,
         pixel_real=pixel_real,
         latent_reward=load_latent_judge(needs, teacher, device=trainer.device),
@@ -271,15 +272,15 @@ def load_latent_judge(needs: Needs, teacher: Teacher, *, device: torch.device) -
 
 
 @torch.no_grad()
-def teacher_variance(
+def teacher_spread(
     config: RewardRunConfig, teacher: Teacher, prompts: PromptConditions, shape: tuple[int, ...]
-) -> float:
-    """Variance over all elements of a few of the teacher's samples."""
+) -> LatentSpread:
+    """Variances of a few of the teacher's samples."""
     rows = list(range(min(VARIANCE_SAMPLES, len(prompts))))
     condition = prompts.rows(rows)
     noise = sample_noise(config.run.seed, rows, shape, stream="teacher_variance", device=condition.device)
     latents = teacher.sample(noise, condition, steps=VARIANCE_STEPS, guidance=config.teacher.guidance)
-    return latents.double().var().item()
+    return LatentSpread.of(latents)
 
 
 def build_reward(

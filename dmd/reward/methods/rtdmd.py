@@ -9,7 +9,7 @@ after the released code; proofs and ablations of the paper were not at hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from fewstep.dmd.reward.chain import (
 from fewstep.dmd.reward.config import RewardRunConfig
 from fewstep.dmd.reward.inputs import finite_values
 from fewstep.dmd.reward.matching import ComparedScores, match_call, require_matching
+from fewstep.dmd.reward.methods.tilted_teacher import tilted_teacher_term
 from fewstep.dmd.reward.scores import SliceRewards
 from fewstep.dmd.reward.sections import DirectConfig
 from fewstep.dmd.reward.setup import Needs, RewardSetup
@@ -147,7 +148,8 @@ class Rtdmd:
     @staticmethod
     def needs(config: RewardRunConfig) -> Needs:
         assert config.rtdmd is not None
-        return direct_needs(config.rtdmd.direct, config.rtdmd.kl_weight)
+        needs, tilted = direct_needs(config.rtdmd.direct, config.rtdmd.kl_weight), config.rtdmd.tilted_teacher
+        return needs if tilted is None else replace(needs, reward_gradient=True, followed=tilted.scorers)
 
     def plan(self, step: int) -> Plan:
         return chain_plan(self.config, self.settings, step, len(self.setup.student.times))
@@ -175,20 +177,23 @@ class Rtdmd:
         if rewards is not None:
             policy, record = policy_loss(config, setup, settings, rollout, velocities, rewards.advantages)
         matched = match_call(config, setup, rollout, velocities, draw=prepared.draw)
-        record = {**record, **matched.record}
+        matching, tilted, record = matched.loss, settings.tilted_teacher, {**record, **matched.record}
+        if tilted is not None and rewards is not None and matched.scores is not None:
+            added, found = tilted_teacher_term(config, setup, tilted, rollout, matched.scores, draw=prepared.draw)
+            matching, record = matching + added, {**record, **found}
         if matched.scores is not None:
             record |= tilt_record(settings.direct, setup, matched.scores, weight=weights["matching_weight"])
         if rewards is not None and settings.direct is not None:
             direct, found = direct_term(setup, settings.direct, rollout, velocities)
             weights["reward_weight"], record = settings.direct.weight, {**record, **found}
-        return hybrid_loss(settings.policy_weight * policy, matched.loss, direct, **weights), record
+        return hybrid_loss(settings.policy_weight * policy, matching, direct, **weights), record
 
 
 def direct_needs(direct: DirectConfig | None, kl_weight: float) -> Needs:
     """What a policy gradient with a direct term needs."""
     there = direct is not None
     followed = () if direct is None else direct.scorers
-    return Needs(reference=kl_weight > 0, reward_gradient=there, followed=followed, teacher_variance=there)
+    return Needs(reference=kl_weight > 0, reward_gradient=there, followed=followed, teacher_spread=there)
 
 
 def direct_term(setup: RewardSetup, direct: DirectConfig, rollout: Rollout, velocities: Velocities) -> Loss:
@@ -211,19 +216,24 @@ def tilt_record(
 ) -> dict[str, Tensor]:
     """The lambda of e^(lambda reward) at which a Gaussian student would rest under matching and the direct term.
 
-    Nothing without the direct term; `weight` is that of matching.
+    Over all elements, and for the mean along the thinnest and the widest directions of the teacher's latents, where it
+    differs. Nothing without the direct term; `weight` is that of matching.
     """
     if direct is None:
         return {}
-    assert setup.teacher_variance is not None
-    x0 = scores.x0
-    tilt = effective_tilt(
-        scores.t,
-        reward_weight=direct.weight,
-        matching_weight=weight,
-        elements=x0[0].numel(),
-        teacher_variance=x0.new_tensor(setup.teacher_variance),
-        student_variance=x0.var(),
-        normaliser=direction_normaliser(x0, scores.real_x0),
+    assert setup.teacher_spread is not None
+    x0, spread, normaliser = scores.x0, setup.teacher_spread, direction_normaliser(scores.x0, scores.real_x0)
+    total, thin, wide = (
+        effective_tilt(
+            scores.t,
+            reward_weight=direct.weight,
+            matching_weight=weight,
+            elements=x0[0].numel(),
+            teacher_variance=x0.new_tensor(variance),
+            student_variance=x0.var(),
+            normaliser=normaliser,
+        )
+        for variance in (spread.total, spread.thin, spread.wide)
     )
-    return {"effective_tilt_mean": tilt.mean, "effective_tilt_spread": tilt.spread}
+    whole = {"effective_tilt_mean": total.mean, "effective_tilt_spread": total.spread}
+    return {**whole, "effective_tilt_thin": thin.mean, "effective_tilt_wide": wide.mean}

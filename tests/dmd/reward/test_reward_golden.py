@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fewstep.dmd.reward.config import RewardMatchingConfig, RewardRunConfig, ScorerConfig
-from fewstep.dmd.reward.sections import CrdConfig, DecayConfig
+from fewstep.dmd.reward.sections import CrdConfig, DecayConfig, TiltedTeacherConfig
 from fewstep.dmd.reward.train import train_step
 from tests.dmd.reward.reward_run import (
     MATCHED,
@@ -31,7 +31,7 @@ from tests.dmd.tiny_run import TinyInputs
 
 GOLDEN = Path(__file__).parent / "golden.json"
 WATCHED = ("student_loss", "policy_loss", "direct_loss", "fake_score_loss", "reward", "margin", "effective_share", "kl")
-WATCHED += ("student_gan_loss", "discriminator_loss", "distill_loss", "latent_reward")
+WATCHED += ("student_gan_loss", "discriminator_loss", "distill_loss", "latent_reward", "tilted_teacher_reward")
 # Where the settings of the other tests make the second step blind: policies that differ, and no cold start.
 CHANGES: dict[str, dict[str, Any]] = {
     "rtdmd": {"matching.cold_start_steps": 0},
@@ -43,6 +43,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "nft_anchored": {**MATCHED, "matching": RewardMatchingConfig(weight=0.5), "nft.adaptive": True},
     "euphonium_distilled": {"euphonium.distill_weight": 0.5},
+    "rtdmd_tilted_teacher": {
+        "matching.cold_start_steps": 0,
+        "rtdmd.direct": None,
+        "rtdmd.tilted_teacher": TiltedTeacherConfig(tilt_scale=50.0),
+    },
 }
 VARIANTS = {
     "redmd_saliency": "redmd",
@@ -50,6 +55,7 @@ VARIANTS = {
     "flash_gan": "flash",
     "flash_latent": "flash",
     "euphonium_distilled": "euphonium",
+    "rtdmd_tilted_teacher": "rtdmd",
 }
 CASES = {**{method: method for method in METHODS}, **VARIANTS}
 
@@ -105,4 +111,4 @@ def test_two_steps_give_the_committed_numbers(inputs: TinyInputs, student: Path,
 def test_committed_numbers_tell_the_methods_apart() -> None:
     record = json.loads(GOLDEN.read_text(encoding="utf-8"))
     seen = {f"{record[name]['student']['moved']:.6g}" for name in CASES}
-    assert len(seen) == len(CASES) == 13
+    assert len(seen) == len(CASES) == 14
