@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.causal_video.cache.rolling import RollingCache
+from fewstep.causal_video.cache.rolling import RollingCache, recache
 from fewstep.causal_video.denoise import ChunkNoise, ChunkResult, ExitStep, VideoCondition, denoise_chunk
 from fewstep.causal_video.model.block import Prompt
 from fewstep.causal_video.model.calls import condition_first_frame
@@ -97,6 +97,54 @@ def rollout(
         cache = cache.commit(context_of(network, result, part, context_time(settings, chunk), renoise))
     video = torch.cat([result.x0 for result in results], dim=2)
     return Rollout(video, tuple(result.exit for result in results), cache)
+
+
+@torch.no_grad()
+def switched_rollout(
+    network: CausalWan,
+    condition: VideoCondition,
+    text: Tensor | Prompt,
+    noise: ChunkNoise,
+    settings: CausalSettings,
+    *,
+    exits: Sequence[int],
+    at_chunk: int,
+    recached: bool = True,
+) -> Rollout:
+    """A rollout from the start of a video, without a graph, whose text changes from a chunk on (LongLive,
+    arXiv:2509.22622): what `StreamSession.set_prompt` does in a stream.
+
+    Args:
+        network: the student.
+        condition: until then.
+        text: from then on, embeddings [B, N, width].
+        noise: of the stream.
+        settings: layout, policy and schedule.
+        exits: the last step of each chunk, see `rollout`.
+        at_chunk: first chunk under the other text, from 1 on; the number of exits where there is none.
+        recached: compute the stored keys and values again under it, the sink excepted; else they stay.
+
+    Raises:
+        ValueError: at_chunk is none of these.
+    """
+    if not 1 <= at_chunk <= len(exits):
+        raise ValueError(f"at_chunk is {at_chunk}; the text can change at chunk 1 to {len(exits)}")
+    before = rollout(network, condition, noise, settings, exits=exits[:at_chunk])
+    cache, prompt = before.cache, text if isinstance(text, Prompt) else network.prompt(text)
+    if recached:
+        lengths = [step.x.shape[2] for step in before.exits]
+        chunks = before.video.split(lengths, dim=2)
+        shown: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, (step, x0) in enumerate(zip(before.exits, chunks, strict=True)):
+            image = condition.image if number == 0 else None
+            clean = condition_first_frame(x0, torch.zeros_like(x0[:, 0, 0, 0, 0]), image)
+            shown[number] = (step.x, step.t) if settings.policy.is_noisy(number) else clean
+        stored = [shown[entry.segment.chunk] for entry in cache.entries]
+        cache = recache(network, cache, [x for x, _ in stored], prompt, times=[t for _, t in stored])
+    if at_chunk == len(exits):
+        return Rollout(before.video, before.exits, cache)
+    after = rollout(network, VideoCondition(prompt), noise, settings, exits=exits[at_chunk:], cache=cache)
+    return Rollout(torch.cat([before.video, after.video], dim=2), (*before.exits, *after.exits), after.cache)
 
 
 def context_time(settings: CausalSettings, chunk: int) -> float:

@@ -270,6 +270,9 @@ class SelfForcingConfig:
     one chunk."""
     longest_frames: int | None = None
     """Latent frames of the longest rollout; the teacher judges the last ones. Empty is the length of the layout."""
+    prompt_switches: Literal["none", "recache", "cross_only"] = "none"
+    """Whether the prompt of a longer rollout changes once, no later than at the first chunk that learns, and what is
+    judged has the later one (LongLive): its stored chunks are computed again under it, or stay as they are."""
     new_frames: int | None = None
     """Latent frames at the end of a longer rollout that learn; empty is all but the first chunk of the window."""
     scores: Literal["bidirectional", "causal"] = "bidirectional"
@@ -289,8 +292,9 @@ class SelfForcingConfig:
         if self.scores == "causal":
             for name in ("input", "longest_frames", "steered_teacher"):
                 require_default(self, name, "scores is 'causal', which judges rollouts of the layout alone")
-        if self.new_frames is not None and self.longest_frames is None:
-            raise ValueError("new_frames without longest_frames: rollouts of the layout learn as a whole")
+        for name in ("new_frames", "prompt_switches"):
+            if self.longest_frames is None:
+                require_default(self, name, "longest_frames is empty: rollouts of the layout learn as a whole")
 
     def learning_frames(self, layout: ChunkLayout) -> int:
         """Latent frames at the end of a longer rollout that learn."""

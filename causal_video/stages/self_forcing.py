@@ -16,7 +16,7 @@ from fewstep.causal_video.denoise import ChunkNoise, ExitStep, VideoCondition
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import CallOutput, whole_call
 from fewstep.causal_video.model.controls import controls_of
-from fewstep.causal_video.rollout import replayed_backward, rollout
+from fewstep.causal_video.rollout import Rollout, replayed_backward, rollout, switched_rollout
 from fewstep.causal_video.schedule import StepSchedule, cycled_exit, random_exit
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.asd import StepPair, asd_discriminator_loss, asd_student_loss
@@ -40,6 +40,9 @@ from fewstep.dmd.matching import (
     telling,
 )
 
+# Of the prompts before a change, so that they are others than those after it.
+EARLIER_SEED = 5
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -52,6 +55,8 @@ class RolloutPlan:
         extra_chunks: chunks beyond those of the layout.
         learning_frames: frames at the end of a rollout with extra chunks that learn.
         told_exit: number of the exit among those of all schedules, where the fake score is told it.
+        switch_chunk: first chunk under the judged prompt where another one comes before, at most the first that learns.
+        recached: whether the change computes stored chunks again.
     """
 
     student_due: bool
@@ -60,6 +65,8 @@ class RolloutPlan:
     extra_chunks: int
     learning_frames: int
     told_exit: int | None = None
+    switch_chunk: int | None = None
+    recached: bool = True
 
     def exits(self, samples: int) -> Tensor | None:
         """int64 [samples] for a fake score that is told, or None."""
@@ -74,6 +81,21 @@ class RolloutPlan:
     def of_one_step_more(self) -> RolloutPlan:
         """The same rollout with the next exit."""
         return replace(self, exit_step=self.exit_step + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutInputs:
+    """What a slice's rollouts are made of.
+
+    Attributes:
+        condition: what the teacher judges them under.
+        image: [B, C, 1, h, w] first frames that are given, or None.
+        earlier: the prompts before a change, or None.
+    """
+
+    condition: Condition
+    image: Tensor | None = None
+    earlier: Condition | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,24 +146,31 @@ def plan_rollout(config: CausalConfig, settings: CausalSettings, step: int) -> R
             exit_step = random_exit(schedule, seed, step)
         case "last":
             exit_step = schedule.longest - 1
-    extra = 0
+    extra, learning, switch = 0, stage.learning_frames(settings.layout), None
     if stage.longest_frames is not None:
         most = (stage.longest_frames - settings.layout.frames) // settings.layout.lengths[-1]
         extra = shared_integer(seed, step, "rollout_chunks", most + 1)
+        # A given first frame belongs to its caption, which is judged.
+        if extra > 0 and stage.prompt_switches != "none" and not gives_image(config.data.image_share, seed, step):
+            fixed = settings.layout.chunks + extra - learning // settings.layout.lengths[-1]
+            switch = 1 + shared_integer(seed, step, "prompt_switch", fixed)
     told = before + exit_step if config.fake_score.told_exit else None
-    return RolloutPlan(place == 0, schedule, exit_step, extra, stage.learning_frames(settings.layout), told)
+    recached = stage.prompt_switches == "recache"
+    return RolloutPlan(place == 0, schedule, exit_step, extra, learning, told, switch, recached)
 
 
-def rollout_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> tuple[Condition, Tensor | None]:
+def rollout_inputs(config: CausalConfig, setup: CausalSetup, plan: RolloutPlan, draw: Draw, step: int) -> RolloutInputs:
     """Prompts of a slice; in a share of the steps captions of videos, and the first frames [B, C, 1, h, w] of these.
 
     Controls come with their videos' captions: what is said and how it moves belong together.
     """
-    given = gives_image(config.data.image_share, config.run.seed, step)
+    given, seed = gives_image(config.data.image_share, config.run.seed, step), config.run.seed
     if not given and setup.controls is None:
-        return setup.prompts.of_samples(draw.indices, config.run.seed), None
+        prompts = setup.prompts
+        earlier = None if plan.switch_chunk is None else prompts.of_samples(draw.indices, seed + EARLIER_SEED)
+        return RolloutInputs(prompts.of_samples(draw.indices, seed), earlier=earlier)
     x0, condition = setup.videos(draw.indices, draw.device)
-    return condition, x0[:, :, :1] if given else None
+    return RolloutInputs(condition, x0[:, :, :1] if given else None)
 
 
 def texts_of_inputs(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> list[str]:
@@ -181,8 +210,7 @@ def generate(
     plan: RolloutPlan,
     *,
     draw: Draw,
-    condition: Condition,
-    image: Tensor | None,
+    inputs: RolloutInputs,
     exit_network: nn.Module | None = None,
 ) -> Generated:
     """Roll the student out. Frames that do not learn are generated anew in every step, at all steps of the schedule.
@@ -191,6 +219,7 @@ def generate(
     arXiv:2509.22622). LongLive carries a stream from step to step; here its beginning is generated by the weights of
     the step, which costs calls without gradients, and leaves no state between steps.
     """
+    condition, image = inputs.condition, inputs.image
     layout, (channels, length, height, width) = setup.settings.layout, setup.latent_shape
     settings = replace(setup.settings, schedule=plan.schedule)
     extra = controls_of(condition, length)
@@ -199,9 +228,7 @@ def generate(
     if plan.extra_chunks > 0:
         learning = plan.learning_frames // layout.lengths[-1]
         fixed = layout.chunks + plan.extra_chunks - learning
-        with torch.no_grad():
-            exits = plan.schedule.exits(plan.schedule.longest - 1, fixed)
-            begun = rollout(setup.student, VideoCondition(condition.text, image), noise, settings, exits=exits)
+        begun = beginning(setup, plan, inputs, noise, settings, chunks=fixed)
         before, cache = begun.video, begun.cache
     done = rollout(
         setup.student,
@@ -219,6 +246,26 @@ def generate(
     return Generated(before, done.video, done.exits, first, length)
 
 
+@torch.no_grad()
+def beginning(
+    setup: CausalSetup,
+    plan: RolloutPlan,
+    inputs: RolloutInputs,
+    noise: ChunkNoise,
+    settings: CausalSettings,
+    *,
+    chunks: int,
+) -> Rollout:
+    """The chunks of a longer rollout that do not learn, at all steps of the schedule."""
+    exits = plan.schedule.exits(plan.schedule.longest - 1, chunks)
+    if inputs.earlier is None or plan.switch_chunk is None:
+        condition = VideoCondition(inputs.condition.text, inputs.image)
+        return rollout(setup.student, condition, noise, settings, exits=exits)
+    condition, text = VideoCondition(inputs.earlier.text), inputs.condition.text
+    how = {"exits": exits, "at_chunk": plan.switch_chunk, "recached": plan.recached}
+    return switched_rollout(setup.student, condition, text, noise, settings, **how)
+
+
 def student_backward(
     config: CausalConfig, setup: CausalSetup, trainer: Trainer, *, plan: RolloutPlan, draw: Draw
 ) -> dict[str, Tensor]:
@@ -232,12 +279,13 @@ def student_backward(
     assert scores is not None
     assert times is not None
     replay, wrapped = stage.replay, setup.student_role.wrapped
-    condition, image = rollout_inputs(config, setup, draw, trainer.step)
+    inputs = rollout_inputs(config, setup, plan, draw, trainer.step)
+    condition = inputs.condition
     with torch.set_grad_enabled(not replay):
         if stage.input == "noised_data":
             done, condition = on_noised_data(config, setup, draw=draw, network=wrapped)
         else:
-            done = generate(setup, plan, draw=draw, condition=condition, image=image, exit_network=wrapped)
+            done = generate(setup, plan, draw=draw, inputs=inputs, exit_network=wrapped)
     new = done.new.detach().requires_grad_() if replay else done.new
     window = done.window(new)
     weights, judged = EQUAL, {}
@@ -260,7 +308,7 @@ def student_backward(
         total = weighed_student_loss(step, window.counts, config.gan)
         record = {"student_loss": total.detach(), **step.log(), **judged}
         if config.asd is not None and scores.discriminator is not None and plan.has_more_steps:
-            more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
+            more = rollout_of_one_step_more(setup, plan, draw=draw, inputs=inputs)
             pair = StepPair(window.latents, more, condition, plan.exit_step + 1)
             with frozen(scores.discriminator):
                 adversarial = asd_student_loss(
@@ -287,11 +335,9 @@ def weighed_student_loss(step: StudentStep, counts: Tensor, gan: GanConfig | Non
 
 
 @torch.no_grad()
-def rollout_of_one_step_more(
-    setup: CausalSetup, plan: RolloutPlan, *, draw: Draw, condition: Condition, image: Tensor | None
-) -> Tensor:
+def rollout_of_one_step_more(setup: CausalSetup, plan: RolloutPlan, *, draw: Draw, inputs: RolloutInputs) -> Tensor:
     """The window [B, C, T, h, w] of the rollout of one step more from the same noise, without graph."""
-    done = generate(setup, plan.of_one_step_more, draw=draw, condition=condition, image=image)
+    done = generate(setup, plan.of_one_step_more, draw=draw, inputs=inputs)
     return done.window().latents
 
 
@@ -302,13 +348,14 @@ def fake_score_backward(
     scores, times = setup.scores, config.matching
     assert scores is not None
     assert times is not None
-    condition, image = rollout_inputs(config, setup, draw, trainer.step)
+    inputs = rollout_inputs(config, setup, plan, draw, trainer.step)
+    condition = inputs.condition
     assert config.self_forcing is not None
     with torch.no_grad():
         if config.self_forcing.input == "noised_data":
             done, condition = on_noised_data(config, setup, draw=draw, network=setup.student)
         else:
-            done = generate(setup, plan, draw=draw, condition=condition, image=image)
+            done = generate(setup, plan, draw=draw, inputs=inputs)
     video = done.window().latents
     fake_score = telling(scores.fake_role.wrapped, plan.exits(len(draw.indices)))
     step = fake_score_step(
@@ -327,7 +374,7 @@ def fake_score_backward(
     if step.discriminator_loss is not None:
         record["discriminator_loss"] = step.discriminator_loss.detach()
     if config.asd is not None and scores.discriminator_role is not None and plan.has_more_steps:
-        more = rollout_of_one_step_more(setup, plan, draw=draw, condition=condition, image=image)
+        more = rollout_of_one_step_more(setup, plan, draw=draw, inputs=inputs)
         adversarial = asd_discriminator_loss(
             StepPair(video, more, condition, plan.exit_step + 1),
             fake_score=scores.fake,

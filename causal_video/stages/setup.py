@@ -88,8 +88,13 @@ class CausalData:
             for weights in (init, steered):
                 if weights is not None:
                     check_names(weights, controls.names)
-        fake_score = None if config.run.resume else find_fake_score(config.fake_score)
-        return cls(read_prompts(data.prompts), real, pairs, init, controls, steered, fake_score, judged)
+        fake_score, prompts = (
+            None if config.run.resume else find_fake_score(config.fake_score),
+            read_prompts(data.prompts),
+        )
+        if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(prompts) < 2:
+            raise ValueError(f"self_forcing.prompt_switches needs two prompts, and {data.prompts} has one")
+        return cls(prompts, real, pairs, init, controls, steered, fake_score, judged)
 
 
 def read_pairs(stage: OdeConfig, settings: CausalSettings) -> OdePairs | None:

@@ -32,15 +32,16 @@ SMALL_LAW = "{min: 0.02, max: 0.2, shift: 1.0}"
 SMALL = ("--matching.score_times", SMALL_LAW, "--matching.fake_times", SMALL_LAW)
 # Two strengths of each, so that their costs are compared at a reward that both reach.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "sample_0.01": ("--rtdmd.direct.weight", "0.01"),
+    "no_reward": ("--rtdmd.direct", "null"),
     "sample_0.05": ("--rtdmd.direct.weight", "0.05"),
-    "small_times_0.01": ("--rtdmd.direct.weight", "0.01", *SMALL),
+    "sample_0.2": ("--rtdmd.direct.weight", "0.2"),
     "small_times_0.05": ("--rtdmd.direct.weight", "0.05", *SMALL),
-    "tilted_teacher_1": ("--rtdmd.direct", "null", "--rtdmd.tilted_teacher.tilt_scale", "1"),
+    "small_times_0.2": ("--rtdmd.direct.weight", "0.2", *SMALL),
     "tilted_teacher_4": ("--rtdmd.direct", "null", "--rtdmd.tilted_teacher.tilt_scale", "4"),
+    "tilted_teacher_16": ("--rtdmd.direct", "null", "--rtdmd.tilted_teacher.tilt_scale", "16"),
 }
 # Held-out scores at which the costs are compared; the students start below -0.1.
-LEVELS = (-0.09, -0.08, -0.07, -0.06)
+LEVELS = (-0.09, -0.08, -0.07, -0.06, -0.05)
 
 
 def train(folder: Path, base_folder: Path, variant: str, seed: int) -> None:
@@ -70,7 +71,7 @@ def cost_at(points: Sequence[StudyPoint], level: float) -> float | None:
 
 
 def costs(points: Sequence[StudyPoint], seeds: Sequence[int]) -> dict[str, dict[str, dict[str, object]]]:
-    """For each level and variant the FID of every seed, and its difference from the first variant that all reach."""
+    """For each level and variant the FID of every seed, and its difference from that of the reward on the sample."""
     found: dict[str, dict[str, dict[str, object]]] = {}
     start = {point.seed: point for point in points if point.step == 0}
     for level in LEVELS:
@@ -81,7 +82,8 @@ def costs(points: Sequence[StudyPoint], seeds: Sequence[int]) -> dict[str, dict[
             ]
             for variant in VARIANTS
         }
-        base = next((row for row in rows.values() if None not in row), None)
+        # The weaker of the two strengths that reaches the level with every seed.
+        base = next((row for name, row in rows.items() if name.startswith("sample") and None not in row), None)
         found[str(level)] = {}
         for variant, row in rows.items():
             pairs = [(a, b) for a, b in zip(row, base or [], strict=False) if a is not None and b is not None]

@@ -17,7 +17,7 @@ from fewstep.causal_video.model.controls import FrameControls, controls_of
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.settings import FILE_NAME, StreamDefaults, load_defaults
 from fewstep.causal_video.stages.config import CausalConfig
-from fewstep.causal_video.stages.self_forcing import generate, plan_rollout, rollout_inputs
+from fewstep.causal_video.stages.self_forcing import RolloutInputs, generate, plan_rollout, rollout_inputs
 from fewstep.causal_video.stages.train import train_causal_video, train_step
 from fewstep.causal_video.stages.watch import student_videos
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
@@ -126,8 +126,10 @@ def test_self_forcing_is_judged_with_the_controls(
     config = tiny_causal(inputs, tmp_path, name, changes)
     setup, trainer = start_causal(config)
     draw = Draw(5, [0, 1, 2], trainer.device)
-    condition, image = rollout_inputs(config, setup, draw, 0)
-    assert image is None
+    plan = plan_rollout(config, setup.settings, 0)
+    inputs_of_slice = rollout_inputs(config, setup, plan, draw, 0)
+    condition = inputs_of_slice.condition
+    assert inputs_of_slice.image is None
     assert setup.real is not None
     assert setup.controls is not None
     rows, _, captions = setup.real.rows(draw.indices, trainer.device)
@@ -135,10 +137,9 @@ def test_self_forcing_is_judged_with_the_controls(
     given = controls_of(condition, 3)
     assert given is not None
     assert torch.equal(given[:, :, :, 5, 2], setup.controls.values[rows])
-    plan = plan_rollout(config, setup.settings, 0)
     other = setup.controlled(captions, [(row + 1) % 5 for row in rows])
     with torch.no_grad():
-        videos = [generate(setup, plan, draw=draw, condition=c, image=None).new for c in (condition, other)]
+        videos = [generate(setup, plan, draw=draw, inputs=RolloutInputs(c)).new for c in (condition, other)]
         assert largest(videos[0], videos[1]) > 1e-5
         assert setup.scores is not None
         t = torch.tensor([0.3, 0.6, 0.9])

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stages.self_forcing import generate, plan_rollout, rollout_inputs
+from fewstep.causal_video.stages.setup import CausalData
 from fewstep.causal_video.stages.teacher_window import image_latent
 from fewstep.causal_video.stages.train import train_step
 from fewstep.core.randomness import Draw
@@ -44,12 +46,13 @@ def test_longer_rollouts_end_in_the_teachers_window(inputs: VideoInputs, tmp_pat
     config = tiny_causal(inputs, tmp_path, "self_forcing_long")
     setup, trainer = start_causal(config)
     draw = Draw(5, [0, 1], trainer.device)
-    condition, image = rollout_inputs(config, setup, draw, 0)
-    assert image is None
     found = plans(inputs, "self_forcing_long", 60)
+    given = rollout_inputs(config, setup, found[0], draw, 0)
+    assert (given.image, given.earlier) == (None, None)
     assert {plan.extra_chunks for plan in found} == {0, 1, 2}
+    assert {plan.switch_chunk for plan in found} == {None}
     plan = dataclasses.replace(found[0], extra_chunks=2, exit_step=0)
-    done = generate(setup, plan, draw=draw, condition=condition, image=None)
+    done = generate(setup, plan, draw=draw, inputs=given)
     assert done.before is not None
     assert (done.before.shape[2], done.new.shape[2], len(done.exits)) == (3, 2, 2)
     assert done.new.requires_grad
@@ -63,7 +66,7 @@ def test_longer_rollouts_end_in_the_teachers_window(inputs: VideoInputs, tmp_pat
     # What was before is the rollout of the same noise without a window.
     short = dataclasses.replace(plan, extra_chunks=0, exit_step=2)
     with torch.no_grad():
-        whole = generate(setup, short, draw=draw, condition=condition, image=None)
+        whole = generate(setup, short, draw=draw, inputs=given)
     assert whole.before is None
     assert whole.window().counts.tolist() == [True] * 3
     assert torch.allclose(whole.new, done.before)
@@ -74,18 +77,66 @@ def test_a_given_image_comes_with_its_caption(inputs: VideoInputs, tmp_path: Pat
     config = tiny_causal(inputs, tmp_path, "self_forcing", {"data.image_share": 1.0})
     setup, trainer = start_causal(config)
     draw = Draw(5, [0, 1, 2], trainer.device)
-    condition, image = rollout_inputs(config, setup, draw, 0)
+    plan = plan_rollout(config, setup.settings, 1)
+    given = rollout_inputs(config, setup, plan, draw, 0)
+    condition, image = given.condition, given.image
     assert setup.real is not None
     rows, x0, captions = setup.real.rows(draw.indices, trainer.device)
     assert image is not None
     assert torch.equal(image, x0[:, :, :1])
     assert torch.equal(condition.text, captions.text)
     assert len(set(rows)) == 3
-    plan = plan_rollout(config, setup.settings, 1)
     with torch.no_grad():
-        video = generate(setup, plan, draw=draw, condition=condition, image=image).window().latents
+        video = generate(setup, plan, draw=draw, inputs=given).window().latents
     assert torch.equal(video[:, :, :1], image)
     trainer.close()
+
+
+@pytest.mark.parametrize("mode", ["recache", "cross_only"])
+def test_a_longer_rollout_changes_its_prompt_before_what_learns(inputs: VideoInputs, tmp_path: Path, mode: str) -> None:
+    """One change in each, at any chunk up to the first that learns; what is judged has the later prompt."""
+    changes = {"self_forcing.prompt_switches": mode}
+    # The layout has three chunks of one frame, and two learn.
+    for plan in (found := plans(inputs, "self_forcing_long", 90, changes)):
+        most = 1 + plan.extra_chunks
+        assert (plan.switch_chunk is None) == (plan.extra_chunks == 0)
+        assert plan.switch_chunk is None or 1 <= plan.switch_chunk <= most
+    assert {(p.extra_chunks, p.switch_chunk) for p in found} == {(0, None), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)}
+    config = tiny_causal(inputs, tmp_path, "self_forcing_long", changes)
+    setup, trainer = start_causal(config)
+    draw, longest = Draw(5, [0, 1], trainer.device), [plan for plan in found if plan.extra_chunks == 2]
+    videos: dict[int | None, Tensor] = {}
+    with torch.no_grad():
+        for switch in (1, 3, None):
+            plan = next(plan for plan in longest if switch in (None, plan.switch_chunk))
+            plan = dataclasses.replace(plan, switch_chunk=switch, exit_step=2)
+            given = rollout_inputs(config, setup, plan, draw, 0)
+            assert torch.equal(given.condition.text, setup.prompts.of_samples([0, 1], config.run.seed).text)
+            assert (given.earlier is None) == (switch is None)
+            assert given.earlier is None or not torch.equal(given.earlier.text, given.condition.text)
+            done = generate(setup, plan, draw=draw, inputs=given)
+            assert done.before is not None
+            videos[switch] = torch.cat([done.before, done.new], dim=2)
+    assert torch.equal(videos[1][:, :, :1], videos[3][:, :, :1])
+    assert not torch.allclose(videos[1][:, :, 1:3], videos[3][:, :, 1:3], atol=1e-4)
+    assert not torch.allclose(videos[1][:, :, :1], videos[None][:, :, :1], atol=1e-4)
+    # The first step with a change is the fake score's or the student's.
+    step = next(number for number, plan in enumerate(found) if plan.switch_chunk is not None)
+    for _ in range(step):
+        trainer.advance()
+    record, name = train_step(config, setup, trainer), "student_loss" if found[step].student_due else "fake_score_loss"
+    assert 0 < float(record[name]) < 100
+    trainer.close()
+
+
+def test_a_change_of_the_prompt_needs_a_longer_rollout_and_another_prompt(inputs: VideoInputs, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompt_switches: given 'recache', and longest_frames is empty"):
+        tiny_causal(inputs, tmp_path, "self_forcing", {"self_forcing.prompt_switches": "recache"})
+    (tmp_path / "one.txt").write_text("a red cat\n", encoding="utf-8")
+    changes = {"self_forcing.prompt_switches": "recache", "data.prompts": str(tmp_path / "one.txt")}
+    config = tiny_causal(inputs, tmp_path, "self_forcing_long", {**changes, "data.sample_count": 1})
+    with pytest.raises(ValueError, match=r"prompt_switches needs two prompts, and .*one\.txt has one"):
+        CausalData.read(config)
 
 
 TOLD = {"fake_score": dataclasses.replace(FAKE_SCORE, told_exit=True)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.causal_video.denoise import VideoCondition
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.rollout import rollout
+from fewstep.causal_video.rollout import rollout, switched_rollout
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stream.session import StreamSession
@@ -154,6 +154,28 @@ def test_a_prompt_that_is_set_before_the_first_chunk_keeps_the_image() -> None:
     direct = StreamSession(shared_student(), text(seed=5), noise(), CLEAN, image=image)
     direct.step()
     assert torch.equal(session.step().latents, direct.step().latents)
+
+
+@pytest.mark.parametrize("settings", [CLEAN, NOISY, AVERAGED])
+@pytest.mark.parametrize("mode", ["recache", "cross_only"])
+def test_a_rollout_changes_its_prompt_as_a_stream_does(settings: CausalSettings, mode: PromptMode) -> None:
+    """At every chunk, with and without a given first frame: training and deployment are the same calls."""
+    chunks, after = 5, text(seed=5)
+    exits = settings.schedule.exits(settings.schedule.longest - 1, chunks)
+    for at_chunk, image in ((1, None), (3, None), (4, latents(1, seed=4)), (chunks, None)):
+        session = StreamSession(shared_student(), text(), noise(), settings, image=image)
+        session.set_prompt(after, mode, at_chunk=at_chunk)
+        condition, recached = VideoCondition(text(), image), mode == "recache"
+        rolled = switched_rollout(
+            shared_student(), condition, after, noise(), settings, exits=exits, at_chunk=at_chunk, recached=recached
+        )
+        assert largest(video(session, chunks), rolled.video) < 1e-12
+        assert len(rolled.exits) == chunks
+        # The chunk after it sees the same cache.
+        more = rollout(shared_student(), VideoCondition(after), noise(), settings, exits=exits[-1:], cache=rolled.cache)
+        assert largest(session.step().latents, more.video.detach()) < 1e-12
+    with pytest.raises(ValueError, match="at_chunk is 6; the text can change at chunk 1 to 5"):
+        switched_rollout(shared_student(), VideoCondition(text()), after, noise(), settings, exits=exits, at_chunk=6)
 
 
 def test_actions_steer_from_their_chunk_on() -> None:
