@@ -27,7 +27,47 @@ from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
 from fewstep.dmd.config import DmdObjective, GanConfig, MatchingConfig, SidObjective
 
 # Sections that are there beside self_forcing alone, those that it needs first.
-NEEDED_SCORES, SCORE_SECTIONS = ("fake_score", "matching"), ("fake_score", "matching", "sid", "asd", "redmd", "gan")
+NEEDED_SCORES = ("fake_score", "matching")
+SCORE_SECTIONS = (*NEEDED_SCORES, "sid", "asd", "redmd", "gan", "joint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """Consistency on clean context in the student's steps of self-forcing (Causal-rCM's joint stage).
+
+    One of the sections tf_scm and tf_dcm is there. How the two losses weigh is ours: what was read names the stage.
+    """
+
+    causal_teacher: str
+    """Weights of the causal teacher, such as the run of a teacher_forcing stage."""
+    weight: float = 1.0
+    """Of the consistency loss beside that of the rollouts."""
+    guidance: float | None = None
+    """Of the causal teacher; empty is teacher.guidance."""
+    tf_scm: TfScmConfig | None = None
+    """Continuous-time consistency."""
+    tf_dcm: TfDcmConfig | None = None
+    """Discrete consistency."""
+
+    def __post_init__(self) -> None:
+        if (self.tf_scm is None) == (self.tf_dcm is None):
+            raise ValueError("joint takes one of the sections tf_scm and tf_dcm; give {} for its defaults")
+        if not self.weight > 0:
+            raise ValueError(
+                f"weight is {self.weight}; it must be above 0, and without the section there is no joint loss"
+            )
+        if self.tf_scm is not None and self.tf_scm.time_smoothing > 0:
+            raise ValueError(
+                f"joint.tf_scm.time_smoothing is {self.tf_scm.time_smoothing}: a student of a tf_scm run has it in its "
+                "weights already; leave it out, and start from such a run (student.init)"
+            )
+
+    @property
+    def stage(self) -> TfScmConfig | TfDcmConfig:
+        """The section that is there."""
+        stage = self.tf_scm if self.tf_scm is not None else self.tf_dcm
+        assert stage is not None
+        return stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +119,8 @@ class CausalConfig:
     gan: GanConfig | None = None
     """A discriminator on the fake score's features of rollouts and real videos, beside self_forcing; leave it out for
     none."""
+    joint: JointConfig | None = None
+    """Consistency on data.latents in the student's steps of self-forcing; leave it out for none."""
 
     def __post_init__(self) -> None:
         require_one_method(self)
@@ -116,9 +158,15 @@ class CausalConfig:
         if isinstance(self.stage, OdeConfig):
             return self.stage.makes_causal_pairs
         on_data = isinstance(self.stage, SelfForcingConfig) and self.stage.input == "noised_data"
+        on_data = on_data or self.joint is not None
         return (
             on_data or isinstance(self.stage, VideoStage) or self.data.image_share > 0 or self.data.controls is not None
         )
+
+    @property
+    def consistency(self) -> TfScmConfig | TfDcmConfig | None:
+        """The section of consistency on clean context, as the stage or in the joint one."""
+        return self.joint.stage if self.joint is not None else self.tf_scm if self.tf_scm is not None else self.tf_dcm
 
     @property
     def told_exits(self) -> int:
@@ -142,10 +190,9 @@ def check_start(config: CausalConfig) -> None:
             f"{config.student.lora_rank}: the layers of the time are shared with the causal teacher there; set "
             "tf_scm.tangent to 'central' and central_step to 0.02, or train all weights"
         )
-    for name in ("tf_dcm", "tf_scm"):
-        section = getattr(config, name)
-        if section is None or not section.noisy_context:
-            continue
+    section = config.consistency
+    if section is not None and section.noisy_context:
+        name = "tf_scm" if isinstance(section, TfScmConfig) else "tf_dcm"
         if config.student.policy.noisy_from is None or section.context_noise > 0:
             raise ValueError(
                 f"{name}.noisy_context with student.policy.noisy_from {config.student.policy.noisy_from} and "
@@ -242,6 +289,8 @@ def check_scores(config: CausalConfig) -> None:
         raise ValueError("redmd weighs the reverse KL, and sid takes its place: leave one of them out")
     if config.gan is not None:
         check_gan(config, config.gan, stage)
+    if config.joint is not None and config.data.controls is not None:
+        raise ValueError("joint with data.controls: its causal teacher knows none; leave one of them out")
     if stage.input == "noised_data" and (config.data.image_share > 0 or config.asd is not None):
         raise ValueError(
             "self_forcing.input 'noised_data' with data.image_share or asd, which belong to rollouts: leave them out"

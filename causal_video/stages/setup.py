@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from fewstep.causal_video.layout import TEMPORAL_STRIDE
@@ -18,8 +19,8 @@ from fewstep.causal_video.stages.asd import StepDiscriminator
 from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, ForcingNetworks, causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
-from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig
-from fewstep.causal_video.stages.student import build_student, check_names, steer_teacher
+from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig, TfDcmConfig
+from fewstep.causal_video.stages.student import build_student, check_names, load_transformer, steer_teacher
 from fewstep.core.condition import Condition
 from fewstep.core.data import (
     INPUT_SEED,
@@ -33,6 +34,7 @@ from fewstep.core.data import (
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_score
 from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.quantised import dequantise
 from fewstep.core.networks.shared import averaged_twin, beside
 from fewstep.core.tangents.smooth import smooth_time
 from fewstep.core.teacher import Teacher
@@ -56,6 +58,7 @@ class CausalData:
     steered_teacher: StoredWeights | None
     fake_score: StoredWeights | None
     judged: LatentDataset | None = None
+    causal_teacher: StoredWeights | None = None
 
     @classmethod
     def read(cls, config: CausalConfig) -> CausalData:
@@ -94,7 +97,8 @@ class CausalData:
         )
         if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(prompts) < 2:
             raise ValueError(f"self_forcing.prompt_switches needs two prompts, and {data.prompts} has one")
-        return cls(prompts, real, pairs, init, controls, steered, fake_score, judged)
+        causal = None if config.joint is None else find_weights(config.joint.causal_teacher, "joint.causal_teacher")
+        return cls(prompts, real, pairs, init, controls, steered, fake_score, judged, causal)
 
 
 def read_pairs(stage: OdeConfig, settings: CausalSettings) -> OdePairs | None:
@@ -206,7 +210,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     student = build_student(config.student, teacher, data.init, seed=config.run.seed, controls=channels)
     if data.steered_teacher is not None:
         steer_teacher(teacher, data.steered_teacher, channels)
-    frozen = causal_teacher(config, student, teacher)
+    frozen = causal_teacher(config, student, teacher, data.causal_teacher)
     if config.tf_scm is not None:
         smooth_time(student.transformer, config.tf_scm.time_smoothing, time_scale=TIME_SCALE)
     student_role = trainer.add_role(
@@ -228,13 +232,14 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
         real = LatentSource(data.real, embed(data.real.prompts), config.run.seed + REAL_SEED)
     if isinstance(stage, SelfForcingConfig):
         scores = build_scores(config, data, teacher, settings, trainer, shape=shape)
-    else:
+    if scores is None or config.joint is not None:
         networks = forcing_networks(config, student_role, student, frozen, settings, shape=shape)
-        if isinstance(stage, OdeConfig):
-            guidance, seed = config.teacher.guidance, config.run.seed
-            sources = PairSources(teacher, guidance, networks, real, prompts, settings, shape, seed)
-            found = pairs_of_run(stage, sources, trainer) if data.pairs is None else data.pairs
-            pairs = OdeSource(found, embed(found.prompts), seed + PAIR_SEED)
+    if isinstance(stage, OdeConfig):
+        assert networks is not None
+        guidance, seed = config.teacher.guidance, config.run.seed
+        sources = PairSources(teacher, guidance, networks, real, prompts, settings, shape, seed)
+        found = pairs_of_run(stage, sources, trainer) if data.pairs is None else data.pairs
+        pairs = OdeSource(found, embed(found.prompts), seed + PAIR_SEED)
     return CausalSetup(
         teacher=teacher,
         student=student,
@@ -281,8 +286,18 @@ def latent_shape(
     return channels, count, height, width
 
 
-def causal_teacher(config: CausalConfig, student: CausalWan, teacher: Teacher) -> CausalTeacher | None:
-    """A frozen copy of the student as it starts, where the stage distils a causal teacher."""
+def causal_teacher(
+    config: CausalConfig, student: CausalWan, teacher: Teacher, weights: StoredWeights | None
+) -> CausalTeacher | None:
+    """A frozen copy of the student as it starts, where the stage distils a causal teacher; in the joint stage that of
+    its own weights, in the teacher's dtype."""
+    if weights is not None and config.joint is not None:
+        network = teacher.base(config.student.path).copy().network.requires_grad_(False).eval()
+        assert isinstance(network, WanTransformer3DModel)
+        dequantise(network)
+        load_transformer(network, weights)
+        guidance = config.teacher.guidance if config.joint.guidance is None else config.joint.guidance
+        return CausalTeacher(CausalWan(network), teacher.null_condition, guidance)
     if not config.has_causal_teacher:
         return None
     # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
@@ -308,8 +323,8 @@ def forcing_networks(
     policy, device = settings.policy, student.transformer.patch_embedding.weight.device
     packed = masks.teacher_forcing(settings.layout, tokens, policy, clean_is_constant=True, device=device)
     causal = masks.block_causal(settings.layout, tokens, policy, device=device)
-    average = None
-    if config.tf_dcm is not None and config.tf_dcm.target == "ema":
+    average, tf_dcm = None, config.consistency
+    if isinstance(tf_dcm, TfDcmConfig) and tf_dcm.target == "ema":
         assert role.ema is not None
         average = averaged_twin(student, role.ema.state_dict())
     return ForcingNetworks(student, role.wrapped, settings.layout, packed, causal, frozen, average)

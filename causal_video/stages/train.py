@@ -15,7 +15,7 @@ from fewstep.causal_video.stages.batch import (
     gives_image,
     noisy_context,
 )
-from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.config import CausalConfig, JointConfig
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
 from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
 from fewstep.causal_video.stages.ode import ode_step
@@ -66,8 +66,8 @@ def train_causal_video(config: CausalConfig, *, scorers: Sequence[Scorer] | None
         setup = build_setup(config, data, trainer, weigh=weigh)
         setup.teacher.free_after_setup(config.data)
         notes: list[Callable[[], str | None]] = [partial(describe_run, config, setup, trainer)]
-        if config.tf_scm is not None:
-            notes.append(partial(check_tangent, config.tf_scm, setup, trainer))
+        if isinstance(config.consistency, TfScmConfig):
+            notes.append(partial(check_tangent, config.consistency, setup, trainer))
         samples, guidance = config.data.sample_count, config.teacher.guidance
         watch = VideoWatch(setup, trainer, sample_count=samples, guidance=guidance, is_flow=config.is_flow)
         for _ in run.steps(watch, *notes, beside=setup.save_settings):
@@ -134,6 +134,25 @@ def video_batch(config: CausalConfig, stage: VideoStage, setup: CausalSetup, *, 
     return VideoBatch(x0, eps, condition, context, context_time, image, step, teacher_sees_clean=is_noisy)
 
 
+def joint_backward(
+    config: CausalConfig, joint: JointConfig, setup: CausalSetup, trainer: Trainer, *, draw: Draw
+) -> dict[str, Tensor]:
+    """Add the student's gradients of consistency on given videos for one slice; returns what to log.
+
+    Its graph is built when that of the rollouts is gone.
+    """
+    stage, networks = joint.stage, setup.networks
+    assert networks is not None
+    batch = video_batch(config, stage, setup, draw=draw, step=trainer.step)
+    if isinstance(stage, TfScmConfig):
+        step = tf_scm_step(batch, networks, draw=draw, stage=stage)
+    else:
+        step = tf_dcm_step(batch, networks, draw=draw, stage=stage)
+    trainer.check_finite("joint consistency loss", step.loss)
+    trainer.backward(joint.weight * step.loss)
+    return {"joint_loss": step.loss.detach(), **step.record}
+
+
 def rollout_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> Metrics:
     """One step of self-forcing: the student's, or that of the fake score and the discriminator. Returns its metrics."""
     plan, scores = plan_rollout(config, setup.settings, trainer.step), setup.scores
@@ -150,6 +169,8 @@ def rollout_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> 
                 if trained is not None:
                     stack.enter_context(trainer.sync(trained, number == len(slices) - 1))
             records.append(backward(config, setup, trainer, plan=plan, draw=draw))
+            if plan.student_due and config.joint is not None:
+                records[-1] |= joint_backward(config, config.joint, setup, trainer, draw=draw)
     metrics: Metrics = {**mean_records(records)}
     metrics["student_grad_norm" if plan.student_due else "fake_grad_norm"] = trainer.update(role)
     # After the last exit there is nothing to compare, and the discriminator has no gradient.

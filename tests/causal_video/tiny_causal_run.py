@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.config import CausalConfig, JointConfig
 from fewstep.causal_video.stages.sections import (
     AsdConfig,
     CausalDataConfig,
@@ -75,7 +75,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "self_forcing_long_replay": ("self_forcing", {**LONG, "self_forcing.replay": True}),
     "self_forcing_asd": ("self_forcing", {"asd": AsdConfig(weight=0.1)}),
     "self_forcing_gan": ("self_forcing", {"gan": lambda inputs: with_gan(inputs)}),
+    "self_forcing_joint": ("self_forcing", {"joint": lambda inputs: with_joint(inputs)}),
 }
+
+
+def with_joint(inputs: "VideoInputs", **settings: Any) -> JointConfig:
+    """Continuous consistency beside the rollouts, at a share at which both are felt; or other settings."""
+    stage = settings or {"tf_scm": TfScmConfig(time_mean=0.0, check_tangent=False)}
+    return JointConfig(causal_teacher=str(inputs.init), weight=0.3, guidance=1.5, **stage)
 
 
 def with_gan(inputs: "VideoInputs") -> GanConfig:
@@ -120,7 +127,7 @@ def tiny_causal(
         reads_videos = causal_teacher and "ode.pairs" not in given
     else:
         reads_videos = stage != "self_forcing" or given.get("data.image_share", 0) > 0 or "data.controls" in given
-        reads_videos = reads_videos or given.get("self_forcing.input") == "noised_data"
+        reads_videos = reads_videos or given.get("self_forcing.input") == "noised_data" or "joint" in given
     data = {"latents": str(inputs.latents)} if reads_videos else {"height": 32, "width": 32}
     base: dict[str, dict[str, Any]] = {
         "teacher": {"path": str(inputs.teacher), "guidance": 2.0},

@@ -12,7 +12,7 @@ import yaml
 
 from fewstep.causal_video.policy import CachePolicy
 from fewstep.causal_video.reward.config import CausalRewardConfig
-from fewstep.causal_video.stages.config import SCORE_SECTIONS, CausalConfig
+from fewstep.causal_video.stages.config import SCORE_SECTIONS, CausalConfig, JointConfig
 from fewstep.causal_video.stages.sections import (
     AsdConfig,
     OdeConfig,
@@ -168,7 +168,7 @@ def test_numbers_of_a_stage_that_cannot_be_are_refused() -> None:
         (STAGES["diffusion_forcing"], {"shift": -1.0}, r"shift is -1\.0"),
         (OdeConfig, {"count": 0}, "count is 0; it must be at least 1"),
         (SelfForcingConfig, {"rollout_schedules": ((2, 0),)}, "list of counts from 1 on"),
-        (SelfForcingConfig, {"new_frames": 1}, "new_frames without longest_frames"),
+        (SelfForcingConfig, {"new_frames": 1}, "new_frames: given 1, and longest_frames is empty"),
         (AsdConfig, {"weight": 0.0}, "leave the section out for no discriminator"),
     )
     for section, changes, message in cases:
@@ -184,6 +184,7 @@ def test_scores_belong_to_self_forcing(inputs: VideoInputs) -> None:
         "asd": AsdConfig(weight=1.0),
         "redmd": RedmdConfig(scorers=(ScorerConfig(name="clip_light"),)),
         "gan": GanConfig(latents="x", weight=0.1),
+        "joint": JointConfig(causal_teacher="x", tf_dcm=TfDcmConfig()),
     }
     assert tuple(parts) == SCORE_SECTIONS
     for name, part in parts.items():

@@ -19,6 +19,7 @@ ROLES = {
     "tf_scm": ("student", "student_ema"),
     "self_forcing_asd": ("student", "student_ema", "fake_score", "discriminator"),
     "self_forcing_gan": ("student", "student_ema", "fake_score"),
+    "self_forcing_joint": ("student", "student_ema", "fake_score"),
 }
 
 
