@@ -36,7 +36,7 @@ from fewstep.core.teacher import Teacher
 from fewstep.dmd.config import FDistillObjective, GanConfig, ReflConfig, SidObjective
 from fewstep.dmd.train import train_step as dmd_step
 from fewstep.evaluation.scorers.settings import ScorerConfig
-from tests.causal_video.tiny_causal_run import start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import start_causal, tiny_causal, with_joint
 from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
 from tests.core.families.checks import TinyModel
@@ -124,6 +124,7 @@ STAGES = (
     "self_forcing",
     "self_forcing_redmd",
     "self_forcing_causal",
+    "self_forcing_joint",
 )
 # Logged numbers that are means over a batch of 4, so that bf16's errors of single numbers average out.
 CLOSE: dict[str, Any] = {"rel": 0.1, "abs": 4e-3}
@@ -316,7 +317,9 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
     if stage == "tf_scm":
         changes |= {"tf_scm.check_tangent": not adapters, "tf_scm.time_smoothing": 0.0 if adapters else 0.01}
     if stage == "self_forcing_redmd":
-        changes["redmd"] = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),))
+        changes["redmd"] = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),), saliency=True)
+    if stage == "self_forcing_joint":
+        changes["joint"] = with_joint(inputs)
     if stage == "self_forcing_causal":
         changes["self_forcing.scores"] = "causal"
     case = "self_forcing" if stage.startswith("self_forcing") else stage
@@ -335,8 +338,9 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
     exact, half = in_both(config, first)
     names = ("forcing_loss",)
     if case == "self_forcing":
+        assert ("joint_loss" in half) == (stage == "self_forcing_joint")
         names = ("matching_student_std", "matching_teacher_std")
-        names += tuple(name for name in ("reward", "reward_weight") if name in exact)
+        names += tuple(name for name in ("reward", "reward_weight", "joint_loss") if name in exact)
     assert_close(exact, half, names)
 
 
