@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep.kernels.attention_autograd import Call, forward, forward_jvp
+from fewstep.kernels.attention_autograd import Call, forward, forward_jvp, forward_levels
 from fewstep.kernels.attention_checks import check_inputs, check_tangents
 from fewstep.kernels.attention_dispatch import choose_path, library_attention
 from fewstep.kernels.attention_reference import AttentionResult
@@ -62,7 +62,10 @@ def attention(
     """
     primals, tangents, call = prepare(q, k, v, mask=mask, scale=scale)
     if all(tangent is None for tangent in tangents):
-        fused = library_attention(primals, call.mask, call.scale, backend)
+        # Below an open jvp a wrapped tensor is dual further down, where other libraries have no derivative: our own
+        # functions say so in words.
+        is_nested = not torch.compiler.is_compiling() and forward_levels() > 0 and any(map(is_wrapped, primals))
+        fused = None if is_nested else library_attention(primals, call.mask, call.scale, backend)
         return fused if fused is not None else forward(*primals, call.on(choose_path(q, v, backend)))[0]
     call = call.on(choose_path(q, v, backend))
     output, _, tangent, _ = forward_jvp(primals, tangents, call, tangent_grad=tangent_grad)
@@ -163,12 +166,25 @@ def prepare(
     q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask | None, scale: float | None
 ) -> tuple[Primals, Tangents, Call]:
     """Primals and tangents of three tensors that may be dual, checked; the call's path is not chosen yet."""
-    pairs = [forward_ad.unpack_dual(under_autocast(x)) for x in (q, k, v)]
+    try:
+        pairs = [forward_ad.unpack_dual(under_autocast(x)) for x in (q, k, v)]
+    except RuntimeError as error:
+        if "_unpack_dual" not in str(error):
+            raise
+        raise NotImplementedError(
+            "attention inside of torch.func.vmap inside of forward mode: torch cannot take such tensors apart. Put the "
+            "jvp inside of the vmap (vmap of jvp, as jacfwd does), or the batches of the vmap into the batch."
+        ) from error
     primals = (pairs[0].primal, pairs[1].primal, pairs[2].primal)
     tangents = (known_tangent(pairs[0].tangent), known_tangent(pairs[1].tangent), known_tangent(pairs[2].tangent))
     check_inputs(*primals, mask)
     check_tangents(primals, tangents)
     return primals, tangents, Call(mask, default_scale(q) if scale is None else float(scale), "tiled")
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def under_autocast(x: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ MEAN_GRADIENT = (
     "the output alone."
 )
 NESTED_FORWARD_MODE = (
-    "fewstep's attention has no tangent of its tangent. Where one is needed, use torch's own attention under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    "fewstep's attention has no tangent of its tangent or gradient. Where one is needed, use torch's own attention "
+    "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
 SECOND_DERIVATIVE = (
     "fewstep's attention has no gradient of its gradient. Where a loss needs one, use torch's own attention under "
@@ -65,7 +65,44 @@ class Call:
         return (NO_MASK if self.mask is None else self.mask.handle), self.scale, self.path
 
 
-class Attention(Function):
+class AttentionFunction(Function):
+    """What all have in common: batches of a vmap join the batch, and forward mode is refused in our own words."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            return over_batches(cls, info.batch_size, in_dims, arguments)
+
+        cls.vmap = staticmethod(vmap)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NESTED_FORWARD_MODE)
+
+
+def over_batches(function: Any, size: int, in_dims: Any, arguments: Any) -> Any:
+    """The results of a `Function` whose arguments have `size` batches of a vmap, and the dimensions of those.
+
+    Raises ValueError for a mask of each sample.
+    """
+    folded = []
+    for argument, place in zip(arguments, in_dims, strict=True):
+        if isinstance(argument, Call) and argument.mask is not None and argument.mask.batch > 1:
+            raise ValueError(
+                f"vmap over attention whose mask is for {argument.mask.batch} samples each: build the mask for one "
+                "sample, which holds for all, or put the batches of the vmap into the batch yourself."
+            )
+        if isinstance(argument, Tensor):
+            whole = argument.expand(size, *argument.shape) if place is None else argument.movedim(place, 0)
+            argument = whole.flatten(0, 1)
+        folded.append(argument)
+    results = function.apply(*folded)
+    apart = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in results)
+    return apart, tuple(None if x is None else 0 for x in apart)
+
+
+class Attention(AttentionFunction):
     """(output, lse)."""
 
     @staticmethod
@@ -83,7 +120,7 @@ class Attention(Function):
         return *gradients(ctx.saved_tensors, grads[0], grads[1], ctx.call), None
 
 
-class AttentionJvp(Function):
+class AttentionJvp(AttentionFunction):
     """(output, lse, tangent, mean); a gradient that arrives at one of the last two is an error."""
 
     @staticmethod
@@ -105,7 +142,7 @@ class AttentionJvp(Function):
         return *gradients(ctx.saved_tensors, grads[0], grads[1], ctx.call), None, None, None, None
 
 
-class AttentionJvpWithGrad(Function):
+class AttentionJvpWithGrad(AttentionFunction):
     """(output, lse, tangent, mean) whose tangent has a gradient too, with respect to primals and tangents."""
 
     @staticmethod
@@ -132,7 +169,7 @@ class AttentionJvpWithGrad(Function):
         return *TangentBackward.apply(*saved, grad_output, grad_lse, grad_tangent, ctx.call), None
 
 
-class Backward(Function):
+class Backward(AttentionFunction):
     """Gradients of q, k, v; a function of its own because functorch's grad differentiates what a backward calls."""
 
     @staticmethod
@@ -149,7 +186,7 @@ class Backward(Function):
         raise NotImplementedError(SECOND_DERIVATIVE)
 
 
-class TangentBackward(Function):
+class TangentBackward(AttentionFunction):
     """Gradients of q, k, v, tq, tk, tv from cotangents of output, lse and tangent."""
 
     @staticmethod

@@ -42,6 +42,12 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) ->
 
 def check_mask(mask: AttentionMask, q: Tensor, k: Tensor) -> None:
     """Raise ValueError unless the mask is one for these queries and keys."""
+    if not isinstance(mask, AttentionMask):
+        given = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask is {given}; attention takes ranges of keys (fewstep.kernels.mask: causal, lengths, ..., or "
+            "from_predicate). Numbers that are added to scores, and masks that differ between heads, it cannot take."
+        )
     if (mask.queries, mask.keys) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"The mask is for {mask.queries} queries and {mask.keys} keys, but q has {q.shape[2]} and k {k.shape[2]} "
