@@ -26,6 +26,7 @@ from fewstep.kernels.attention_checks import check_inputs
 from fewstep.kernels.attention_launch_triton import (
     LENGTHS,
     LOG2_E,
+    bias_of,
     check_supported,
     padded,
     prepare_mask,
@@ -39,6 +40,7 @@ from fewstep.kernels.attention_launch_triton import (
 from fewstep.kernels.attention_tiles_triton import (
     NOWHERE,
     dot,
+    load_bias,
     load_rows,
     narrow,
     place_of,
@@ -87,9 +89,9 @@ def load_lse(lse, rows, queries):
 @triton.jit
 def walk_keys(
     q, do, lse, delta, dq, begin, end, partial_begin, short, first_query,
-    K, V, INTERVALS, ROW_TILES, k_stride, v_stride, queries, keys, scale_log2,
+    K, V, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, queries, keys, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """dq / scale plus what one list of key tiles adds to it."""
     for i in range(begin, end):
@@ -97,6 +99,8 @@ def walk_keys(
         k = load_rows(K, first, keys, k_stride, BN, D, D_PAD, MASKED)
         v = load_rows(V, first, keys, v_stride, BN, E, E_PAD, MASKED)
         s = dot(q, tl.trans(k), None, UPCAST) * scale_log2
+        if BIASED:
+            s = s + load_bias(BIAS, first, keys, BN)[None, :]
         if MASKED:
             s = tl.where(sees(INTERVALS, first_query, first, queries, RANGES, BM, BN), s, float("-inf"))
         p = tl.exp2(s - lse[:, None])
@@ -107,11 +111,11 @@ def walk_keys(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, INTERVALS, ROW_PTR, ROW_TILES, ROW_ORDER,
+    Q, K, V, DO, LSE, DELTA, DQ, BIAS, INTERVALS, ROW_PTR, ROW_TILES, ROW_ORDER,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
-    heads, group, queries, keys, query_tiles, key_tiles, mask_step, scale, scale_log2,
+    heads, group, queries, keys, query_tiles, key_tiles, mask_step, bias_step, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head."""
     program = tl.program_id(0)
@@ -124,6 +128,7 @@ def dq_kernel(
     first = tile * BM
     INTERVALS += (batch * mask_step).to(tl.int64) * queries * (2 * RANGES)
     batch = batch.to(tl.int64)
+    BIAS += batch * bias_step
     head = head.to(tl.int64)
     key_head = head // group
     Q += batch * q_batch + head * q_head
@@ -145,23 +150,23 @@ def dq_kernel(
     short = tl.minimum(short_place(ROW_TILES, p0, p1, short_tile), short_place(ROW_TILES, p1, p2, short_tile))
     moved = (short != NOWHERE).to(tl.int32)
     dq = walk_keys(
-        q, do, lse, delta, dq, p0, p2 - moved, p2, short, first, K, V, INTERVALS, ROW_TILES, k_stride, v_stride,
-        queries, keys, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False,
+        q, do, lse, delta, dq, p0, p2 - moved, p2, short, first, K, V, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride,
+        queries, keys, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False, BIASED,
     )  # fmt: skip
     if MASKED:
         dq = walk_keys(
-            q, do, lse, delta, dq, p2 - moved, p4, p2, short, first, K, V, INTERVALS, ROW_TILES, k_stride, v_stride,
-            queries, keys, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True,
+            q, do, lse, delta, dq, p2 - moved, p4, p2, short, first, K, V, BIAS, INTERVALS, ROW_TILES, k_stride,
+            v_stride, queries, keys, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True, BIASED,
         )  # fmt: skip
     store_rows(DQ + place * D, dq * scale, first, queries, BM, D, D_PAD, UPCAST)
 
 
 @triton.jit
 def walk_queries(
-    k, v, dk, dv, begin, end, partial_begin, short, first_key,
+    k, v, bias, dk, dv, begin, end, partial_begin, short, first_key,
     Q, DO, LSE, DELTA, INTERVALS, COLUMN_TILES, q_stride, do_stride, queries, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv plus what one list of query tiles of one head adds to them; scores are [BN, BM] here."""
     for i in range(begin, end):
@@ -172,6 +177,8 @@ def walk_queries(
         lse = load_lse(LSE, rows, queries)
         delta = tl.load(DELTA + rows, mask=rows < queries, other=0.0)
         s = dot(k, tl.trans(q), None, UPCAST) * scale_log2
+        if BIASED:
+            s = s + bias[:, None]
         if MASKED:
             seen = tl.trans(sees(INTERVALS, first, first_key, queries, RANGES, BM, BN))
             s = tl.where(seen, s, float("-inf"))
@@ -184,11 +191,11 @@ def walk_queries(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkdv_kernel(
-    Q, K, V, DO, LSE, DELTA, DK, DV, INTERVALS, COLUMN_PTR, COLUMN_TILES, COLUMN_ORDER,
+    Q, K, V, DO, LSE, DELTA, DK, DV, BIAS, INTERVALS, COLUMN_PTR, COLUMN_TILES, COLUMN_ORDER,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
-    heads, group, queries, keys, query_tiles, key_tiles, mask_step, scale, scale_log2,
+    heads, group, queries, keys, query_tiles, key_tiles, mask_step, bias_step, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile of one key head."""
     program = tl.program_id(0)
@@ -203,6 +210,7 @@ def dkdv_kernel(
     INTERVALS += (batch * mask_step).to(tl.int64) * queries * (2 * RANGES)
     lines = (batch * heads + key_head * group).to(tl.int64)
     batch = batch.to(tl.int64)
+    BIAS += batch * bias_step
     key_head = key_head.to(tl.int64)
     Q += batch * q_batch + key_head * group * q_head
     DO += batch * do_batch + key_head * group * do_head
@@ -210,6 +218,7 @@ def dkdv_kernel(
     DELTA += lines * queries
     k = load_rows(K + batch * k_batch + key_head * k_head, first, keys, k_stride, BN, D, D_PAD, True)
     v = load_rows(V + batch * v_batch + key_head * v_head, first, keys, v_stride, BN, E, E_PAD, True)
+    bias = load_bias(BIAS, first, keys, BN) if BIASED else 0.0
     dk = tl.zeros([BN, D_PAD], tl.float32)
     dv = tl.zeros([BN, E_PAD], tl.float32)
     p0 = tl.load(pointers)
@@ -221,13 +230,13 @@ def dkdv_kernel(
     moved = (short != NOWHERE).to(tl.int32)
     for _ in range(0, group):
         dk, dv = walk_queries(
-            k, v, dk, dv, p0, p2 - moved, p2, short, first, Q, DO, LSE, DELTA, INTERVALS, COLUMN_TILES,
-            q_stride, do_stride, queries, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False,
+            k, v, bias, dk, dv, p0, p2 - moved, p2, short, first, Q, DO, LSE, DELTA, INTERVALS, COLUMN_TILES,
+            q_stride, do_stride, queries, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False, BIASED,
         )  # fmt: skip
         if MASKED:
             dk, dv = walk_queries(
-                k, v, dk, dv, p2 - moved, p4, p2, short, first, Q, DO, LSE, DELTA, INTERVALS, COLUMN_TILES,
-                q_stride, do_stride, queries, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True,
+                k, v, bias, dk, dv, p2 - moved, p4, p2, short, first, Q, DO, LSE, DELTA, INTERVALS, COLUMN_TILES,
+                q_stride, do_stride, queries, scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True, BIASED,
             )  # fmt: skip
         Q += q_head
         DO += do_head
@@ -265,33 +274,33 @@ def attention_backward(
     delta = torch.empty_like(lse)
     batch, heads, queries, width = q.shape
     value_width = v.shape[-1]
-    factor = scale_of(q, scale)
+    factor, (bias, bias_step, is_biased) = scale_of(q, scale), bias_of(mask, lse)
 
     def arguments(tiles: TileConfig) -> tuple[int | float, ...]:
         """Strides, lengths and scales, the same for both kernels."""
         return (
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(do), heads, heads // k.shape[1], queries,
             mask.keys, triton.cdiv(queries, tiles.query_tile), triton.cdiv(mask.keys, tiles.key_tile),
-            int(mask.batch > 1), factor, factor * LOG2_E,
+            int(mask.batch > 1), bias_step, factor, factor * LOG2_E,
         )  # fmt: skip
 
     def launch_dq(tiles: TileConfig) -> None:
         schedule = mask.schedule(tiles.query_tile, tiles.key_tile)
         dq_kernel[(triton.cdiv(queries, tiles.query_tile) * batch * heads,)](
-            q, k, v, do, lse, delta, dq, mask.intervals, schedule.row_ptr, schedule.row_tiles, schedule.row_order,
+            q, k, v, do, lse, delta, dq, bias, mask.intervals, schedule.row_ptr, schedule.row_tiles, schedule.row_order,
             *arguments(tiles), D=width, E=value_width, D_PAD=padded(width), E_PAD=padded(value_width),
             RANGES=mask.intervals.shape[2], BM=tiles.query_tile, BN=tiles.key_tile, UPCAST=upcast(q.dtype),
-            MASKED=switches_of(mask, tiles).masked, num_warps=tiles.warps, num_stages=tiles.stages,
+            MASKED=switches_of(mask, tiles).masked, BIASED=is_biased, num_warps=tiles.warps, num_stages=tiles.stages,
             enable_fp_fusion=True,
         )  # fmt: skip
 
     def launch_dkdv(tiles: TileConfig) -> None:
         schedule = mask.schedule(tiles.query_tile, tiles.key_tile)
         dkdv_kernel[(triton.cdiv(mask.keys, tiles.key_tile) * batch * k.shape[1],)](
-            q, k, v, do, lse, delta, dk, dv, mask.intervals, schedule.column_ptr, schedule.column_tiles,
+            q, k, v, do, lse, delta, dk, dv, bias, mask.intervals, schedule.column_ptr, schedule.column_tiles,
             schedule.column_order, *arguments(tiles), D=width, E=value_width, D_PAD=padded(width),
             E_PAD=padded(value_width), RANGES=mask.intervals.shape[2], BM=tiles.query_tile, BN=tiles.key_tile,
-            UPCAST=upcast(q.dtype), MASKED=switches_of(mask, tiles).masked, num_warps=tiles.warps,
+            UPCAST=upcast(q.dtype), MASKED=switches_of(mask, tiles).masked, BIASED=is_biased, num_warps=tiles.warps,
             num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -46,12 +46,18 @@ def check_mask(mask: AttentionMask, q: Tensor, k: Tensor) -> None:
         given = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"mask is {given}; attention takes ranges of keys (fewstep.kernels.mask: causal, lengths, ..., or "
-            "from_predicate). Numbers that are added to scores, and masks that differ between heads, it cannot take."
+            "from_predicate; with_key_bias for a number added to each key). Other numbers added to scores, and masks "
+            "that differ between heads, it cannot take."
         )
     if (mask.queries, mask.keys) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"The mask is for {mask.queries} queries and {mask.keys} keys, but q has {q.shape[2]} and k {k.shape[2]} "
             "tokens. Build the mask for these lengths (fewstep.kernels.mask)."
+        )
+    if mask.key_bias is not None and mask.key_bias.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"The key bias is for a batch of {mask.key_bias.shape[0]} and q has {q.shape[0]}; give one row, which then "
+            "holds for all, or one for each sample."
         )
     if mask.batch not in (1, q.shape[0]):
         raise ValueError(

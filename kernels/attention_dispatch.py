@@ -65,9 +65,10 @@ def mask_kind(mask: AttentionMask | None) -> str:
         return "full"
     if torch.compiler.is_compiling():
         return "other"  # A traced graph cannot look into a mask; our own kernels take any.
-    kind = _kinds.get(mask)
+    ranges = mask.ranges
+    kind = _kinds.get(ranges)
     if kind is None:
-        kind = _kinds[mask] = inspect_mask(mask)
+        kind = _kinds[ranges] = inspect_mask(ranges)
     return kind
 
 
@@ -87,6 +88,8 @@ def library_attention(
 ) -> Tensor | None:
     """The output by torch, flash-attn or xformers; None where our own kernels are to compute it.
 
+    A key bias becomes columns of q and k there.
+
     Raises:
         ValueError: a library is asked for by name and cannot take the mask, or is not installed.
     """
@@ -98,12 +101,32 @@ def library_attention(
         if backend == "auto":
             return None
         raise ValueError(f"backend={backend!r} takes full and causal masks alone; use backend='auto' for this one.")
+    if mask is not None and mask.key_bias is not None:
+        q, k = with_bias_columns(q, k, mask.key_bias, scale)
     if backend == "flash":
         return flash_attention(q, k, v, scale, causal=kind == "causal")
     if backend == "xformers":
         return xformers_attention(q, k, v, scale, causal=kind == "causal")
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=grouped)
+
+
+def with_bias_columns(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys [..., D + 1 or 2] whose scores hold a key bias [1 or B, Nk], for kernels that know of none.
+
+    The bias becomes columns of the keys that meet ones in the queries. A dtype narrower than fp32 gets a second column
+    with what rounding the first one lost. Columns are clamped to the range of the dtype: a key of bias -10000 keeps a
+    weight of exactly 0.
+    """
+    limits = torch.finfo(k.dtype)
+    wanted = (bias.detach().to(torch.promote_types(k.dtype, torch.float32)) / scale).clamp(limits.min, limits.max)
+    columns = [wanted.to(k.dtype)]
+    if limits.bits < 32:
+        columns.append((wanted - columns[0]).to(k.dtype))
+    column = torch.stack(columns, dim=-1)[:, None]
+    wide_k = torch.cat([k, column.expand(*k.shape[:3], -1)], dim=-1)
+    ones = q.new_ones(1).expand(*q.shape[:3], len(columns))
+    return torch.cat([q, ones], dim=-1), wide_k
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:

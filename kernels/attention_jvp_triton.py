@@ -36,6 +36,7 @@ from fewstep.kernels.attention_launch_triton import (
     LENGTHS,
     LOG2_E,
     PLAIN,
+    bias_of,
     check_supported,
     padded,
     prepare_mask,
@@ -49,6 +50,7 @@ from fewstep.kernels.attention_launch_triton import (
 from fewstep.kernels.attention_tiles_triton import (
     NOWHERE,
     dot,
+    load_bias,
     load_rows,
     narrow,
     place_of,
@@ -81,10 +83,11 @@ def score_tangents(
 @triton.jit
 def walk_forward(
     q, tq, m, mass, mean, o, t, begin, end, partial_begin, short, first_query,
-    K, V, TK, TV, INTERVALS, ROW_TILES,
+    K, V, TK, TV, BIAS, INTERVALS, ROW_TILES,
     k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
     TANGENT: tl.constexpr, SCORES: tl.constexpr, WITH_TQ: tl.constexpr, WITH_TK: tl.constexpr, WITH_TV: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one list of key tiles of one kind; returns m, mass, mean, o, t.
@@ -100,6 +103,8 @@ def walk_forward(
         if EARLY:
             u = score_tangents(q, tq, k, TK, first, keys, tk_stride, BN, D, D_PAD, UPCAST, MASKED, WITH_TQ, WITH_TK)
         s = dot(q, tl.trans(k), None, UPCAST) * scale_log2
+        if BIASED:
+            s = s + load_bias(BIAS, first, keys, BN)[None, :]
         if MASKED:
             s = tl.where(sees(INTERVALS, first_query, first, queries, RANGES, BM, BN), s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 1))
@@ -139,25 +144,27 @@ def walk_forward(
 @triton.jit
 def walk_both(
     q, tq, m, mass, mean, o, t, full_begin, full_end, partial_begin, partial_end, short, first_query,
-    K, V, TK, TV, INTERVALS, ROW_TILES,
+    K, V, TK, TV, BIAS, INTERVALS, ROW_TILES,
     k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
     TANGENT: tl.constexpr, SCORES: tl.constexpr, WITH_TQ: tl.constexpr, WITH_TK: tl.constexpr, WITH_TV: tl.constexpr,
 ):  # fmt: skip
     """`walk_forward` over the full and, if the mask has any, the partial tiles of one kind of tangents."""
     moved = (short != NOWHERE).to(tl.int32)
     m, mass, mean, o, t = walk_forward(
         q, tq, m, mass, mean, o, t, full_begin, full_end - moved, partial_begin, short, first_query,
-        K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale, scale_log2,
-        D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False, EARLY, TANGENT, SCORES, WITH_TQ, WITH_TK, WITH_TV,
+        K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+        scale_log2,
+        D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, False, BIASED, EARLY, TANGENT, SCORES, WITH_TQ, WITH_TK, WITH_TV,
     )  # fmt: skip
     if MASKED:
         m, mass, mean, o, t = walk_forward(
             q, tq, m, mass, mean, o, t, partial_begin - moved, partial_end, partial_begin, short, first_query,
-            K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
-            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True, EARLY, TANGENT, SCORES, WITH_TQ, WITH_TK,
-            WITH_TV,
+            K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, True, BIASED, EARLY, TANGENT, SCORES, WITH_TQ,
+            WITH_TK, WITH_TV,
         )  # fmt: skip
     return m, mass, mean, o, t
 
@@ -165,10 +172,11 @@ def walk_both(
 @triton.jit
 def walk_row(
     q, tq, m, mass, mean, o, t, pointers, short_tile, first_query,
-    K, V, TK, TV, INTERVALS, ROW_TILES,
+    K, V, TK, TV, BIAS, INTERVALS, ROW_TILES,
     k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
     TANGENT: tl.constexpr, SPLIT: tl.constexpr,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -183,34 +191,35 @@ def walk_row(
     if SPLIT:
         m, mass, mean, o, t = walk_both(
             q, tq, m, mass, mean, o, t, p0, p1, p2, p3, active_short, first_query,
-            K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
-            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, EARLY, TANGENT, SCORES, HAS_TQ, HAS_TK,
-            HAS_TV,
+            K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, BIASED, EARLY, TANGENT, SCORES, HAS_TQ,
+            HAS_TK, HAS_TV,
         )  # fmt: skip
         m, mass, mean, o, t = walk_both(
             q, tq, m, mass, mean, o, t, p1, p2, p3, p4, constant_short, first_query,
-            K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
-            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, EARLY, TANGENT, SCORES, HAS_TQ, False,
-            False,
+            K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, BIASED, EARLY, TANGENT, SCORES, HAS_TQ,
+            False, False,
         )  # fmt: skip
     else:
         m, mass, mean, o, t = walk_both(
             q, tq, m, mass, mean, o, t, p0, p2, p2, p4, tl.minimum(active_short, constant_short), first_query,
-            K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
-            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, EARLY, TANGENT, SCORES, HAS_TQ, HAS_TK,
-            HAS_TV,
+            K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+            scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, BIASED, EARLY, TANGENT, SCORES, HAS_TQ,
+            HAS_TK, HAS_TV,
         )  # fmt: skip
     return m, mass, mean, o, t
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    Q, K, V, TQ, TK, TV, OUT, LSE, TO, MEAN, INTERVALS, ROW_PTR, ROW_TILES, LISTED,
+    Q, K, V, TQ, TK, TV, OUT, LSE, TO, MEAN, BIAS, INTERVALS, ROW_PTR, ROW_TILES, LISTED,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
     tq_batch, tq_head, tq_stride, tk_batch, tk_head, tk_stride, tv_batch, tv_head, tv_stride,
-    heads, group, queries, keys, query_tiles, key_tiles, mask_step, listed, scale, scale_log2,
+    heads, group, queries, keys, query_tiles, key_tiles, mask_step, listed, bias_step, scale, scale_log2,
     D: tl.constexpr, E: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, RANGES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
     ROLE: tl.constexpr, HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head of those that are LISTED, which are of one role; tangents as far as there are any.
@@ -232,6 +241,7 @@ def forward_kernel(
     short_tile = tl.where(keys % BN != 0, key_tiles - 1, -1)
     INTERVALS += (batch * mask_step).to(tl.int64) * queries * (2 * RANGES)
     batch = batch.to(tl.int64)
+    BIAS += batch * bias_step
     head = head.to(tl.int64)
     key_head = head // group
     Q += batch * q_batch + head * q_head
@@ -258,8 +268,8 @@ def forward_kernel(
     t = tl.zeros([BM, E_PAD], tl.float32)
     m, mass, mean, o, t = walk_row(
         q, tq, m, mass, mean, o, t, pointers, short_tile, first,
-        K, V, TK, TV, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
-        scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, EARLY, TANGENT, SPLIT, WITH_TQ, WITH_TK,
+        K, V, TK, TV, BIAS, INTERVALS, ROW_TILES, k_stride, v_stride, tk_stride, tv_stride, queries, keys, scale,
+        scale_log2, D, E, D_PAD, E_PAD, RANGES, BM, BN, UPCAST, MASKED, BIASED, EARLY, TANGENT, SPLIT, WITH_TQ, WITH_TK,
         WITH_TV, WITH_TQ or WITH_TK,
     )  # fmt: skip
     # Compared with 0 and not by order, so that a NaN stays one.
@@ -347,7 +357,7 @@ def launch_forward(
     mean = torch.empty_like(lse) if any(has) else None
     if lse.numel() == 0:
         return output, lse, tangent, mean
-    factor = scale_of(q, scale)
+    factor, (bias, bias_step, is_biased) = scale_of(q, scale), bias_of(mask, lse)
 
     def launch(tiles: TileConfig) -> None:
         schedule, switches = mask.schedule(tiles.query_tile, tiles.key_tile), switches_of(mask, tiles)
@@ -359,14 +369,15 @@ def launch_forward(
                 continue
             forward_kernel[(len(listed) * copies,)](
                 q, k, v, q if tq is None else tq, k if tk is None else tk, v if tv is None else tv,
-                output, lse, output if tangent is None else tangent, lse if mean is None else mean,
+                output, lse, output if tangent is None else tangent, lse if mean is None else mean, bias,
                 mask.intervals, schedule.row_ptr, schedule.row_tiles, listed,
                 *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(tq), *strides_of(tk), *strides_of(tv),
                 heads, heads // k.shape[1], queries, mask.keys, triton.cdiv(queries, tiles.query_tile),
-                triton.cdiv(mask.keys, tiles.key_tile), int(mask.batch > 1), len(listed), factor, factor * LOG2_E,
+                triton.cdiv(mask.keys, tiles.key_tile), int(mask.batch > 1), len(listed), bias_step, factor,
+                factor * LOG2_E,
                 D=width, E=value_width, D_PAD=padded(width), E_PAD=padded(value_width), RANGES=mask.intervals.shape[2],
                 BM=tiles.query_tile, BN=tiles.key_tile, UPCAST=upcast(q.dtype), MASKED=switches.masked,
-                EARLY=tiles.early, ROLE=role, HAS_TQ=has[0], HAS_TK=has[1], HAS_TV=has[2],
+                BIASED=is_biased, EARLY=tiles.early, ROLE=role, HAS_TQ=has[0], HAS_TK=has[1], HAS_TV=has[2],
                 num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
             )  # fmt: skip
 

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Tiles at which a mask is looked at for its key; nearly every list of candidates holds this size.
 SEEN_AT = TileConfig(64, 64, 4, 1)
 # Lengths change from call to call; these must not make Triton compile again.
-LENGTHS = ["heads", "group", "queries", "keys", "query_tiles", "key_tiles", "mask_step", "listed"]
+LENGTHS = ["heads", "group", "queries", "keys", "query_tiles", "key_tiles", "mask_step", "listed", "bias_step"]
 
 
 # Roles of query tiles under a mask that promises zero tangents: all tiles where it promises none; those whose output
@@ -51,6 +51,7 @@ _switches: WeakKeyDictionary[AttentionMask, dict[tuple[int, int], MaskSwitches]]
 
 def switches_of(mask: AttentionMask, config: TileConfig) -> MaskSwitches:
     """The switches for a mask, read once per tile size: counts of tiles live on the GPU."""
+    mask = mask.ranges
     known = _switches.setdefault(mask, {})
     tiles = (config.query_tile, config.key_tile)
     if tiles not in known:
@@ -129,6 +130,17 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
 
 
+def bias_of(mask: AttentionMask, stand_in: Tensor) -> tuple[Tensor, int, bool]:
+    """(numbers in units of log 2, what leads from sample to sample, whether there are any) of a mask's key bias.
+
+    Without one a stand-in is handed, which is not read.
+    """
+    if mask.key_bias is None:
+        return stand_in, 0, False
+    bias = mask.key_bias.float() * LOG2_E
+    return bias, mask.keys if bias.shape[0] > 1 else 0, True
+
+
 def strides_of(x: Tensor | None) -> tuple[int, int, int]:
     """Strides of batch, heads and tokens; zeros for a tensor that is not there."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
@@ -138,5 +150,6 @@ def tune_key(kind: Kind, q: Tensor, v: Tensor, mask: AttentionMask, flags: tuple
     """The key of a call: `flags`, what the mask asks for, and how long it is."""
     switches = switches_of(mask, SEEN_AT)
     size = size_class(mask.queries), size_class(mask.keys)
-    asked = (*flags, switches.masked, switches.activity)
+    # Calls without a bias keep the keys that they had.
+    asked = (*flags, switches.masked, switches.activity, *([] if mask.key_bias is None else [True]))
     return TuneKey(kind, capability_of(q), q.shape[-1], v.shape[-1], q.dtype, asked, size)

@@ -77,7 +77,7 @@ def attention_reference(
     """
     check_inputs(q, k, v, mask)
     wide_q, wide_k = widen(q), per_query_head(k, q)
-    weights, lse = softmax(wide_q @ wide_k.mT * scale_of(q, scale), visible(mask, q, k))
+    weights, lse = softmax(biased(wide_q @ wide_k.mT * scale_of(q, scale), mask), visible(mask, q, k))
     return AttentionResult((weights @ per_query_head(v, q)).to(q.dtype), lse)
 
 
@@ -175,7 +175,7 @@ def linearize(
     tq, tk, _ = tangents
     wide_q, wide_k = widen(q), per_query_head(k, q)
     scores = wide_q @ wide_k.mT * factor
-    weights, lse = softmax(scores, visible(mask, q, k))
+    weights, lse = softmax(biased(scores, mask), visible(mask, q, k))
     score_tangents = torch.zeros_like(scores)
     if tq is not None:
         score_tangents = score_tangents + widen(tq) @ wide_k.mT * factor
@@ -183,6 +183,13 @@ def linearize(
         score_tangents = score_tangents + wide_q @ per_query_head(tk, q).mT * factor
     mean = (weights * score_tangents).sum(-1)
     return weights, lse, score_tangents - mean.unsqueeze(-1), mean
+
+
+def biased(scores: Tensor, mask: AttentionMask | None) -> Tensor:
+    """Scores [B, H, Nq, Nk] with the key bias of the mask, if it has one."""
+    if mask is None or mask.key_bias is None:
+        return scores
+    return scores + mask.key_bias.to(scores)[:, None, None]
 
 
 def softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

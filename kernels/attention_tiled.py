@@ -39,20 +39,25 @@ Q_SCORES, Q_ROWS, TQ_ROWS, O_ROWS, T_ROWS, SCORES = range(6)
 
 @dataclass(frozen=True)
 class Keys:
-    """Transposed keys [h, D, Nk] and values [h, Nk, E] of a group with their tangents, in the computation's dtype."""
+    """Transposed keys [h, D, Nk] and values [h, Nk, E] of a group with their tangents, in the computation's dtype.
+
+    `bias` [h, 1, Nk] of the scores is in units of log 2.
+    """
 
     k: Tensor
     v: Tensor
     tk: Tensor | None
     tv: Tensor | None
+    bias: Tensor | None
 
     @staticmethod
-    def gather(group: HeadGroup, sources: tuple[Tensor | None, ...], dtype: torch.dtype) -> Keys:
-        """Keys of one group out of (k, v, tk, tv)."""
+    def gather(group: HeadGroup, sources: tuple[Tensor | None, ...], dtype: torch.dtype, bias: Tensor | None) -> Keys:
+        """Keys of one group out of (k, v, tk, tv) and the bias of `bias_rows`."""
         k, v, tk, tv = (None if x is None else group.keys_of(x, dtype) for x in sources)
         assert k is not None
         assert v is not None
-        return Keys(k.transpose(1, 2), v, None if tk is None else tk.transpose(1, 2), tv)
+        row = None if bias is None else group.keys_of(bias, dtype).transpose(1, 2)
+        return Keys(k.transpose(1, 2), v, None if tk is None else tk.transpose(1, 2), tv, row)
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,9 @@ def tiled_forward_jvp(
     mean = lse.new_empty(lse.shape if active else 0)
     tiling = tiling_of(mask)
     buffers = 2 if active else 1
-    scratch = Scratch(lse)
+    scratch, bias = Scratch(lse), bias_rows(mask, k)
     for group in head_groups(q, k, tiling, upcasts=q.dtype != compute, buffers=buffers):
-        keys = Keys.gather(group, (k, v, tk, tv), compute)
+        keys = Keys.gather(group, (k, v, tk, tv), compute, bias)
         for tile in tiling.tiles[group.mask]:
             queries = gather_queries(group, tile, q, tq, keys, scratch, scale)
             intervals = tiling.intervals[group.mask, tile.start : tile.stop]
@@ -146,6 +151,13 @@ def tiled_forward_jvp(
             if active:
                 write_tangents(group, tile, state, tangent, mean)
     return output, lse, tangent, mean
+
+
+def bias_rows(mask: AttentionMask, k: Tensor) -> Tensor | None:
+    """The mask's key bias in units of log 2, as [B, G, Nk, 1] beside keys [B, G, Nk, D]; None where it has none."""
+    if mask.key_bias is None:
+        return None
+    return (mask.key_bias * LOG2_E)[:, None, :, None].expand(*k.shape[:3], 1)
 
 
 def gather_queries(
@@ -177,6 +189,8 @@ def attend(
         shape = (heads, rows, run.stop - run.start)
         views = [scratch.view(SCORES + place, shape) for place in range(buffers)]
         torch.bmm(queries.for_scores, keys.k[:, :, run.start : run.stop], out=views[0])
+        if keys.bias is not None:
+            views[0].add_(keys.bias[:, :, run.start : run.stop])
         if run.partial:
             hide(views[0], intervals, run)
         absorb(state, queries, keys, run, views)

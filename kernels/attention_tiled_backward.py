@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.kernels.attention_tiled import LOG2_E
+from fewstep.kernels.attention_tiled import LOG2_E, bias_rows
 from fewstep.kernels.attention_tiles import HeadGroup, QueryTile, Run, Scratch, head_groups, hide, tiling_of
 from fewstep.kernels.mask import AttentionMask
 
@@ -62,9 +62,10 @@ def tiled_backward(
     compute = saved.lse.dtype
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (saved.q, saved.k, saved.v)]
     tiling = tiling_of(mask)
-    scratch = Scratch(saved.lse)
+    scratch, biases = Scratch(saved.lse), bias_rows(mask, saved.k)
     for group in head_groups(saved.q, saved.k, tiling, upcasts=saved.q.dtype != compute, buffers=2):
         k, v = group.keys_of(saved.k, compute), group.keys_of(saved.v, compute)
+        bias = None if biases is None else group.keys_of(biases, compute)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for tile in tiling.tiles[group.mask]:
             row = gather_rows(group, tile, saved, grad_output, grad_lse)
@@ -75,7 +76,7 @@ def tiled_backward(
                 p, ds = (
                     scratch.view(place, (row.q.shape[0], row.q.shape[1], run.stop - run.start)) for place in range(2)
                 )
-                weights(p, row.q * (scale * LOG2_E), k[:, part], row.lse, run, intervals)
+                weights(p, row.q * (scale * LOG2_E), k[:, part], row.lse, run, intervals, bias)
                 dv[:, part].baddbmm_(p.transpose(1, 2), row.grad_output)
                 torch.bmm(row.grad_output, v[:, part].transpose(1, 2), out=ds)
                 ds.sub_(row.delta).mul_(p)
@@ -111,9 +112,13 @@ def gather_rows(group: HeadGroup, tile: QueryTile, saved: Saved, grad_output: Te
     return Rows(group.rows_of(saved.q, tile, dtype), d_output, lse.masked_fill_(lse == -math.inf, math.inf), delta)
 
 
-def weights(p: Tensor, scaled_q: Tensor, k: Tensor, lse: Tensor, run: Run, intervals: Tensor) -> None:
-    """Write the softmax weights [h, i, w] of one run to `p`."""
+def weights(
+    p: Tensor, scaled_q: Tensor, k: Tensor, lse: Tensor, run: Run, intervals: Tensor, bias: Tensor | None
+) -> None:
+    """Write the softmax weights [h, i, w] of one run to `p`; `bias` [h, Nk, 1] is in units of log 2."""
     torch.bmm(scaled_q, k.transpose(1, 2), out=p)
+    if bias is not None:
+        p.add_(bias[:, run.start : run.stop].transpose(1, 2))
     if run.partial:
         hide(p, intervals, run)
     p.sub_(lse).exp2_()
@@ -146,9 +151,10 @@ def tiled_tangent_backward(
     grads = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     compute = saved.lse.dtype
     tiling = tiling_of(mask)
-    scratch = Scratch(saved.lse)
+    scratch, biases = Scratch(saved.lse), bias_rows(mask, saved.k)
     for group in head_groups(saved.q, saved.k, tiling, upcasts=saved.q.dtype != compute, buffers=4):
         keys = KeySide.gather(group, saved, tangents)
+        bias = None if biases is None else group.keys_of(biases, compute)
         for tile in tiling.tiles[group.mask]:
             row = gather_rows(group, tile, saved, grad_output, grad_lse)
             side = QuerySide.gather(group, tile, row, tangents, grad_tangent, saved)
@@ -157,7 +163,8 @@ def tiled_tangent_backward(
                 views = [
                     scratch.view(place, (row.q.shape[0], row.q.shape[1], run.stop - run.start)) for place in range(4)
                 ]
-                weights(views[0], row.q * (scale * LOG2_E), keys.k[:, run.start : run.stop], row.lse, run, intervals)
+                part = keys.k[:, run.start : run.stop]
+                weights(views[0], row.q * (scale * LOG2_E), part, row.lse, run, intervals, bias)
                 accumulate(row, side, keys, run, views, scale)
             for target, rows_of_it in zip((grads[0], grads[3]), (side.dq, side.dtq), strict=True):
                 if target is not None:

@@ -63,6 +63,7 @@ _tilings: WeakKeyDictionary[AttentionMask, Tiling] = WeakKeyDictionary()
 
 def tiling_of(mask: AttentionMask) -> Tiling:
     """The walk over a mask, built once and kept as long as the mask lives."""
+    mask = mask.ranges
     tiling = _tilings.get(mask)
     if tiling is None:
         tiling = _tilings[mask] = build_tiling(mask)

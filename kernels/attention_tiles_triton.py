@@ -15,6 +15,13 @@ NOWHERE = tl.constexpr(2**30)
 
 
 @triton.jit
+def load_bias(bias, first, keys, BN: tl.constexpr):
+    """Key bias of BN keys in units of log 2, [BN]; 0 beyond the keys."""
+    columns = first + tl.arange(0, BN)
+    return tl.load(bias + columns, mask=columns < keys, other=0.0)
+
+
+@triton.jit
 def load_rows(
     base, first, count, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr
 ):

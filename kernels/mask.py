@@ -20,9 +20,13 @@ from torch import Tensor
 
 from fewstep.kernels.mask_intervals import (
     canonical_intervals,
+    check_activity,
     check_intervals,
+    check_key_bias,
     check_lengths,
     chunk_bounds,
+    either_promise,
+    finite_bias,
     repeat_rows,
     visible_chunks,
     write_runs,
@@ -48,6 +52,7 @@ class AttentionMask:
         query_active: bool [Nq]. False promises that tangents of q at this query are exactly zero. None: no promise.
         key_active: bool [Nk]. The same for tangents of k and v.
         verify: check the promise on each call with tangents, which waits for the device.
+        key_bias: [1 or B, Nk] in fp32 or fp64, what `with_key_bias` adds to the scores of each key.
         handle: unique positive number; `mask_of` finds the mask by it. 0 is no mask's.
 
     Raises:
@@ -59,9 +64,11 @@ class AttentionMask:
     query_active: Tensor | None = None
     key_active: Tensor | None = None
     verify: bool = False
+    key_bias: Tensor | None = field(init=False, default=None)
     handle: int = field(init=False)
     _schedules: dict[tuple[int, int], TileSchedule] = field(init=False, default_factory=dict)
     _elsewhere: dict[torch.device, AttentionMask] = field(init=False, default_factory=dict)
+    _ranges: AttentionMask | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         check_intervals(self.intervals, self.keys)
@@ -71,7 +78,9 @@ class AttentionMask:
         object.__setattr__(self, "handle", next(_handles))
         _masks[self.handle] = self
 
-    def __reduce__(self) -> tuple[type[AttentionMask], tuple[Tensor, int, Tensor | None, Tensor | None, bool]]:
+    def __reduce__(self) -> tuple[Callable[..., AttentionMask], tuple[object, ...]]:
+        if self.key_bias is not None:
+            return AttentionMask.with_key_bias, (self.ranges, self.key_bias)
         return AttentionMask, (self.intervals, self.keys, self.query_active, self.key_active, self.verify)
 
     def __repr__(self) -> str:
@@ -82,6 +91,11 @@ class AttentionMask:
     def queries(self) -> int:
         """Nq."""
         return self.intervals.shape[1]
+
+    @property
+    def ranges(self) -> AttentionMask:
+        """The mask without its key bias, which what depends on the ranges alone is kept by."""
+        return self if self._ranges is None else self._ranges
 
     @property
     def batch(self) -> int:
@@ -108,6 +122,8 @@ class AttentionMask:
         place = torch.empty(0, device=device).device  # "cuda" is the current one of several.
         if place == self.intervals.device:
             return self
+        if self.key_bias is not None:
+            return self.ranges.to(place).with_key_bias(self.key_bias.to(place))
         if place not in self._elsewhere:
             query_active = None if self.query_active is None else self.query_active.to(place)
             key_active = None if self.key_active is None else self.key_active.to(place)
@@ -128,6 +144,27 @@ class AttentionMask:
         """
         return AttentionMask(self.intervals, self.keys, queries, keys, verify)
 
+    def with_key_bias(self, bias: Tensor) -> AttentionMask:
+        """The same ranges with a number for each key that is added to its scores, without gradient or tangent.
+
+        Made for each call: it shares the schedules of this mask, and its tensor is not copied. Code that is compiled
+        would keep the first one for good. A key that nobody is to see has -1e30 or less, and weighs exactly 0.
+
+        Args:
+            bias: [1 or B, Nk], a floating dtype, on the mask's device.
+
+        Raises:
+            ValueError: wrong dtype, shape or device, or a bias that has a gradient.
+        """
+        check_key_bias(bias, self.keys, self.intervals.device)
+        mask = object.__new__(AttentionMask)
+        for name in ("intervals", "keys", "query_active", "key_active", "verify", "_schedules", "_elsewhere"):
+            object.__setattr__(mask, name, getattr(self, name))
+        for name, value in (("key_bias", finite_bias(bias)), ("_ranges", self.ranges), ("handle", next(_handles))):
+            object.__setattr__(mask, name, value)
+        _masks[mask.handle] = mask
+        return mask
+
 
 _masks: WeakValueDictionary[int, AttentionMask] = WeakValueDictionary()
 
@@ -144,17 +181,6 @@ def mask_of(handle: int) -> AttentionMask:
             f"No mask has the handle {handle}; keep the AttentionMask alive for as long as its handle is used."
         )
     return mask
-
-
-def check_activity(name: str, active: Tensor | None, tokens: int, device: torch.device) -> None:
-    """Raise ValueError unless the promise is None or bool [tokens] on the device of the mask."""
-    if active is None:
-        return
-    if active.dtype != torch.bool or tuple(active.shape) != (tokens,) or active.device != device:
-        raise ValueError(
-            f"{name} is {active.dtype} {list(active.shape)} on {active.device}, but must be bool [{tokens}] on "
-            f"{device}: one entry per token, False where tangents are exactly zero."
-        )
 
 
 def full(queries: int, keys: int | None = None, *, device: Device = "cpu") -> AttentionMask:
@@ -356,15 +382,12 @@ def unite(a: AttentionMask, b: AttentionMask) -> AttentionMask:
     )
 
 
-def either_promise(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Active where neither promises zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
-
-
 def check_pair(a: AttentionMask, b: AttentionMask) -> None:
     """Raise ValueError unless two masks can be combined."""
+    if a.key_bias is not None or b.key_bias is not None:
+        raise ValueError(
+            "masks with a key bias are not combined; combine their ranges, and give the bias to the result."
+        )
     same = (a.queries, a.keys, a.intervals.device) == (b.queries, b.keys, b.intervals.device)
     if not same or (a.batch != b.batch and 1 not in (a.batch, b.batch)):
         raise ValueError(f"{a} and {b} do not fit together; build both for the same tokens, batch and device.")

@@ -34,8 +34,12 @@ def flex_block_mask(mask: AttentionMask, block: int = 128) -> BlockMask:
         block: tokens per tile on both sides.
 
     Raises:
-        ValueError: a tile size below 1, or no queries or no keys.
+        ValueError: a tile size below 1, no queries or no keys, or a key bias, which a score_mod would add.
     """
+    if mask.key_bias is not None:
+        raise ValueError(
+            "A block mask of FlexAttention has no key bias; convert mask.ranges, and add it as a score_mod."
+        )
     if block < 1 or mask.queries == 0 or mask.keys == 0:
         raise ValueError(
             f"FlexAttention needs tokens and tiles, but the mask has {mask.queries} queries and {mask.keys} keys and "

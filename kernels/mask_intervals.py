@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LARGEST_BIAS = 1e30
+
 
 def check_intervals(intervals: Tensor, keys: int) -> None:
     """Raise ValueError unless the ranges are int32 [1 or B, Nq, R, 2] within the keys, and canonical."""
@@ -113,3 +115,38 @@ def check_lengths(name: str, values: Sequence[int], *, least: int) -> None:
     """Raise ValueError for a number below `least`."""
     if any(value < least for value in values):
         raise ValueError(f"{name}: {list(values)}, but each must be at least {least}.")
+
+
+def check_activity(name: str, active: Tensor | None, tokens: int, device: torch.device) -> None:
+    """Raise ValueError unless the promise is None or bool [tokens] on the device of the mask."""
+    if active is None:
+        return
+    if active.dtype != torch.bool or tuple(active.shape) != (tokens,) or active.device != device:
+        raise ValueError(
+            f"{name} is {active.dtype} {list(active.shape)} on {active.device}, but must be bool [{tokens}] on "
+            f"{device}: one entry per token, False where tangents are exactly zero."
+        )
+
+
+def either_promise(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Active where neither promises zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def check_key_bias(bias: Tensor, keys: int, device: torch.device) -> None:
+    """Raise ValueError unless a bias is floating [1 or B, Nk] without gradient on the device of the mask."""
+    if bias.ndim != 2 or bias.shape[1] != keys or not bias.is_floating_point():
+        raise ValueError(f"key_bias is {bias.dtype} {list(bias.shape)}, but must be floating [1 or B, {keys}].")
+    if bias.device != device or (bias.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(
+            f"key_bias is on {bias.device} (mask: {device}), requires_grad {bias.requires_grad}; it is a constant on "
+            "the mask's device: .to(device), .detach()."
+        )
+
+
+def finite_bias(bias: Tensor) -> Tensor:
+    """The bias in fp32 at least, finite: a row of which all keys are hidden is then an even one and no NaN."""
+    wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
+    return wide.clamp(-LARGEST_BIAS, LARGEST_BIAS).contiguous()

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.core.families.sd3 import KeyBiasJointAttention, joint_projections, split_heads
-from fewstep.kernels.attention import attention
-from fewstep.kernels.mask import AttentionMask
+from fewstep.kernels.attention import attention, is_wrapped
+from fewstep.kernels.attention_dispatch import with_bias_columns
+from fewstep.kernels.mask import AttentionMask, unmasked
 
 # Wan image-to-video puts the image tokens before this many text tokens, and its network knows them by the number alone.
 WAN_TEXT_TOKENS = 512
@@ -229,9 +230,8 @@ def key_biased_attention(
 ) -> Tensor:
     """softmax(scale q k^T + bias) v, [B, H, M, d].
 
-    The bias becomes columns of the keys that meet ones in the queries, so it needs no mask of M N numbers and no kernel
-    that knows of it. A dtype narrower than fp32 gets a second column with what rounding the first one lost. Columns are
-    clamped to the range of the dtype: a key of bias -10000 keeps a weight of exactly 0.
+    With a tangent the kernels add the bias to their scores; without one, and while torch.compile traces, it becomes
+    columns of the keys that meet ones in the queries, for attention that knows of no bias.
 
     Args:
         query: [B, H, M, d].
@@ -242,13 +242,10 @@ def key_biased_attention(
     """
     if bias is None:
         return attention(query, key, value, scale=scale)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    limits = torch.finfo(key.dtype)
-    wanted = (bias.detach().to(torch.promote_types(key.dtype, torch.float32)) / factor).clamp(limits.min, limits.max)
-    columns = [wanted.to(key.dtype)]
-    if limits.bits < 32:
-        columns.append((wanted - columns[0]).to(key.dtype))
-    column = torch.stack(columns, dim=-1)[:, None]
-    wide_key = torch.cat([key, column.expand(*key.shape[:3], -1)], dim=-1)
-    ones = query.new_ones(1).expand(*query.shape[:3], len(columns))
-    return attention(torch.cat([query, ones], dim=-1), wide_key, value, scale=factor)
+    if torch.compiler.is_compiling() or is_wrapped(bias):
+        # A mask is a constant: in a compiled graph, and for what a transform of torch.func has wrapped.
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        query, key = with_bias_columns(query, key, bias, factor)
+        return attention(query, key, value, scale=factor)
+    mask = unmasked(query.shape[2], key.shape[2], query.device).with_key_bias(bias.detach())
+    return attention(query, key, value, mask=mask, scale=scale)

@@ -24,7 +24,7 @@ from fewstep.kernels.attention_launch_triton import LENGTHS, PLAIN, padded
 from fewstep.kernels.tuning.table import Kind, TileConfig
 
 POINTER_TYPES = {
-    "*fp32": {"LSE", "DELTA", "MEAN"},
+    "*fp32": {"LSE", "DELTA", "MEAN", "BIAS"},
     "*i32": {"INTERVALS", "ROW_PTR", "ROW_TILES", "ROW_ORDER", "COLUMN_PTR", "COLUMN_TILES", "COLUMN_ORDER", "LISTED"},
 }
 ELEMENTS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -62,6 +62,7 @@ def usage_of(
     dtype: torch.dtype = torch.bfloat16,
     masked: bool = True,
     role: int = PLAIN,
+    biased: bool = False,
 ) -> Usage:
     """Compile a kernel with all its tangents; lengths are plain numbers, all else is aligned.
 
@@ -73,12 +74,14 @@ def usage_of(
         dtype: of them.
         masked: some tile is partial.
         role: of `attention_launch_triton`, for "jvp".
+        biased: keys have a bias.
 
     Raises what the compiler does for tiles that it refuses.
     """
     kernel: Any = {"dq": dq_kernel, "dkdv": dkdv_kernel}.get(kind, forward_kernel)
     constants = {"D": width, "E": width, "D_PAD": padded(width), "E_PAD": padded(width), "RANGES": RANGES}
     constants |= {"BM": config.query_tile, "BN": config.key_tile, "UPCAST": False, "MASKED": masked}
+    constants["BIASED"] = biased
     if kind in ("forward", "jvp"):
         constants |= {f"HAS_T{letter}": kind == "jvp" for letter in "QKV"} | {"EARLY": config.early, "ROLE": role}
     signature: dict[str, str] = {}

@@ -87,6 +87,13 @@ def mixed() -> AttentionMask:
     return mask.with_activity(queries=sides[0], keys=sides[1])
 
 
+def biased(mask: AttentionMask, rows: int = 1) -> AttentionMask:
+    """Numbers of any sign on the keys, many of them on one, and some keys that nobody is to see."""
+    bias = 2 * torch.randn(rows, mask.keys, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    bias[:, ::7], bias[:, -1] = -1e4, 5.5
+    return mask.with_key_bias(bias)
+
+
 MASKS: dict[str, Callable[[], AttentionMask]] = {
     "full": lambda: masks.full(45, 51),
     "causal": lambda: masks.causal(67),
@@ -103,6 +110,10 @@ MASKS: dict[str, Callable[[], AttentionMask]] = {
     "one_token": lambda: masks.full(1),
     "no_queries": lambda: masks.full(0, 7),
     "no_keys": lambda: masks.full(7, 0),
+    "biased": lambda: biased(masks.full(45, 51)),
+    "biased_each": lambda: biased(masks.lengths(torch.tensor([20, 33]), queries=20, keys=40), rows=2),
+    "biased_constant": lambda: biased(masks.teacher_forcing([9, 13, 6], clean_is_constant=True), rows=2),
+    "biased_holes": lambda: biased(holes()),
 }
 
 

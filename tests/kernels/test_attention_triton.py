@@ -253,6 +253,16 @@ def test_first_candidates_keep_all_numbers_in_registers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "capability", "width"), [("jvp", 80, 128), ("jvp", 90, 64), ("dkdv", 90, 128)])
+def test_a_key_bias_costs_no_stack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Kind, capability: int, width: int
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config, _ = first_usage(kind, capability, width, "plain")
+    assert usage_of(kind, capability, config, width=width, biased=True).stack == 0
+
+
+@pytest.mark.slow
 def test_more_than_the_registers_hold_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tiles that stood first for A100, whose rows are fewer than the heads are wide; Hopper's wait on products."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

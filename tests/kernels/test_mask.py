@@ -256,3 +256,29 @@ def test_short_forms_name_the_size() -> None:
 def test_diffusion_forcing_is_block_causal() -> None:
     assert torch.equal(dense(masks.block_causal([1, 4, 4])), block_causal_rule([1, 4, 4], None, 0))
     assert int(dense(masks.block_causal([1, 4, 4])).sum()) == 1 + 4 * 5 + 4 * 9
+
+
+def test_a_key_bias_shares_what_the_ranges_need_and_is_a_constant() -> None:
+    ranges = masks.block_causal([3, 4, 2])
+    bias = torch.linspace(-2.0, 2.0, 9, dtype=torch.bfloat16)[None].expand(2, -1)
+    mask = ranges.with_key_bias(bias)
+    assert mask.ranges is ranges
+    assert ranges.ranges is ranges
+    assert mask.handle != ranges.handle
+    assert mask_of(mask.handle) is mask
+    assert mask.schedule(4, 4) is ranges.schedule(4, 4)
+    assert mask.key_bias is not None
+    assert mask.key_bias.dtype == torch.float32
+    assert torch.equal(mask.key_bias, bias.float())
+    assert mask.with_key_bias(-bias).ranges is ranges
+    again = pickle.loads(pickle.dumps(mask)).key_bias
+    assert torch.equal(again, mask.key_bias)
+    hidden = ranges.with_key_bias(torch.full((1, 9), -torch.inf)).key_bias
+    assert hidden is not None
+    assert bool(hidden.isfinite().all())
+    with pytest.raises(ValueError, match=r"key_bias is torch\.float32 \[1, 8\], but must be floating \[1 or B, 9\]"):
+        ranges.with_key_bias(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match=r"it is a constant on the mask's device"):
+        ranges.with_key_bias(torch.zeros(1, 9, requires_grad=True))
+    with pytest.raises(ValueError, match="masks with a key bias are not combined"):
+        masks.unite(mask, ranges)

@@ -88,6 +88,13 @@ def empty_rows(tokens: int) -> AttentionMask:
     return masks.intersect(masks.causal(tokens), masks.intersect(late, blocks_of_keys(tokens, keep=2)))
 
 
+def biased(mask: AttentionMask, rows: int = 1) -> AttentionMask:
+    """Numbers of any sign on the keys, many of them on one, and some keys that nobody is to see."""
+    bias = 2 * torch.randn(rows, mask.keys, generator=torch.Generator().manual_seed(3))
+    bias[:, ::7], bias[:, -1] = -1e4, 5.5
+    return mask.with_key_bias(bias)
+
+
 MASKS: dict[str, Callable[[int], AttentionMask]] = {
     "one": lambda s: masks.full(1),
     "one_query": lambda s: masks.full(1, 33 * s),
@@ -106,6 +113,10 @@ MASKS: dict[str, Callable[[int], AttentionMask]] = {
     "mixed_1": lambda s: mixed(120, 2),
     "mixed_2": lambda s: mixed(120, 12),
     "mixed_3": lambda s: mixed(128, 26),
+    "biased": lambda s: biased(masks.full(45 * s, 51 * s)),
+    "biased_mixed": lambda s: biased(mixed(120, 2)),
+    "biased_each": lambda s: biased(masks.full(64 * s), rows=2),
+    "biased_lengths": lambda s: biased(masks.lengths(torch.tensor([50 * s, 33 * s]), queries=40 * s, keys=50 * s), 2),
 }
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -116,7 +127,10 @@ TILES = [
     TileConfig(32, 16, 4, 1, early=True),
 ]
 CASES = (
-    *[Case(name) for name in MASKS if name not in ("lengths", "mixed_1")],
+    *[Case(name) for name in MASKS if name not in ("lengths", "mixed_1", "biased_each", "biased_lengths")],
+    *[Case(name, batch=2, heads=4, key_heads=2) for name in ("biased_each", "biased_lengths")],
+    *[Case("biased_mixed", tangents=letters, dtype=BF16) for letters in ("qkv", "k", "")],
+    *[Case("biased", config=tiles) for tiles in TILES],
     Case("lengths", batch=3, heads=2, key_heads=1),
     *[Case("mixed_1", tangents=letters) for letters in ("qkv", "q", "k", "v", "qk", "qv", "kv", "")],
     *[Case("mixed_2", config=tiles) for tiles in TILES],

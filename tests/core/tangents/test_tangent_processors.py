@@ -23,6 +23,8 @@ from fewstep.core.tangents.processors import (
     key_biased_attention,
 )
 from fewstep.core.teacher import Teacher
+from fewstep.kernels.attention import attention
+from fewstep.kernels.attention_dispatch import with_bias_columns
 from fewstep.kernels.mask import block_causal, full
 from tests.tiny_networks import build_sana, build_wan, distance, draw, jvp
 from tests.tiny_pipelines import build_sd3
@@ -69,6 +71,30 @@ def test_key_bias_is_exact_in_half_precision(dtype: torch.dtype) -> None:
     output, tangent = jvp(lambda q, k, v: key_biased_attention(q, k, v, bias), (query, key, value), moved)
     assert abs(float(output[0, 0, 0, 0]) - 1 / 301) < 1e-4 / 3
     assert distance(tangent, torch.ones_like(tangent)) < 1e-2
+
+
+def test_a_key_bias_in_the_kernel_is_that_of_columns() -> None:
+    """Outputs, tangents and gradients; a bias that torch.func has wrapped, and a compiled graph, have the columns."""
+    query, key, value = (draw((2, 3, 5 + i, 8), i, torch.float64)[:, :, :5] for i in range(3))
+    moved = tuple(draw((2, 3, 5, 8), 5 + i, torch.float64) for i in range(3))
+    bias = torch.tensor([[0.0, 2.0, -1e4, 0.5, -1.0], [1.0, -3.0, 0.0, 0.0, 4.0]], dtype=torch.float64)
+
+    def both(attend: Any) -> list[Tensor]:
+        points = tuple(x.clone().requires_grad_() for x in (query, key, value))
+        output, tangent = jvp(lambda q, k, v: attend(q, k, v, bias), points, moved)
+        return [output, tangent, *torch.autograd.grad(output.sin().sum(), points)]
+
+    def columns(q: Tensor, k: Tensor, v: Tensor, row: Tensor) -> Tensor:
+        wide_q, wide_k = with_bias_columns(q, k, row, 8**-0.5)
+        return attention(wide_q, wide_k, v, scale=8**-0.5)
+
+    for found, expected in zip(both(key_biased_attention), both(columns), strict=True):
+        assert distance(found, expected) < 1e-12
+    wrapped = jvp(lambda x: key_biased_attention(query, key, value, x), (bias,), (bias,))[0]
+    assert distance(wrapped, key_biased_attention(query, key, value, bias)) < 1e-12
+    compiled = torch.compile(key_biased_attention, backend="aot_eager")
+    for row in (bias, bias.flip(1)):
+        assert distance(compiled(query, key, value, row), key_biased_attention(query, key, value, row)) < 1e-12
 
 
 @pytest.mark.parametrize("cross", [False, True])
