@@ -273,6 +273,25 @@ def _drift(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _anchor(root: Path, choice: Mapping[str, Any]) -> str:
+    """What a reward costs by where it is read: tilts along directions, and FID at levels of the held-out score."""
+    record = _record(root / choice["file"])
+    levels = [level for level, rows in record["costs"].items() if any(row["mean"] is not None for row in rows.values())]
+    lines = [
+        "| reward | tilt: wide, thin | " + " | ".join(f"FID at {level}: seeds, minus sample's" for level in levels) + " |",
+        "|---|---|" + "---|" * len(levels),
+    ]
+    for variant, tilts in record["tilts"].items():
+        tilt = f"{tilts['effective_tilt_wide']:.1f}, {tilts['effective_tilt_thin']:.1f}" if tilts else ""
+        cells = []
+        for level in levels:
+            row = record["costs"][level][variant]
+            seeds = ", ".join("not reached" if fid is None else f"{fid:.2f}" for fid in row["fid"])
+            cells.append(seeds if row["mean"] is None else f"{seeds}; {row['mean']:+.2f}")
+        lines.append(f"| {variant} | {tilt} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "students": _students,
     "families": _families,
@@ -283,4 +302,5 @@ TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "judged": _judged,
     "drift": _drift,
     "compared": _compared,
+    "anchor": _anchor,
 }
