@@ -278,7 +278,9 @@ def _anchor(root: Path, choice: Mapping[str, Any]) -> str:
     record = _record(root / choice["file"])
     levels = [level for level, rows in record["costs"].items() if any(row["mean"] is not None for row in rows.values())]
     lines = [
-        "| reward | tilt: wide, thin | " + " | ".join(f"FID at {level}: seeds, minus sample's" for level in levels) + " |",
+        "| reward | tilt: wide, thin | "
+        + " | ".join(f"FID at {level}: seeds, minus sample's" for level in levels)
+        + " |",
         "|---|---|" + "---|" * len(levels),
     ]
     for variant, tilts in record["tilts"].items():
