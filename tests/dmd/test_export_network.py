@@ -21,7 +21,7 @@ from fewstep.core.teacher import Teacher
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.dmd.reward.train import train_reward
 from fewstep.dmd.train import train_dmd
-from tests.dmd.reward.reward_run import METHODS, reward_config
+from tests.dmd.reward.reward_run import METHODS, reward_config, started
 from tests.dmd.tiny_run import TinyInputs, start, tiny_config
 
 BASE: dict[str, Any] = {"teacher.dtype": "bfloat16", "student.steps": 2, "run.steps": 2, "run.checkpoint_every": 2}
@@ -136,6 +136,30 @@ def test_rewards_go_on_with_fresh_adapters_on_both(inputs: TinyInputs, runs: dic
     )
     assert torch.equal(under, merged.bfloat16().float())
     assert not torch.equal(under, plain.bfloat16().float())
+
+
+def test_reference_and_older_policy_of_adapters_stand_on_one_base(
+    inputs: TinyInputs, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Frozen weights are there once for student, reference and older policy; the reference begins as the base."""
+    student = export_network(runs["adapters"], tmp_path / "student")
+    changes = {"teacher.dtype": "bfloat16", "student.init": None, "student.path": str(student), "student.lora_rank": 2}
+    with started(reward_config(inputs, runs["adapters"], tmp_path / "run", "nft", changes)) as (method, _):
+        setup: Any = method.setup  # pyright: ignore[reportAttributeAccessIssue]
+        older = next(iter(setup.snapshots.values())).module
+        networks = [setup.student.denoiser, setup.reference, older]
+        found = [dict(denoiser.network.named_parameters()) for denoiser in networks]
+        assert found[0].keys() == found[1].keys() == found[2].keys()
+        adapters = [name for name in found[0] if ".lora_" in name]
+        assert len(adapters) > 10
+        for name in found[0]:
+            places = {weights[name].data_ptr() for weights in found}
+            assert len(places) == (3 if ".lora_" in name else 1), name
+        base = Teacher.load(student, dtype=torch.bfloat16).denoiser
+        x_t, t = torch.randn(2, *setup.latent_shape), torch.tensor([0.25, 0.5])
+        condition = setup.prompts.rows([0, 1])
+        with torch.no_grad():
+            assert torch.equal(setup.reference(x_t, t, condition), base(x_t, t, condition))
 
 
 def test_a_fake_score_of_another_scale_is_refused(inputs: TinyInputs, runs: dict[str, Path], tmp_path: Path) -> None:
