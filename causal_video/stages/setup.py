@@ -91,10 +91,8 @@ class CausalData:
             for weights in (init, steered):
                 if weights is not None:
                     check_names(weights, controls.names)
-        fake_score, prompts = (
-            None if config.run.resume else find_fake_score(config.fake_score),
-            read_prompts(data.prompts),
-        )
+        fake_score = None if config.run.resume else find_fake_score(config.fake_score)
+        prompts = read_prompts(data.prompts)
         if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(prompts) < 2:
             raise ValueError(f"self_forcing.prompt_switches needs two prompts, and {data.prompts} has one")
         causal = None if config.joint is None else find_weights(config.joint.causal_teacher, "joint.causal_teacher")
