@@ -21,6 +21,7 @@ from fewstep.kernels.attention_checks import check_inputs, check_tangents
 from fewstep.kernels.attention_dispatch import choose_path, library_attention
 from fewstep.kernels.attention_reference import AttentionResult
 from fewstep.kernels.mask import AttentionMask
+from fewstep.kernels.mask_intervals import is_wrapped
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 Primals = tuple[Tensor, Tensor, Tensor]
@@ -180,11 +181,6 @@ def prepare(
     check_inputs(*primals, mask)
     check_tangents(primals, tangents)
     return primals, tangents, Call(mask, default_scale(q) if scale is None else float(scale), "tiled")
-
-
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a transform of torch.func has wrapped a tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def under_autocast(x: Tensor) -> Tensor:

@@ -88,10 +88,12 @@ def over_batches(function: Any, size: int, in_dims: Any, arguments: Any) -> Any:
     """
     folded = []
     for argument, place in zip(arguments, in_dims, strict=True):
-        if isinstance(argument, Call) and argument.mask is not None and argument.mask.batch > 1:
+        mask = argument.mask if isinstance(argument, Call) else None
+        samples = 1 if mask is None else max(mask.batch, 1 if mask.key_bias is None else len(mask.key_bias))
+        if samples > 1:
             raise ValueError(
-                f"vmap over attention whose mask is for {argument.mask.batch} samples each: build the mask for one "
-                "sample, which holds for all, or put the batches of the vmap into the batch yourself."
+                f"vmap over attention whose mask is for {samples} samples each: build mask and key bias for one, which "
+                "holds for all, or put the batches of the vmap into the batch yourself."
             )
         if isinstance(argument, Tensor):
             whole = argument.expand(size, *argument.shape) if place is None else argument.movedim(place, 0)

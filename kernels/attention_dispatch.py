@@ -97,7 +97,9 @@ def library_attention(
         return None
     q, k, v = primals
     kind = mask_kind(mask)
-    if kind == "other" or 0 in (q.shape[2], k.shape[2], q.shape[3]):
+    # A bias is divided by the scale to be a column.
+    no_column = mask is not None and mask.key_bias is not None and scale == 0
+    if kind == "other" or no_column or 0 in (q.shape[2], k.shape[2], q.shape[3]):
         if backend == "auto":
             return None
         raise ValueError(f"backend={backend!r} takes full and causal masks alone; use backend='auto' for this one.")

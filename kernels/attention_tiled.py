@@ -157,7 +157,8 @@ def bias_rows(mask: AttentionMask, k: Tensor) -> Tensor | None:
     """The mask's key bias in units of log 2, as [B, G, Nk, 1] beside keys [B, G, Nk, D]; None where it has none."""
     if mask.key_bias is None:
         return None
-    return (mask.key_bias * LOG2_E)[:, None, :, None].expand(*k.shape[:3], 1)
+    compute = torch.float64 if k.dtype == torch.float64 else torch.float32
+    return (mask.key_bias.to(compute) * LOG2_E)[:, None, :, None].expand(*k.shape[:3], 1)
 
 
 def gather_queries(

@@ -142,13 +142,14 @@ class AttentionMask:
         Raises:
             ValueError: wrong dtype, shape or device.
         """
-        return AttentionMask(self.intervals, self.keys, queries, keys, verify)
+        mask = AttentionMask(self.intervals, self.keys, queries, keys, verify)
+        return mask if self.key_bias is None else mask.with_key_bias(self.key_bias)
 
     def with_key_bias(self, bias: Tensor) -> AttentionMask:
         """The same ranges with a number for each key that is added to its scores, without gradient or tangent.
 
         Made for each call: it shares the schedules of this mask, and its tensor is not copied. Code that is compiled
-        would keep the first one for good. A key that nobody is to see has -1e30 or less, and weighs exactly 0.
+        would keep the first one for good. A key that nobody is to see has -1e4 or less, and weighs exactly 0.
 
         Args:
             bias: [1 or B, Nk], a floating dtype, on the mask's device.

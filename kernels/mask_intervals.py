@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-LARGEST_BIAS = 1e30
+# Beside it fp32 keeps a thousandth of a score, and a weight of exp(-1e4) is 0 in every dtype.
+LARGEST_BIAS = 1e4
 
 
 def check_intervals(intervals: Tensor, keys: int) -> None:
@@ -136,7 +138,14 @@ def either_promise(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def check_key_bias(bias: Tensor, keys: int, device: torch.device) -> None:
-    """Raise ValueError unless a bias is floating [1 or B, Nk] without gradient on the device of the mask."""
+    """Raise ValueError unless a bias is floating [1 or B, Nk] on the mask's device, without gradient or tangent."""
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"key_bias is {type(bias).__name__}; give a tensor [1 or B, {keys}], or mask.ranges for none.")
+    if is_wrapped(bias) or forward_ad.unpack_dual(bias).tangent is not None:
+        raise ValueError(
+            "key_bias carries a tangent, or a transform of torch.func has wrapped it; it is a constant of the call. "
+            "Make it outside of the function that is differentiated or mapped, or add it as a column of q and k."
+        )
     if bias.ndim != 2 or bias.shape[1] != keys or not bias.is_floating_point():
         raise ValueError(f"key_bias is {bias.dtype} {list(bias.shape)}, but must be floating [1 or B, {keys}].")
     if bias.device != device or (bias.requires_grad and torch.is_grad_enabled()):
@@ -147,6 +156,11 @@ def check_key_bias(bias: Tensor, keys: int, device: torch.device) -> None:
 
 
 def finite_bias(bias: Tensor) -> Tensor:
-    """The bias in fp32 at least, finite: a row of which all keys are hidden is then an even one and no NaN."""
+    """The bias in fp32 at least, within 1e4: a row of which all keys are hidden is then as if none was, and no NaN."""
     wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
     return wide.clamp(-LARGEST_BIAS, LARGEST_BIAS).contiguous()
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,6 +5,7 @@ Legend: B batch, C channels, F latent frames, N text tokens; videos [B, C, F, h,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.sections import CausalStudentConfig, FrameReduction
 from fewstep.consistency.sample_loss import ConsistencyLoss
 from fewstep.core.condition import Condition
+from fewstep.core.data import rows_of_samples
 from fewstep.core.denoiser import Denoiser, guided_velocity
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import Draw, sample_uniform, shared_integer
@@ -28,6 +30,8 @@ from fewstep.kernels.mask import AttentionMask
 
 # Of the integers that decide whether a step gives the first frame.
 IMAGE_PARTS = 10**6
+# Of the prompts before a change.
+EARLIER_SEED = 5
 
 
 def causal_settings(student: CausalStudentConfig) -> CausalSettings:
@@ -229,6 +233,15 @@ def over_frames(values: Tensor, layout: ChunkLayout) -> Tensor:
 def gives_image(share: float, seed: int, step: int) -> bool:
     """Whether a step's samples have their first frame given: a share of the steps, the same in every process."""
     return shared_integer(seed, step, "image", IMAGE_PARTS) < share * IMAGE_PARTS
+
+
+def earlier_rows(prompts: Sequence[str], samples: Sequence[int], seed: int) -> list[int]:
+    """Rows of prompts that samples begin with before a change: random ones, of other texts than they go on with."""
+    count, rows = len(prompts), []
+    later = rows_of_samples(samples, count, seed)
+    for row, judged in zip(rows_of_samples(samples, count, seed + EARLIER_SEED), later, strict=True):
+        rows.append(next(n % count for n in range(row, row + count) if prompts[n % count] != prompts[judged]))
+    return rows
 
 
 def noisy_context(x0: Tensor, draw: Draw, settings: CausalSettings) -> tuple[Tensor, Tensor]:

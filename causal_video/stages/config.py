@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,10 +53,12 @@ class JointConfig:
     def __post_init__(self) -> None:
         if (self.tf_scm is None) == (self.tf_dcm is None):
             raise ValueError("joint takes one of the sections tf_scm and tf_dcm; give {} for its defaults")
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise ValueError(
-                f"weight is {self.weight}; it must be above 0, and without the section there is no joint loss"
+                f"weight is {self.weight}; it must be above 0 and finite, and without the section it is none"
             )
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be finite, such as 3.0, or left out")
         if self.tf_scm is not None and self.tf_scm.time_smoothing > 0:
             raise ValueError(
                 f"joint.tf_scm.time_smoothing is {self.tf_scm.time_smoothing}: a student of a tf_scm run has it in its "

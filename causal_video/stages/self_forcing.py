@@ -20,7 +20,7 @@ from fewstep.causal_video.rollout import Rollout, replayed_backward, rollout, sw
 from fewstep.causal_video.schedule import StepSchedule, cycled_exit, random_exit
 from fewstep.causal_video.settings import CausalSettings
 from fewstep.causal_video.stages.asd import StepPair, asd_discriminator_loss, asd_student_loss
-from fewstep.causal_video.stages.batch import chunk_uniform, gives_image, over_frames
+from fewstep.causal_video.stages.batch import chunk_uniform, earlier_rows, gives_image, over_frames
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.causal_video.stages.teacher_window import TeacherWindow, image_latent, teacher_window
@@ -39,9 +39,6 @@ from fewstep.dmd.matching import (
     student_step,
     telling,
 )
-
-# Of the prompts before a change, so that they are others than those after it.
-EARLIER_SEED = 5
 
 
 @dataclass(frozen=True)
@@ -166,9 +163,10 @@ def rollout_inputs(config: CausalConfig, setup: CausalSetup, plan: RolloutPlan, 
     """
     given, seed = gives_image(config.data.image_share, config.run.seed, step), config.run.seed
     if not given and setup.controls is None:
-        prompts = setup.prompts
-        earlier = None if plan.switch_chunk is None else prompts.of_samples(draw.indices, seed + EARLIER_SEED)
-        return RolloutInputs(prompts.of_samples(draw.indices, seed), earlier=earlier)
+        earlier = None
+        if plan.switch_chunk is not None:
+            earlier = setup.prompts.rows(earlier_rows(setup.prompts.prompts, draw.indices, seed))
+        return RolloutInputs(setup.prompts.of_samples(draw.indices, seed), earlier=earlier)
     x0, condition = setup.videos(draw.indices, draw.device)
     return RolloutInputs(condition, x0[:, :, :1] if given else None)
 

@@ -93,7 +93,7 @@ class CausalData:
                     check_names(weights, controls.names)
         fake_score = None if config.run.resume else find_fake_score(config.fake_score)
         prompts = read_prompts(data.prompts)
-        if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(prompts) < 2:
+        if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(set(prompts)) < 2:
             raise ValueError(f"self_forcing.prompt_switches needs two prompts, and {data.prompts} has one")
         causal = None if config.joint is None else find_weights(config.joint.causal_teacher, "joint.causal_teacher")
         return cls(prompts, real, pairs, init, controls, steered, fake_score, judged, causal)

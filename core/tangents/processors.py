@@ -18,12 +18,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from fewstep.core.families.sd3 import KeyBiasJointAttention, joint_projections, split_heads
-from fewstep.kernels.attention import attention, is_wrapped
+from fewstep.kernels.attention import attention
 from fewstep.kernels.attention_dispatch import with_bias_columns
 from fewstep.kernels.mask import AttentionMask, unmasked
+from fewstep.kernels.mask_intervals import is_wrapped
 
 # Wan image-to-video puts the image tokens before this many text tokens, and its network knows them by the number alone.
 WAN_TEXT_TOKENS = 512
@@ -247,5 +249,7 @@ def key_biased_attention(
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         query, key = with_bias_columns(query, key, bias, factor)
         return attention(query, key, value, scale=factor)
-    mask = unmasked(query.shape[2], key.shape[2], query.device).with_key_bias(bias.detach())
+    mask = unmasked(query.shape[2], key.shape[2], query.device).with_key_bias(
+        forward_ad.unpack_dual(bias).primal.detach()
+    )
     return attention(query, key, value, mask=mask, scale=scale)

@@ -5,6 +5,7 @@ No torch here, so that `--help` is quick.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -84,6 +85,8 @@ class TiltedTeacherConfig:
 
     def __post_init__(self) -> None:
         require_positive(tilt_scale=self.tilt_scale)
+        if self.tilt_scale == math.inf:
+            raise ValueError("tilt_scale is inf; it must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_reward": ("--rtdmd.direct", "null"),
     "sample_0.05": ("--rtdmd.direct.weight", "0.05"),
     "sample_0.2": ("--rtdmd.direct.weight", "0.2"),
+    "small_times_no_reward": ("--rtdmd.direct", "null", *SMALL),
     "small_times_0.05": ("--rtdmd.direct.weight", "0.05", *SMALL),
     "small_times_0.2": ("--rtdmd.direct.weight", "0.2", *SMALL),
     "tilted_teacher_4": ("--rtdmd.direct", "null", "--rtdmd.tilted_teacher.tilt_scale", "4"),
@@ -83,7 +84,7 @@ def costs(points: Sequence[StudyPoint], seeds: Sequence[int]) -> dict[str, dict[
             for variant in VARIANTS
         }
         # The weaker of the two strengths that reaches the level with every seed.
-        base = next((row for name, row in rows.items() if name.startswith("sample") and None not in row), None)
+        base = next((row for name, row in rows.items() if name.startswith("sample_") and None not in row), None)
         found[str(level)] = {}
         for variant, row in rows.items():
             pairs = [(a, b) for a, b in zip(row, base or [], strict=False) if a is not None and b is not None]

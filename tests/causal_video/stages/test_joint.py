@@ -86,6 +86,8 @@ def test_what_a_joint_stage_cannot_be_is_named(inputs: VideoInputs, tmp_path: Pa
         ({}, "one of the sections tf_scm and tf_dcm"),
         ({**STAGES["tf_scm"], **STAGES["tf_dcm"]}, "one of the sections tf_scm and tf_dcm"),
         ({**STAGES["tf_dcm"], "weight": 0.0}, r"weight is 0\.0; it must be above 0"),
+        ({**STAGES["tf_dcm"], "weight": float("inf")}, "weight is inf"),
+        ({**STAGES["tf_dcm"], "guidance": float("nan")}, "guidance is nan; it must be finite"),
         ({"tf_scm": TfScmConfig(time_smoothing=0.01)}, "in its weights already"),
     ]
     for values, told in wrong:
