@@ -142,6 +142,7 @@ def test_the_gradient_goes_through_every_kind_of_teacher_in_half_precision(name:
         name == "wan",
     )
     size: dict[str, Any] = {"height": 32, "width": 32, "frames": 9} if is_video else {}
+    size = dict(FLUX.size) if name == "flux" else size
     found: dict[str, Tensor] = {}
     for case, dtype, chunk in (("fp32", "float32", None), ("chunk", "float32", 1), ("bf16", "bfloat16", None)):
         teacher = Teacher.load(folder, dtype=getattr(torch, dtype))
