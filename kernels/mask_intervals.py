@@ -141,10 +141,10 @@ def check_key_bias(bias: Tensor, keys: int, device: torch.device) -> None:
     """Raise ValueError unless a bias is floating [1 or B, Nk] on the mask's device, without gradient or tangent."""
     if not isinstance(bias, Tensor):
         raise ValueError(f"key_bias is {type(bias).__name__}; give a tensor [1 or B, {keys}], or mask.ranges for none.")
-    if is_wrapped(bias) or forward_ad.unpack_dual(bias).tangent is not None:
+    if is_batched(bias) or forward_ad.unpack_dual(bias).tangent is not None:
         raise ValueError(
-            "key_bias carries a tangent, or a transform of torch.func has wrapped it; it is a constant of the call. "
-            "Make it outside of the function that is differentiated or mapped, or add it as a column of q and k."
+            "key_bias carries a tangent, or batches of a vmap; it is a constant of the call. Make it outside of the "
+            "function that is differentiated or mapped, or add it as a column of q and k."
         )
     if bias.ndim != 2 or bias.shape[1] != keys or not bias.is_floating_point():
         raise ValueError(f"key_bias is {bias.dtype} {list(bias.shape)}, but must be floating [1 or B, {keys}].")
@@ -158,9 +158,22 @@ def check_key_bias(bias: Tensor, keys: int, device: torch.device) -> None:
 def finite_bias(bias: Tensor) -> Tensor:
     """The bias in fp32 at least, within 1e4: a row of which all keys are hidden is then as if none was, and no NaN."""
     wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
-    return wide.clamp(-LARGEST_BIAS, LARGEST_BIAS).contiguous()
+    found = wide.clamp(-LARGEST_BIAS, LARGEST_BIAS).contiguous()
+    # All that is computed inside of a torch.func.jvp is wrapped, and kernels read numbers.
+    while is_wrapped(found):
+        found = torch._C._functorch.get_unwrapped(found)  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
 def is_wrapped(x: Tensor) -> bool:
     """Whether a transform of torch.func has wrapped a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor has batches of a vmap, under whatever else has wrapped it."""
+    while is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):  # pyright: ignore[reportAttributeAccessIssue]
+            return True
+        x = torch._C._functorch.get_unwrapped(x)  # pyright: ignore[reportAttributeAccessIssue]
+    return False

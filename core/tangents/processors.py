@@ -25,7 +25,7 @@ from fewstep.core.families.sd3 import KeyBiasJointAttention, joint_projections, 
 from fewstep.kernels.attention import attention
 from fewstep.kernels.attention_dispatch import with_bias_columns
 from fewstep.kernels.mask import AttentionMask, unmasked
-from fewstep.kernels.mask_intervals import is_wrapped
+from fewstep.kernels.mask_intervals import is_batched
 
 # Wan image-to-video puts the image tokens before this many text tokens, and its network knows them by the number alone.
 WAN_TEXT_TOKENS = 512
@@ -244,8 +244,8 @@ def key_biased_attention(
     """
     if bias is None:
         return attention(query, key, value, scale=scale)
-    if torch.compiler.is_compiling() or is_wrapped(bias):
-        # A mask is a constant: in a compiled graph, and for what a transform of torch.func has wrapped.
+    if torch.compiler.is_compiling() or is_batched(bias):
+        # A mask is a constant, in a compiled graph and of all batches of a vmap.
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         query, key = with_bias_columns(query, key, bias, factor)
         return attention(query, key, value, scale=factor)

@@ -74,7 +74,8 @@ def test_key_bias_is_exact_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_a_key_bias_in_the_kernel_is_that_of_columns() -> None:
-    """Outputs, tangents and gradients; a bias that torch.func has wrapped, and a compiled graph, have the columns."""
+    """Outputs, tangents and gradients; also of a bias that is computed inside of what is differentiated, where all is
+    wrapped. A compiled graph has the columns."""
     query, key, value = (draw((2, 3, 5 + i, 8), i, torch.float64)[:, :, :5] for i in range(3))
     moved = tuple(draw((2, 3, 5, 8), 5 + i, torch.float64) for i in range(3))
     bias = torch.tensor([[0.0, 2.0, -1e4, 0.5, -1.0], [1.0, -3.0, 0.0, 0.0, 4.0]], dtype=torch.float64)
@@ -88,8 +89,15 @@ def test_a_key_bias_in_the_kernel_is_that_of_columns() -> None:
         wide_q, wide_k = with_bias_columns(q, k, row, 8**-0.5)
         return attention(wide_q, wide_k, v, scale=8**-0.5)
 
-    for found, expected in zip(both(key_biased_attention), both(columns), strict=True):
-        assert distance(found, expected) < 1e-12
+    def computed(q: Tensor, k: Tensor, v: Tensor, row: Tensor) -> Tensor:
+        return key_biased_attention(q, k, v, torch.nn.functional.pad(row[:, :-1], (0, 1)))
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, row: Tensor) -> Tensor:
+        return columns(q, k, v, torch.cat([row[:, :-1], torch.zeros_like(row[:, :1])], dim=1))
+
+    for attend, reference in ((key_biased_attention, columns), (computed, padded)):
+        for found, expected in zip(both(attend), both(reference), strict=True):
+            assert distance(found, expected) < 1e-12
     wrapped = jvp(lambda x: key_biased_attention(query, key, value, x), (bias,), (bias,))[0]
     assert distance(wrapped, key_biased_attention(query, key, value, bias)) < 1e-12
     compiled = torch.compile(key_biased_attention, backend="aot_eager")
