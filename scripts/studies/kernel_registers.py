@@ -25,6 +25,8 @@ from fewstep.kernels.tuning.table import Kind, TileConfig
 CAPABILITIES = (80, 89, 90)
 KINDS: tuple[Kind, ...] = ("forward", "jvp", "dq", "dkdv")
 ROLES = {"plain": PLAIN, "active": ACTIVE, "constant": CONSTANT, "keys": KEYS}
+# Under a mask that promises nothing, with a key bias.
+BIASED = "key bias"
 HEADS = ((64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32), (128, torch.float32))
 EARLIER: tuple[tuple[Kind, int, int, tuple[int, int, int, int]], ...] = (
     ("jvp", 80, 128, (128, 32, 8, 1)),
@@ -38,7 +40,8 @@ EARLIER: tuple[tuple[Kind, int, int, tuple[int, int, int, int]], ...] = (
 
 def row(kind: Kind, capability: int, width: int, dtype: torch.dtype, role: str, tiles: TileConfig) -> dict[str, Any]:
     """One compiled kernel, under a mask with partial tiles."""
-    usage = usage_of(kind, capability, tiles, width=width, dtype=dtype, role=ROLES[role])
+    how = {"role": ROLES.get(role, PLAIN), "biased": role == BIASED}
+    usage = usage_of(kind, capability, tiles, width=width, dtype=dtype, **how)
     name = str(dtype).removeprefix("torch.")
     case = {"kernel": kind, "capability": capability, "width": width, "dtype": name, "role": role}
     return {**case, "tiles": asdict(tiles), **asdict(usage)}
@@ -53,8 +56,10 @@ def main() -> None:
     for capability in CAPABILITIES:
         for kind in KINDS:
             for width, dtype in HEADS:
-                for role in ROLES if kind == "jvp" and dtype == torch.bfloat16 else ("plain",):
-                    key = TuneKey(kind, divmod(capability, 10), width, width, dtype, (True, role != "plain"))
+                roles = tuple(ROLES) if kind == "jvp" and dtype == torch.bfloat16 else ("plain",)
+                for role in (*roles, BIASED) if dtype == torch.bfloat16 else roles:
+                    promises = role not in ("plain", BIASED)
+                    key = TuneKey(kind, divmod(capability, 10), width, width, dtype, (True, promises))
                     rows.append(row(kind, capability, width, dtype, role, candidates(key)[0]))
                     print(rows[-1], flush=True)
     earlier = [
