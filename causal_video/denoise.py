@@ -6,7 +6,7 @@ Legend: B batch, C channels, F frames, n frames of a chunk, h x w latent pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,10 @@ class ChunkResult:
     x0: Tensor
     exit: ExitStep
     keys_values: KeysValues | None
+
+    def without_context(self) -> ChunkResult:
+        """The same without the keys and values that the call saw and made, for which no replay is left."""
+        return ChunkResult(self.x0, replace(self.exit, prefix=Prefix((), (), ())), None)
 
 
 def denoise_chunk(

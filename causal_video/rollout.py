@@ -48,6 +48,7 @@ def rollout(
     exits: Sequence[int],
     cache: RollingCache | None = None,
     exit_network: nn.Module | None = None,
+    replayable: bool = True,
 ) -> Rollout:
     """Generate len(exits) chunks; each stops at its exit step, and that call alone builds a graph.
 
@@ -62,6 +63,7 @@ def rollout(
         exits: exit step of each chunk, see `StepSchedule.exits`; in every process the same, or collectives never end.
         cache: goes on from here; None starts a video.
         exit_network: called in place of `network` at the exits, for instance its DDP wrapper.
+        replayable: keep what each exit saw: all keys and values, those too that the cache has forgotten.
 
     Raises:
         ValueError: no chunks, an exit that a chunk does not have, an image in the middle of a stream, or a cache of
@@ -92,7 +94,7 @@ def rollout(
             collect=settings.policy.is_noisy(chunk) and exit_step == len(times) - 1,
             exit_network=exit_network,
         )
-        results.append(result)
+        results.append(result if replayable else result.without_context())
         renoise = noise.draw(chunk, len(times), frames, result.x0)
         cache = cache.commit(context_of(network, result, part, context_time(settings, chunk), renoise))
     video = torch.cat([result.x0 for result in results], dim=2)
@@ -111,7 +113,7 @@ def switched_rollout(
     at_chunk: int,
     recached: bool = True,
 ) -> Rollout:
-    """A rollout from the start of a video, without a graph, whose text changes from a chunk on (LongLive,
+    """A rollout from the start of a video, without a graph or a replay, whose text changes from a chunk on (LongLive,
     arXiv:2509.22622): what `StreamSession.set_prompt` does in a stream.
 
     Args:
@@ -129,21 +131,20 @@ def switched_rollout(
     """
     if not 1 <= at_chunk <= len(exits):
         raise ValueError(f"at_chunk is {at_chunk}; the text can change at chunk 1 to {len(exits)}")
-    before = rollout(network, condition, noise, settings, exits=exits[:at_chunk])
+    before = rollout(network, condition, noise, settings, exits=exits[:at_chunk], replayable=False)
     cache, prompt = before.cache, text if isinstance(text, Prompt) else network.prompt(text)
     if recached:
-        lengths = [step.x.shape[2] for step in before.exits]
-        chunks = before.video.split(lengths, dim=2)
-        shown: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, (step, x0) in enumerate(zip(before.exits, chunks, strict=True)):
-            image = condition.image if number == 0 else None
+        chunks = before.video.split([step.x.shape[2] for step in before.exits], dim=2)
+        shown: list[tuple[Tensor, Tensor]] = []
+        for number in (entry.segment.chunk for entry in cache.entries):
+            step, x0, image = before.exits[number], chunks[number], condition.image if number == 0 else None
             clean = condition_first_frame(x0, torch.zeros_like(x0[:, 0, 0, 0, 0]), image)
-            shown[number] = (step.x, step.t) if settings.policy.is_noisy(number) else clean
-        stored = [shown[entry.segment.chunk] for entry in cache.entries]
-        cache = recache(network, cache, [x for x, _ in stored], prompt, times=[t for _, t in stored])
+            shown.append((step.x, step.t) if settings.policy.is_noisy(number) else clean)
+        cache = recache(network, cache, [x for x, _ in shown], prompt, times=[t for _, t in shown])
     if at_chunk == len(exits):
         return Rollout(before.video, before.exits, cache)
-    after = rollout(network, VideoCondition(prompt), noise, settings, exits=exits[at_chunk:], cache=cache)
+    later = {"exits": exits[at_chunk:], "cache": cache, "replayable": False}
+    after = rollout(network, VideoCondition(prompt), noise, settings, **later)
     return Rollout(torch.cat([before.video, after.video], dim=2), (*before.exits, *after.exits), after.cache)
 
 

@@ -258,7 +258,7 @@ def beginning(
     exits = plan.schedule.exits(plan.schedule.longest - 1, chunks)
     if inputs.earlier is None or plan.switch_chunk is None:
         condition = VideoCondition(inputs.condition.text, inputs.image)
-        return rollout(setup.student, condition, noise, settings, exits=exits)
+        return rollout(setup.student, condition, noise, settings, exits=exits, replayable=False)
     condition, text = VideoCondition(inputs.earlier.text), inputs.condition.text
     how = {"exits": exits, "at_chunk": plan.switch_chunk, "recached": plan.recached}
     return switched_rollout(setup.student, condition, text, noise, settings, **how)

@@ -324,6 +324,12 @@ def check_direct(config: RewardRunConfig) -> None:
             )
     matching = config.matching
     is_tilted = getattr(config.section, "tilted_teacher", None) is not None
+    law = None if matching is None else matching.score_times
+    if is_tilted and law is not None and law.unit == "time" and law.max >= 1:
+        raise ValueError(
+            f"matching.score_times.max is {law.max} with {config.method}.tilted_teacher, which reads the reward at a "
+            "noised sample: at t = 1 there is none of it; set max below 1, such as 0.98"
+        )
     if is_tilted and matching is not None and matching.ambient is not None and matching.steps != "last":
         raise ValueError(
             f"{config.method}.tilted_teacher with matching.ambient and matching.steps {matching.steps!r}: ambient "

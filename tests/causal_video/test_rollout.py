@@ -277,3 +277,17 @@ def test_rollouts_that_cannot_be_are_refused() -> None:
         rollout(student, condition, noise(), CLEAN, exits=(0,), cache=other)
     with pytest.raises(ValueError, match="2 calls need as many noise"):
         denoise_chunk(student, [latents(1)], [1.0, 0.5], condition, other.read())
+
+
+@pytest.mark.parametrize("settings", [CLEAN, NOISY, AVERAGED, QUANTISED])
+def test_a_rollout_without_a_replay_holds_no_keys_beside_the_cache(settings: CausalSettings) -> None:
+    """The same numbers; keys and values that the cache has forgotten can go while the rollout is held."""
+    student, chunks = build_student(), 9
+    exits = settings.schedule.exits(settings.schedule.longest - 1, chunks)
+    with torch.no_grad():
+        kept = rollout(student, VideoCondition(text()), noise(), settings, exits=exits)
+        lean = rollout(student, VideoCondition(text()), noise(), settings, exits=exits, replayable=False)
+    assert torch.equal(lean.video, kept.video)
+    assert lean.cache.bytes() == kept.cache.bytes()
+    assert max(len(step.prefix.parts) for step in kept.exits) > 0
+    assert [len(step.prefix.parts) for step in lean.exits] == [0] * chunks

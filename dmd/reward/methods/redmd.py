@@ -209,8 +209,8 @@ def element_weights(setup: RewardSetup, rollout: Rollout) -> Tensor:
 def latent_saliency(maps: Tensor, frames: int, size: Sequence[int]) -> Tensor:
     """Maps [R, n, T, H, W] of pixels as means over what lies under each element: [R, n, frames, h, w].
 
-    One latent frame stands for the first pixel frame where there is one frame more than a multiple of the others (Wan);
-    else each stands for as many.
+    The first latent frame stands for the first pixel frame, and each later one for as many as the others (Wan, LTX).
+    Raises ValueError where pixel frames do not fall so.
     """
     spatial = functional.interpolate(maps.flatten(0, 1), size=tuple(size), mode="area").unflatten(0, maps.shape[:2])
     pixel_frames = spatial.shape[2]

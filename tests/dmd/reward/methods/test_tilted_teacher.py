@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise
 from fewstep.core.randomness import sample_noise
+from fewstep.core.settings import TimeLawConfig
 from fewstep.core.teacher import Teacher
 from fewstep.dmd.loss import distribution_matching_loss
 from fewstep.dmd.reward.config import RewardMatchingConfig, RewardSettings, ScorerConfig
@@ -104,6 +105,9 @@ def test_settings_that_do_not_go_together_are_named(inputs: TinyInputs, tmp_path
     every = {"rtdmd": RtdmdConfig(tilted_teacher=TiltedTeacherConfig(tilt_scale=1.0)), "matching.steps": "any"}
     with pytest.raises(ValueError, match=r"tilted_teacher with matching\.ambient and matching\.steps 'any'"):
         reward_config(inputs, tmp_path, tmp_path, "rtdmd", every)
+    to_noise = RewardMatchingConfig(score_times=TimeLawConfig(max=1.0))
+    with pytest.raises(ValueError, match=r"score_times\.max is 1\.0 with rtdmd\.tilted_teacher"):
+        reward_config(inputs, tmp_path, tmp_path, "rtdmd", {**every, "matching": to_noise, "matching.steps": "last"})
     config = reward_config(inputs, tmp_path, tmp_path, "rtdmd", {**every, "matching": RewardMatchingConfig()})
     assert config.rtdmd is not None
     assert config.rtdmd.tilted_teacher == TiltedTeacherConfig(tilt_scale=1.0)
