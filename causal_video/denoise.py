@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.model.block import Prompt
 from fewstep.causal_video.model.calls import CallOutput, chunk_call, condition_first_frame
+from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.model.prefix import KeysValues, Prefix
 from fewstep.core.paths import add_noise, x0_from_velocity
 from fewstep.core.randomness import sample_noise
@@ -85,18 +86,43 @@ class ExitStep:
         t: [B, n] its times.
         prefix: what it saw.
         extra: conditioning channels [B, Ce, n, h, w], or None.
+        r: [B, n] times at which the step of a flow map ends; None for a network of one time.
     """
 
     x: Tensor
     t: Tensor
     prefix: Prefix
     extra: Tensor | None
+    r: Tensor | None = None
 
     def predict(self, network: nn.Module, text: Tensor | Prompt, *, collect: bool = False) -> ChunkResult:
-        """Make the call on a `CausalWan` or its wrapper: x0 [B, C, n, h, w], with a graph where gradients are on."""
-        output = network(chunk_call(self.x, self.t, text, self.prefix, extra=self.extra, collect=collect))
+        """Make the call on a `CausalWan` or its wrapper: x0 [B, C, n, h, w], with a graph where gradients are on.
+
+        A flow map that stops on its way, r > 0, goes on to 0 by a second call with a graph (AnyFlow, arXiv:2605.13724).
+        """
+        output = self.call(network, text, self.x, self.t, self.r, collect=collect)
+        if self.r is None:
+            return ChunkResult(x0_from_velocity(self.x, output.velocity, self.t), self, output.keys_values)
+        x = flow_jump(self.x, output.velocity, self.t, self.r)
+        if bool((self.r > 0).any()):
+            velocity = self.call(network, text, x, self.r, torch.zeros_like(self.r)).velocity
+            x = flow_jump(x, velocity, self.r, torch.zeros_like(self.r))
+        return ChunkResult(x, self, output.keys_values)
+
+    def call(
+        self,
+        network: nn.Module,
+        text: Tensor | Prompt,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor | None,
+        *,
+        collect: bool = False,
+    ) -> CallOutput:
+        """A call from t down to r on what this step sees."""
+        output = network(chunk_call(x, t, text, self.prefix, extra=self.extra, collect=collect, r=r))
         assert isinstance(output, CallOutput)
-        return ChunkResult(x0_from_velocity(self.x, output.velocity, self.t), self, output.keys_values)
+        return output
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +139,7 @@ class ChunkResult:
 
 
 def denoise_chunk(
-    network: nn.Module,
+    network: CausalWan,
     noise: Sequence[Tensor],
     times: Sequence[float],
     condition: VideoCondition,
@@ -121,8 +147,10 @@ def denoise_chunk(
     *,
     collect: bool = False,
     exit_network: nn.Module | None = None,
+    last: float = 0.0,
 ) -> ChunkResult:
-    """len(times) calls; all but the last without gradients. Between calls predictions are noised afresh.
+    """len(times) calls; all but the last without gradients. Between calls predictions are noised afresh; a network of
+    two times, a flow map, jumps from each time to the next instead.
 
     Args:
         network: a `CausalWan`.
@@ -132,24 +160,35 @@ def denoise_chunk(
         prefix: what the chunk sees.
         collect: whether to return keys and values of the exit call.
         exit_network: called in place of `network` at the exit, for instance its DDP wrapper.
+        last: where the exit of a flow map ends.
 
     Raises:
         ValueError: not one noise per time.
     """
     if len(noise) != len(times) or len(times) == 0:
         raise ValueError(f"{len(times)} calls need as many noise tensors and at least one, got {len(noise)}")
-    x = noise[0]
+    x, ends = noise[0], (*times[1:], last)
     with torch.no_grad():
         for step in range(len(times) - 1):
-            x0 = exit_at(x, times[step], condition, prefix).predict(network, condition.text).x0
-            x = add_noise(x0, noise[step + 1].to(x0), torch.full_like(x0[:, 0, 0, 0, 0], times[step + 1]))
-    last = exit_at(x, times[-1], condition, prefix)
-    return last.predict(network if exit_network is None else exit_network, condition.text, collect=collect)
+            made = exit_at(x, times[step], condition, prefix, end=ends[step] if network.has_two_times else None)
+            if made.r is None:
+                x0 = made.predict(network, condition.text).x0
+                x = add_noise(x0, noise[step + 1].to(x0), torch.full_like(x0[:, 0, 0, 0, 0], ends[step]))
+            else:
+                velocity = made.call(network, condition.text, made.x, made.t, made.r).velocity
+                x = flow_jump(made.x, velocity, made.t, made.r)
+    exit_step = exit_at(x, times[-1], condition, prefix, end=last if network.has_two_times else None)
+    return exit_step.predict(network if exit_network is None else exit_network, condition.text, collect=collect)
 
 
-def exit_at(x: Tensor, time: float, condition: VideoCondition, prefix: Prefix) -> ExitStep:
-    """The call on x at one time, a given first frame put in its place."""
+def flow_jump(x: Tensor, velocity: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """x_r = x_t - (t - r) u(x_t, t, r) [B, C, n, h, w], at times [B, n]."""
+    return x0_from_velocity(x, velocity, t - r)
+
+
+def exit_at(x: Tensor, time: float, condition: VideoCondition, prefix: Prefix, *, end: float | None = None) -> ExitStep:
+    """The call on x at one time, a given first frame put in its place; `end` is where a flow map's step ends."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
     x, t = condition_first_frame(x, t, condition.image)
-    return ExitStep(x, t, prefix, condition.extra)
+    return ExitStep(x, t, prefix, condition.extra, None if end is None else t.clamp(max=end))

@@ -52,8 +52,8 @@ def rollout(
 ) -> Rollout:
     """Generate len(exits) chunks; each stops at its exit step, and that call alone builds a graph.
 
-    The context of a chunk is that of `context_of`. Text keys and values are computed once for calls without gradients,
-    and again in each exit call, where their projections get a gradient.
+    Flow maps take the steps of `steps_to_exit`, and contexts are those of `context_of`. Text keys and values are made
+    once for calls without gradients, and again in each exit call, where their projections get a gradient.
 
     Args:
         network: the student. Its mode and the caller's grad mode are used as they are.
@@ -85,20 +85,28 @@ def rollout(
         if not 0 <= exit_step < len(times):
             raise ValueError(f"chunk {chunk} has steps 0 to {len(times) - 1}, got the exit {exit_step}")
         part = condition.of_chunk(settings.layout.start(chunk) - first_frame, frames, is_first=chunk == 0, text=prompt)
-        result = denoise_chunk(
-            network,
-            [noise.draw(chunk, step, frames, prompt.tokens) for step in range(exit_step + 1)],
-            times[: exit_step + 1],
-            part,
-            cache.read(),
-            collect=settings.policy.is_noisy(chunk) and exit_step == len(times) - 1,
-            exit_network=exit_network,
-        )
+        made, last = steps_to_exit(times, exit_step, jumps=network.has_two_times)
+        drawn = [noise.draw(chunk, step, frames, prompt.tokens) for step in range(len(made))]
+        collect = settings.policy.is_noisy(chunk) and exit_step == len(times) - 1
+        how = {"collect": collect, "exit_network": exit_network, "last": last}
+        result = denoise_chunk(network, drawn, made, part, cache.read(), **how)
         results.append(result if replayable else result.without_context())
         renoise = noise.draw(chunk, len(times), frames, result.x0)
         cache = cache.commit(context_of(network, result, part, context_time(settings, chunk), renoise))
     video = torch.cat([result.x0 for result in results], dim=2)
     return Rollout(video, tuple(result.exit for result in results), cache)
+
+
+def steps_to_exit(times: Sequence[float], exit_step: int, *, jumps: bool) -> tuple[Sequence[float], float]:
+    """Times of the calls up to an exit, and where the exit ends.
+
+    A flow map (`jumps`) that exits early comes there by one jump from the start, makes the step of the schedule, and
+    goes on to 0 by another (backward simulation of AnyFlow, arXiv:2605.13724); at the last exit it makes the calls of
+    deployment, which is ours.
+    """
+    if not jumps or exit_step == len(times) - 1:
+        return times[: exit_step + 1], 0.0
+    return times[:1] if exit_step == 0 else (times[0], times[exit_step]), times[exit_step + 1]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
@@ -16,6 +16,8 @@ from fewstep.causal_video.schedule import StepSchedule
 
 FILE_NAME = "causal_video.json"
 FORMAT = 1
+# Of networks of one time, and those of `core.two_time` that Wan can have.
+SecondTime = Literal["none", "gate", "sum"]
 # Frames per second at which Wan's videos are shown.
 STOCK_RATE = 16
 
@@ -50,16 +52,31 @@ class StreamDefaults:
 class CausalSettings:
     """One object for masks, rollouts, streaming and evaluation.
 
+    Attributes:
+        layout: chunks of the training videos.
+        policy: what a chunk sees of earlier ones.
+        schedule: times of each chunk.
+        second_time: how the network is told where a step ends (`core.two_time`); such a flow map jumps from time to
+            time, where a network of one time ("none") predicts the end and is noised afresh.
+
     Raises:
-        ValueError: the policy does not fit the layout.
+        ValueError: the policy does not fit the layout, or a flow map has noisy context.
     """
 
     layout: ChunkLayout
     policy: CachePolicy = field(default_factory=CachePolicy)
     schedule: StepSchedule = field(default_factory=lambda: StepSchedule.steps([4, 2]))
+    second_time: SecondTime = "none"
 
     def __post_init__(self) -> None:
         self.policy.chunk_window(self.layout)
+        if self.second_time not in get_args(SecondTime):
+            raise ValueError(f"second_time is {self.second_time!r}; choose of {', '.join(get_args(SecondTime))}")
+        if self.second_time != "none" and self.policy.noisy_from is not None:
+            raise ValueError(
+                f"noisy_from {self.policy.noisy_from} with second_time {self.second_time!r}: the last call of a flow "
+                "map is told to end at 0, and its keys are not those of a context; leave noisy_from out"
+            )
 
     @property
     def text(self) -> str:
@@ -75,6 +92,8 @@ class CausalSettings:
             "policy": asdict(self.policy),
             "times": [list(times) for times in self.schedule.times],
         }
+        if self.second_time != "none":
+            content["second_time"] = self.second_time
         if defaults is not None:
             content["stream"] = asdict(defaults)
         path = Path(directory) / FILE_NAME
@@ -93,6 +112,7 @@ class CausalSettings:
             ChunkLayout(tuple(content["layout"])),
             CachePolicy(**content["policy"]),
             StepSchedule(tuple(tuple(times) for times in content["times"])),
+            content.get("second_time", "none"),
         )
 
 
@@ -109,7 +129,9 @@ def read_file(path: Path) -> dict[str, Any]:
     known = {"format", "layout", "policy", "times"}
     policy_fields = {f.name for f in fields(CachePolicy)}
     stream_fields = {f.name for f in fields(StreamDefaults)}
-    is_known = set(content) - {"stream"} == known and set(content.get("stream", stream_fields)) == stream_fields
+    is_known = (
+        set(content) - {"stream", "second_time"} == known and set(content.get("stream", stream_fields)) == stream_fields
+    )
     if not is_known or content["format"] != FORMAT or set(content["policy"]) != policy_fields:
         raise ValueError(
             f"{path} is no file of format {FORMAT}: it needs the keys {sorted(known)}, in `policy` "

@@ -70,6 +70,10 @@ class Networks:
     time_weight: nn.Module | None = None
     heads: nn.Module | None = None
 
+    def student_on(self, rows: Tensor) -> nn.Module:
+        """The bare student for these samples of the batch alone; the same, where it is told all by its condition."""
+        return self.student
+
     @torch.no_grad()
     def teacher_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.teacher.velocity(x_t, t, condition, self.guidance)

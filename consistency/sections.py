@@ -249,12 +249,9 @@ def check_weight(power: float, constant: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanflowConfig(FoldedGuidanceConfig):
-    """MeanFlow (arXiv:2505.13447): u = v - (t - r) du/dt."""
+class MeanflowLossConfig(FoldedGuidanceConfig):
+    """What MeanFlow's loss reads, whatever network is trained with it."""
 
-    second_time: Literal["gate", "sum"] = "sum"
-    """How the network is given r: a second time embedding mixed into the first ('gate'), or one of t - r added to it
-    ('sum', MeanFlow)."""
     power: float = 1.0
     """The p of the weight (error + c)^-p."""
     constant: float = 1e-2
@@ -263,6 +260,15 @@ class MeanflowConfig(FoldedGuidanceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight(self.power, self.constant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanflowConfig(MeanflowLossConfig):
+    """MeanFlow (arXiv:2505.13447): u = v - (t - r) du/dt."""
+
+    second_time: Literal["gate", "sum"] = "sum"
+    """How the network is given r: a second time embedding mixed into the first ('gate'), or one of t - r added to it
+    ('sum', MeanFlow)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,8 +146,8 @@ def network_times(network: nn.Module, t: Tensor, r: Tensor | None) -> Tensor:
     if layers is None:
         if r is not None:
             raise ValueError(
-                f"this {type(network).__name__} has one time and is given r: set second_time of the "
-                "method's section to 'gate', 'sum' or 'decoupled', or call it without"
+                f"this {type(network).__name__} has one time and is given r: set second_time to 'gate', 'sum' or "
+                "'decoupled' (in the method's section, for causal students under student), or call it without"
             )
         return t
     if r is not None and r.shape != t.shape:

@@ -22,8 +22,8 @@ from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, veri
 # The embedding of the guidance by which exports of U-Nets switch guidance off: all zeros there.
 IDLE_EMBEDDING = "time_embedding.cond_proj.weight"
 LIVE_FILE, EMA_FILE = "student", "student_ema"
-# What states things of a student: of a run, and of an export.
-RECORDS = (SETTINGS_FILE, "distillation.json")
+# What states things of a student: of a run, of an export, and of a causal student in either.
+RECORDS = (SETTINGS_FILE, "distillation.json", "causal_video.json")
 # Folders of a diffusers pipeline that may hold the denoising network, and the names of its files there.
 NETWORK_FOLDERS = ("transformer", "unet")
 EXPERT_FOLDERS = (*NETWORK_FOLDERS, "transformer_2")
@@ -101,13 +101,12 @@ class StoredWeights:
 
     def stated(self, name: str) -> Any:
         """What the run or the export that holds these weights states of its student, such as its `second_time` or its
-        `sampler` (`student.json`, `distillation.json`); None where nothing is stated."""
+        `sampler` (`student.json` and others of `RECORDS`); None where nothing is stated."""
         folders = [] if self.run is None else [self.run]
         folders += [parent for file in self.files for parent in file.resolve().parents[:2]]
-        for file in (folder / record for folder in folders for record in RECORDS):
-            if file.is_file():
-                return json.loads(file.read_text(encoding="utf-8")).get(name)
-        return None
+        files = [folder / record for folder in folders for record in RECORDS]
+        stated = [json.loads(file.read_text(encoding="utf-8")).get(name) for file in files if file.is_file()]
+        return next((found for found in stated if found is not None), None)
 
     def require_own_times(self) -> None:
         """Raises ValueError for an export of a flow map whose second time went into the time layers of one grid."""

@@ -34,7 +34,8 @@ LAYER = {
     CausalRewardConfig: "causal_video",
 }
 # Read by what rewards of pictures and of streams share.
-SHARED = {CausalRewardConfig: ("dmd/reward",)}
+# Flow maps of streams have the losses of those of pictures.
+SHARED = {CausalRewardConfig: ("dmd/reward",), CausalConfig: ("consistency",)}
 
 
 def class_of(path: Path) -> Any:

@@ -31,7 +31,7 @@ class CausalRecord:
         dtype: of the files.
         verification: chunks of the loaded export against the training's rollout.
         stock_difference: the transformer as stock diffusers loads and calls it, against the student when every frame
-            sees every frame; of the largest number.
+            sees every frame, or, of two times, on clean context with all of the past; of the largest number.
         versions: (library, version).
         figures: measured numbers.
     """
@@ -79,14 +79,29 @@ def causal_card(record: CausalRecord, *, license_fields: dict[str, str]) -> str:
         f"for as long as is wanted (last stage: {record.method}, teacher guidance {record.training_guidance:g}, step "
         f"{record.training_step}, {weights}).\n",
         f"## Use\n\n```python\n{streaming_snippet(record, record.name)}```\n",
-        f"Stock diffusers opens the same directory as a WanPipeline. `{FILE_NAME}`, which it does not read, holds what "
-        "makes the transformer causal; without it the network is a bidirectional one that was trained for something "
-        "else.\n",
+        stock_text(record),
         f"## Chunks\n\n{chunk_table(record)}",
         f"## Figures\n\n{figure_table(record)}",
         f"## Check of the files\n\n{verification_text(record)}",
     ]
     return "\n".join(sections)
+
+
+def stock_text(record: CausalRecord) -> str:
+    """What stock diffusers makes of the directory."""
+    if record.settings.second_time == "none":
+        return (
+            f"Stock diffusers opens the same directory as a WanPipeline. `{FILE_NAME}`, which it does not read, holds "
+            "what makes the transformer causal; without it the network is a bidirectional one that was trained for "
+            "something else.\n"
+        )
+    return (
+        "The student is a flow map: it is told where a step ends, and can take any number of them. Stock diffusers "
+        "opens the same directory as an AnyFlowFARPipeline, which makes the listed chunks with all of the past in view "
+        f"and the same steps for each (`num_inference_steps`); `{FILE_NAME}`, which it does not read, holds the window "
+        "and the steps of each chunk. It fills chunks up to a multiple of 128 tokens with zeros that its attention "
+        "sees: videos of other sizes differ there.\n"
+    )
 
 
 def streaming_snippet(record: CausalRecord, directory: str) -> str:
@@ -146,5 +161,5 @@ def verification_text(record: CausalRecord) -> str:
         f"noise: largest difference {check.sampler_difference:.1e} of the largest latent (allowed "
         f"{check.sampler_tolerance:.0e}). Storing the weights as {record.dtype} moves the latents by "
         f"{check.rounding_difference:.1e} (allowed {check.rounding_tolerance:.0e}). The stock transformer differs by "
-        f"{record.stock_difference:.1e} from the student that sees all frames. Written with {versions}.\n"
+        f"{record.stock_difference:.1e} from the student that sees what it does. Written with {versions}.\n"
     )

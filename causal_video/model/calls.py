@@ -28,6 +28,7 @@ class Call:
         prefix: what is seen beside them.
         skip: frames at the start whose velocity is not wanted.
         collect: whether to return keys and values.
+        r: [B, F] times down to which a network of two times averages its velocity; None is t.
 
     Raises:
         ValueError: shapes do not fit together, or t is narrower than fp32, which cannot tell 1000 times apart.
@@ -41,6 +42,7 @@ class Call:
     prefix: Prefix | None = None
     skip: int = 0
     collect: bool = False
+    r: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim != 5:
@@ -91,7 +93,13 @@ def joined(x: Tensor, extra: Tensor | None) -> Tensor:
 
 
 def whole_call(
-    x: Tensor, t: Tensor, text: Tensor | Prompt, *, mask: AttentionMask | None = None, extra: Tensor | None = None
+    x: Tensor,
+    t: Tensor,
+    text: Tensor | Prompt,
+    *,
+    mask: AttentionMask | None = None,
+    extra: Tensor | None = None,
+    r: Tensor | None = None,
 ) -> Call:
     """All frames at once: bidirectional without a mask, block-causal or diffusion forcing with one.
 
@@ -101,9 +109,11 @@ def whole_call(
         text: embeddings or a `Prompt`.
         mask: `masks.block_causal`, or None.
         extra: conditioning channels [B, Ce, F, h, w].
+        r: [B] or [B, F], of a network of two times; see `Call`.
     """
     frames = x.shape[2]
-    return Call(joined(x, extra), per_frame(t, frames), text, tuple(range(frames)), mask)
+    end = None if r is None else per_frame(r, frames)
+    return Call(joined(x, extra), per_frame(t, frames), text, tuple(range(frames)), mask, r=end)
 
 
 def packed_call(
@@ -115,6 +125,7 @@ def packed_call(
     mask: AttentionMask,
     clean_time: Tensor | None = None,
     extra: Tensor | None = None,
+    r: Tensor | None = None,
 ) -> Call:
     """Teacher forcing: clean and noisy video as one sequence; the velocity is that of the noisy half.
 
@@ -126,6 +137,7 @@ def packed_call(
         mask: `masks.teacher_forcing` of the same layout.
         clean_time: [B] or [B, F] of the context, where it is noised; None is 0.
         extra: conditioning channels [B, Ce, F, h, w], the same for both halves.
+        r: [B] or [B, F] of the noisy half of a network of two times; the context has its own time for both.
 
     Raises:
         ValueError: the halves differ in shape.
@@ -137,7 +149,8 @@ def packed_call(
     context_time = torch.zeros_like(t) if clean_time is None else per_frame(clean_time, frames).to(t)
     x = torch.cat([joined(clean, extra), joined(noisy, extra)], dim=2)
     both = tuple(range(frames)) * 2
-    return Call(x, torch.cat([context_time, t], dim=1), text, both, mask, skip=frames)
+    end = None if r is None else torch.cat([context_time, per_frame(r, frames)], dim=1)
+    return Call(x, torch.cat([context_time, t], dim=1), text, both, mask, skip=frames, r=end)
 
 
 def chunk_call(
@@ -148,6 +161,7 @@ def chunk_call(
     *,
     extra: Tensor | None = None,
     collect: bool = False,
+    r: Tensor | None = None,
 ) -> Call:
     """One chunk that sees itself and a prefix; no mask is needed.
 
@@ -158,10 +172,12 @@ def chunk_call(
         prefix: of `RollingCache.read`.
         extra: conditioning channels [B, Ce, n, h, w].
         collect: whether to return keys and values.
+        r: [B] or [B, n], of a network of two times; see `Call`.
     """
-    return Call(
-        joined(x, extra), per_frame(t, x.shape[2]), text, prefix.query_positions, prefix=prefix, collect=collect
-    )
+    frames = x.shape[2]
+    end = None if r is None else per_frame(r, frames)
+    places = prefix.query_positions
+    return Call(joined(x, extra), per_frame(t, frames), text, places, prefix=prefix, collect=collect, r=end)
 
 
 def condition_first_frame(x: Tensor, t: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:

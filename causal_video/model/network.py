@@ -22,6 +22,7 @@ from fewstep.causal_video.model.calls import Call, CallOutput, chunk_call, packe
 from fewstep.causal_video.model.prefix import KeysValues, Prefix
 from fewstep.causal_video.model.rope import FrameGrid, rotary_angles
 from fewstep.core.paths import at_least_fp32
+from fewstep.core.two_time import network_times, second_time_of
 from fewstep.kernels.mask import AttentionMask
 
 # Wan takes 1000 t.
@@ -88,6 +89,11 @@ class CausalWan(nn.Module):
     def extra_channels(self) -> int:
         """Conditioning channels the network takes beside the latents."""
         return self.transformer.config["in_channels"] - self.transformer.config["out_channels"]
+
+    @property
+    def has_two_times(self) -> bool:
+        """Whether it is told where a step ends, too, and gives average velocities (`core.two_time`)."""
+        return second_time_of(self.transformer) is not None
 
     def frame_grid(self, x: Tensor) -> FrameGrid:
         """Patches of one frame of x [B, C, F, h, w].
@@ -159,7 +165,7 @@ class CausalWan(nn.Module):
         dtype = self.dtype
         # Frame-major tokens: a chunk is a range of them.
         hidden = self.transformer.patch_embedding(call.x.to(dtype)).flatten(2).transpose(1, 2)
-        time, modulation = self._embed_time(call.t)
+        time, modulation = self._embed_time(call.t, call.r)
         sight = self._sight(call, grid)
         texts = self._texts(call.text)
         recompute = self.transformer.gradient_checkpointing and torch.is_grad_enabled()
@@ -207,11 +213,13 @@ class CausalWan(nn.Module):
     def _embed_text(self, tokens: Tensor) -> Tensor:
         return self.transformer.condition_embedder.text_embedder(tokens.to(self.dtype))
 
-    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding [B, F, D] and modulation [B, F, 6, D] of times [B, F]."""
-        embedder = self.transformer.condition_embedder
-        angles = embedder.timesteps_proj((TIME_SCALE * t).flatten()).unflatten(0, tuple(t.shape))
-        wide = embedder.time_embedder.linear_1.weight.dtype
+    def _embed_time(self, t: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embedding [B, F, D] and modulation [B, F, 6, D] of times [B, F]; both times of a network that has two."""
+        embedder, two = self.transformer.condition_embedder, second_time_of(self.transformer)
+        times = network_times(self.transformer, t, r)
+        angles = embedder.timesteps_proj((TIME_SCALE * times).flatten()).unflatten(0, tuple(times.shape))
+        layers = embedder.time_embedder if two is None else two.first
+        wide = layers.get_submodule("linear_1").weight.dtype
         time = embedder.time_embedder(angles.to(wide)).to(self.dtype)
         return time, embedder.time_proj(embedder.act_fn(time)).unflatten(-1, (6, -1))
 

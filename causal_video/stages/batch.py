@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model import masks
-from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call, whole_call
+from fewstep.causal_video.model.calls import CallOutput, condition_first_frame, packed_call, per_frame, whole_call
 from fewstep.causal_video.model.controls import controls_of
 from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.policy import CachePolicy
@@ -43,7 +43,7 @@ def causal_settings(student: CausalStudentConfig) -> CausalSettings:
             raise ValueError(f"student.times: {error}") from error
     else:
         schedule = StepSchedule.steps(student.steps, shift=student.shift)
-    return CausalSettings(ChunkLayout(student.layout), student.policy, schedule)
+    return CausalSettings(ChunkLayout(student.layout), student.policy, schedule, student.second_time)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,19 @@ class VideoBatch:
         """The same on clean context, as the causal teacher sees it under official noisy context; see `context`."""
         return replace(self, context=self.x0, context_time=None) if self.teacher_sees_clean else self
 
+    def index(self, rows: Tensor) -> VideoBatch:
+        """These samples of it, by their numbers."""
+        time, image = self.context_time, self.image
+        return replace(
+            self,
+            x0=self.x0[rows],
+            eps=self.eps[rows],
+            condition=self.condition.index(rows),
+            context=self.context[rows],
+            context_time=None if time is None else time[rows],
+            image=None if image is None else image[rows],
+        )
+
     @property
     def frame_counts(self) -> Tensor:
         """bool [B, F]: the frames a loss is about, all but a given one."""
@@ -88,7 +101,8 @@ class PackedNetwork(nn.Module):
     """A causal network on one batch's clean context, called like a `Denoiser`: (x, t, condition) of the noisy half.
 
     So `guided_velocity` and `total_derivative` take it. A given first frame is put in its place, a constant whose
-    tangent is zero. A doubled batch sees the context twice. Controls of the condition are shown beside both halves.
+    tangent is zero, and so is the average velocity of it. A doubled batch sees the context twice. Controls of the
+    condition are shown beside both halves.
 
     Args:
         network: a `CausalWan` or its wrapper.
@@ -100,20 +114,24 @@ class PackedNetwork(nn.Module):
         super().__init__()
         self.network, self.batch, self.mask = network, batch, mask
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Velocity [B, C, F, h, w] at t [B] or [B, F]."""
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None) -> Tensor:
+        """Velocity [B, C, F, h, w] at t [B] or [B, F]; of a network of two times the average from t down to r [B]."""
         copies = len(x) // len(self.batch.x0)
         context, image, time = (
             None if a is None else torch.cat([a] * copies)
             for a in (self.batch.context, self.batch.image, self.batch.context_time)
         )
         assert context is not None
+        if r is not None and image is not None:
+            r = torch.cat([torch.zeros_like(r[:, None]), per_frame(r, x.shape[2])[:, 1:]], dim=1)
         x, t = condition_first_frame(x, t, image)
         extra = controls_of(condition, x.shape[2])
-        call = packed_call(context, x, t, condition.text, mask=self.mask, clean_time=time, extra=extra)
+        call = packed_call(context, x, t, condition.text, mask=self.mask, clean_time=time, extra=extra, r=r)
         output = self.network(call)
         assert isinstance(output, CallOutput)
-        return output.velocity
+        if image is None or r is None:
+            return output.velocity
+        return torch.cat([torch.zeros_like(output.velocity[:, :, :1]), output.velocity[:, :, 1:]], dim=2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.stages.sections import (
@@ -16,17 +16,21 @@ from fewstep.causal_video.stages.sections import (
     OdeConfig,
     RedmdConfig,
     SelfForcingConfig,
-    Stage,
     TeacherForcingConfig,
+    TfAnyflowConfig,
     TfDcmConfig,
+    TfMeanflowConfig,
     TfScmConfig,
-    VideoStage,
     require_default,
 )
 from fewstep.core.config import RunConfig, require_one_method
 from fewstep.core.settings import TeacherConfig, ToldFakeScoreConfig
 from fewstep.dmd.config import DmdObjective, GanConfig, MatchingConfig, SidObjective
 
+# Stages of two times; those whose batches are noised videos, and all stages.
+FlowMapStage: TypeAlias = TfMeanflowConfig | TfAnyflowConfig
+VideoStage: TypeAlias = TeacherForcingConfig | DiffusionForcingConfig | TfDcmConfig | TfScmConfig | FlowMapStage
+Stage: TypeAlias = VideoStage | OdeConfig | SelfForcingConfig
 # Sections that are there beside self_forcing alone, those that it needs first.
 NEEDED_SCORES = ("fake_score", "matching")
 SCORE_SECTIONS = (*NEEDED_SCORES, "sid", "asd", "redmd", "gan", "joint")
@@ -85,6 +89,8 @@ class CausalConfig:
         "diffusion_forcing",
         "tf_dcm",
         "tf_scm",
+        "tf_meanflow",
+        "tf_anyflow",
         "ode",
         "self_forcing",
     )
@@ -105,6 +111,10 @@ class CausalConfig:
     """Discrete consistency on clean context."""
     tf_scm: TfScmConfig | None = None
     """Continuous-time consistency on clean context."""
+    tf_meanflow: TfMeanflowConfig | None = None
+    """MeanFlow on clean context; needs student.second_time."""
+    tf_anyflow: TfAnyflowConfig | None = None
+    """AnyFlow on clean context; needs student.second_time."""
     ode: OdeConfig | None = None
     """Regression on trajectories."""
     self_forcing: SelfForcingConfig | None = None
@@ -128,6 +138,7 @@ class CausalConfig:
     def __post_init__(self) -> None:
         require_one_method(self)
         check_start(self)
+        check_second_time(self)
         check_videos(self)
         check_controls(self)
         check_scores(self)
@@ -151,9 +162,17 @@ class CausalConfig:
     def has_causal_teacher(self) -> bool:
         """Whether the weights that the stage starts from are its teacher, too."""
         stage = self.stage
+        if isinstance(stage, FlowMapStage):
+            return stage.velocity == "teacher"
         return isinstance(stage, TfDcmConfig | TfScmConfig) or (
             isinstance(stage, OdeConfig) and stage.source == "causal"
         )
+
+    @property
+    def time_smoothing(self) -> float:
+        """Of the student's time before training, where its tangent follows a path."""
+        stage = self.stage
+        return stage.time_smoothing if isinstance(stage, TfScmConfig | FlowMapStage) else 0.0
 
     @property
     def reads_videos(self) -> bool:
@@ -185,13 +204,32 @@ class CausalConfig:
         return DmdObjective() if self.sid is None else self.sid
 
 
+def check_second_time(config: CausalConfig) -> None:
+    """Raise ValueError for a flow map with one time, and for a second one that the stage would not train."""
+    kind, stage = config.student.second_time, config.stage
+    if isinstance(stage, FlowMapStage) and kind == "none":
+        raise ValueError(
+            f"{config.method} trains a network that is told where a step ends, and student.second_time is 'none': set "
+            "it to 'sum' (MeanFlow) or 'gate' (AnyFlow)"
+        )
+    if not isinstance(stage, FlowMapStage | SelfForcingConfig) and kind != "none":
+        raise ValueError(
+            f"student.second_time is {kind!r}, which {config.method} does not train: leave it out; it belongs to "
+            "tf_meanflow, tf_anyflow and self_forcing"
+        )
+    if kind != "none" and config.joint is not None:
+        raise ValueError(
+            f"joint with student.second_time {kind!r}: its consistency is that of networks of one time; leave one out"
+        )
+
+
 def check_start(config: CausalConfig) -> None:
     """Raise ValueError for a stage without the weights it goes on from, or with steps that it has no use for."""
-    if config.tf_scm is not None and config.tf_scm.time_smoothing > 0 and config.student.lora_rank > 0:
+    if config.time_smoothing > 0 and config.student.lora_rank > 0:
         raise ValueError(
-            f"tf_scm.time_smoothing is {config.tf_scm.time_smoothing} with student.lora_rank "
+            f"{config.method}.time_smoothing is {config.time_smoothing} with student.lora_rank "
             f"{config.student.lora_rank}: the layers of the time are shared with the causal teacher there; set "
-            "tf_scm.tangent to 'central' and central_step to 0.02, or train all weights"
+            f"{config.method}.tangent to 'central' and central_step to 0.02, or train all weights"
         )
     section = config.consistency
     if section is not None and section.noisy_context:

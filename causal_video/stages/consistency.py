@@ -17,6 +17,7 @@ from fewstep.causal_video.stages.batch import (
     frame_factor,
     isolated,
 )
+from fewstep.causal_video.stages.config import FlowMapStage
 from fewstep.causal_video.stages.sections import TfDcmConfig, TfScmConfig
 from fewstep.causal_video.stages.setup import CausalSetup
 from fewstep.consistency.methods.dcm import consistency_distillation_loss, teacher_step
@@ -127,8 +128,12 @@ def tangent_record(tangent: Tangent) -> dict[str, Tensor]:
     return {name: part.flatten(1).norm(dim=1).mean() for name, part in lengths.items()}
 
 
-def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> str | None:
+def check_tangent(
+    stage: TfScmConfig | FlowMapStage, setup: CausalSetup, trainer: Trainer, *, section: str = "tf_scm"
+) -> str | None:
     """Compare the packed network's tangent with differences; what was found, as text, or None where none is asked for.
+
+    Networks of two times are checked with half of each time as the second. `section` names the settings in messages.
 
     Raises:
         ValueError: the tangent is not the derivative of the network.
@@ -142,6 +147,7 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
     # A wrapper of its own, around which no trainer has put autocast: the rounding of bf16 is far beyond the check's.
     bare = CausalWan(setup.student.transformer)
     packed, dtype = PackedNetwork(bare, batch, setup.networks.packed), network_dtype(bare.transformer)
+    end = (t / 2,) if bare.has_two_times else ()
     found = []
     # Steps of time are small, since the network gets a thousand times as much.
     for name, tangents, step, halvings in (
@@ -150,7 +156,7 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
     ):
         try:
             check = check_jvp(
-                lambda x, time: packed(x, time, condition),
+                lambda x, time: packed(x, time, condition, *end),
                 (x0, t),
                 tangents,
                 dtype=dtype,
@@ -158,14 +164,14 @@ def check_tangent(stage: TfScmConfig, setup: CausalSetup, trainer: Trainer) -> s
                 halvings=halvings,
             )
         except ValueError as error:
-            raise ValueError(f"along {name}: {error}: set tf_scm.tangent to 'central'") from error
+            raise ValueError(f"along {name}: {error}: set {section}.tangent to 'central'") from error
         found.append(f"{check.error:.1e} along {name}")
-    path = require_followed_path(stage, setup, bare, trainer)
+    path = require_followed_path(section, setup, bare, trainer)
     return f"tangent of the packed network against differences: off by {', '.join(found)}; {path.words}"
 
 
-def require_followed_path(stage: TfScmConfig, setup: CausalSetup, bare: CausalWan, trainer: Trainer) -> PathCheck:
-    """How well the derivative along the causal teacher's path is that of the path.
+def require_followed_path(section: str, setup: CausalSetup, bare: CausalWan, trainer: Trainer) -> PathCheck:
+    """How well the derivative along the causal teacher's path, or that of the data without one, is that of the path.
 
     Raises ValueError where it follows a wiggle of the network.
     """
@@ -176,6 +182,6 @@ def require_followed_path(stage: TfScmConfig, setup: CausalSetup, bare: CausalWa
     eps = sample_noise(trainer.run.seed, rows, tuple(x0.shape[1:]), stream="path_check", device=trainer.device)
     batch = VideoBatch(x0, eps, condition, x0, None, None, 0)
     x_t = add_noise(x0, eps, t)
-    direction = teacher_velocity(setup.networks, x_t, t, batch)
-    packed = PackedNetwork(bare, batch, setup.networks.packed)
-    return path_check(lambda x, time: packed(x, time, condition), x_t, (t,), direction).required("tf_scm")
+    direction = eps - x0 if setup.networks.teacher is None else teacher_velocity(setup.networks, x_t, t, batch)
+    packed, times = PackedNetwork(bare, batch, setup.networks.packed), (t, t / 2) if bare.has_two_times else (t,)
+    return path_check(lambda x, *at: packed(x, at[0], condition, *at[1:]), x_t, times, direction).required(section)

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.policy import CachePolicy
+from fewstep.causal_video.settings import SecondTime
+from fewstep.consistency.sections import FlowMapConfig, MeanflowLossConfig
 from fewstep.core.settings import DataConfig, StudentConfig
 from fewstep.evaluation.scorers.settings import ScorerListConfig
 
@@ -74,6 +76,9 @@ class CausalStudentConfig(StudentConfig):
     """Time shift of the step grids."""
     times: tuple[tuple[float, ...], ...] | None = None
     """Times of each chunk in place of the grids of steps and shift, such as [[1, 0.9375, 0.83, 0.625], [1, 0.625]]."""
+    second_time: SecondTime = "none"
+    """How the network is told where a step ends, in tf_meanflow, tf_anyflow and what goes on from them: a second time
+    embedding mixed into the first ('gate', AnyFlow), or one of t - r added to it ('sum', MeanFlow)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +90,11 @@ class CausalStudentConfig(StudentConfig):
             self.policy.chunk_window(layout)
         except ValueError as error:
             raise ValueError(f"policy: {error}") from error
+        if self.second_time != "none" and self.policy.noisy_from is not None:
+            raise ValueError(
+                f"policy.noisy_from {self.policy.noisy_from} with second_time {self.second_time!r}: flow maps have "
+                "clean context; leave noisy_from out"
+            )
         if len(self.steps) == 0 or min(self.steps) < 1:
             raise ValueError(f"steps is {list(self.steps)}; give a number of calls, from 1 on, for each chunk")
         if not 0 < self.shift < math.inf:
@@ -225,6 +235,30 @@ class TfScmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TfMeanflowConfig(MeanflowLossConfig):
+    """MeanFlow on clean context: the average velocity from t down to r, by u = v - (t - r) du/dt."""
+
+    context_noise: float = 0.0
+    """Largest time to which the clean context is noised; the network is given that time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share("context_noise", self.context_noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfAnyflowConfig(FlowMapConfig):
+    """AnyFlow's first stage on clean context: one student for any number of steps (arXiv:2605.13724)."""
+
+    context_noise: float = 0.0
+    """Largest time to which the clean context is noised; the network is given that time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share("context_noise", self.context_noise)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OdeConfig:
     """Regression on trajectories of a teacher's ODE (arXiv:2412.07772, 2602.02214)."""
 
@@ -357,11 +391,6 @@ class RedmdConfig(ScorerListConfig):
             )
         if self.max_weight is not None and not self.max_weight > 0:
             raise ValueError(f"max_weight is {self.max_weight}; it must be above 0, or empty for no limit")
-
-
-# Stages whose batches are noised videos, and all stages.
-VideoStage: TypeAlias = TeacherForcingConfig | DiffusionForcingConfig | TfDcmConfig | TfScmConfig
-Stage: TypeAlias = VideoStage | OdeConfig | SelfForcingConfig
 
 
 def require_share(name: str, value: float) -> None:

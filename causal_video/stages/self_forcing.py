@@ -197,7 +197,9 @@ def on_noised_data(
     x_t = add_noise(x0, draw.noise(tuple(x0.shape[1:]), "noised_data"), t)
     tokens = setup.student.tokens_per_frame(x0)
     mask = masks.block_causal(layout, tokens, setup.settings.policy, device=draw.device)
-    call = whole_call(x_t, t, condition.text, mask=mask, extra=controls_of(condition, x0.shape[2]))
+    # A flow map is asked for its jump to the end, from which x0 is what it is from a velocity.
+    end = torch.zeros_like(t) if setup.student.has_two_times else None
+    call = whole_call(x_t, t, condition.text, mask=mask, extra=controls_of(condition, x0.shape[2]), r=end)
     output = network(call)
     assert isinstance(output, CallOutput)
     return Generated(None, x0_from_velocity(x_t, output.velocity, t), (), None, x0.shape[2]), condition

@@ -13,14 +13,14 @@ from torch import Tensor
 from fewstep.causal_video.layout import TEMPORAL_STRIDE
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.controls import FrameControls, with_controls
-from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
+from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
 from fewstep.causal_video.stages.asd import StepDiscriminator
 from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, ForcingNetworks, causal_settings
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
 from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig, TfDcmConfig
-from fewstep.causal_video.stages.student import build_student, check_names, load_transformer, steer_teacher
+from fewstep.causal_video.stages.student import build_student, check_names, load_stage, steer_teacher
 from fewstep.core.condition import Condition
 from fewstep.core.data import (
     INPUT_SEED,
@@ -36,7 +36,6 @@ from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_
 from fewstep.core.networks.other_models import check_models
 from fewstep.core.networks.quantised import dequantise
 from fewstep.core.networks.shared import averaged_twin, beside
-from fewstep.core.tangents.smooth import smooth_time
 from fewstep.core.teacher import Teacher
 from fewstep.core.training.ema import EmaSettings
 from fewstep.core.training.roles import Role
@@ -205,12 +204,13 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     stored = data.real.latents if data.real is not None else data.pairs.latents if data.pairs is not None else None
     shape = latent_shape((config.data.height, config.data.width), stored, teacher, settings)
     channels = 0 if data.controls is None else data.controls.channels
-    student = build_student(config.student, teacher, data.init, seed=config.run.seed, controls=channels)
+    how = {"seed": config.run.seed, "controls": channels, "smoothing": config.time_smoothing}
+    student = build_student(config.student, teacher, data.init, **how)
     if data.steered_teacher is not None:
         steer_teacher(teacher, data.steered_teacher, channels)
-    frozen = causal_teacher(config, student, teacher, data.causal_teacher)
-    if config.tf_scm is not None:
-        smooth_time(student.transformer, config.tf_scm.time_smoothing, time_scale=TIME_SCALE)
+    # A copy of a smoothed student would be smoothed, too.
+    apart = data.init if config.has_causal_teacher and config.time_smoothing > 0 else data.causal_teacher
+    frozen = causal_teacher(config, student, teacher, apart)
     student_role = trainer.add_role(
         "student",
         student,
@@ -287,15 +287,16 @@ def latent_shape(
 def causal_teacher(
     config: CausalConfig, student: CausalWan, teacher: Teacher, weights: StoredWeights | None
 ) -> CausalTeacher | None:
-    """A frozen copy of the student as it starts, where the stage distils a causal teacher; in the joint stage that of
-    its own weights, in the teacher's dtype."""
-    if weights is not None and config.joint is not None:
+    """A frozen copy of the student as it starts, where the stage distils a causal teacher; with `weights`, as in the
+    joint stage, one of these, in the teacher's dtype."""
+    if weights is not None:
         network = teacher.base(config.student.path).copy().network.requires_grad_(False).eval()
         assert isinstance(network, WanTransformer3DModel)
         dequantise(network)
-        load_transformer(network, weights)
-        guidance = config.teacher.guidance if config.joint.guidance is None else config.joint.guidance
-        return CausalTeacher(CausalWan(network), teacher.null_condition, guidance)
+        load_stage(network, weights, config.student.second_time)
+        guidance = None if config.joint is None else config.joint.guidance
+        guidance = config.teacher.guidance if guidance is None else guidance
+        return CausalTeacher(CausalWan(network.requires_grad_(False)), teacher.null_condition, guidance)
     if not config.has_causal_teacher:
         return None
     # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.

@@ -12,24 +12,36 @@ from torch import nn
 
 from fewstep.causal_video.model.controls import SteeredWanFamily
 from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
-from fewstep.causal_video.settings import FILE_NAME, load_defaults
+from fewstep.causal_video.settings import FILE_NAME, SecondTime, load_defaults
 from fewstep.causal_video.stages.sections import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.families.wan import WanFamily
 from fewstep.core.networks.build import add_adapters
 from fewstep.core.networks.quantised import dequantise
+from fewstep.core.tangents.smooth import smooth_time
 from fewstep.core.teacher import Teacher
+from fewstep.core.two_time import SITES, add_second_time, second_time_of
 from fewstep.core.weights import StoredWeights, load_weights
 
 PATCHES = "patch_embedding.weight"
+WAN = "WanTransformer3DModel"
+# What only networks of two times have in an export.
+EXPORTED_LAYERS = "delta_embedder."
 
 
 def build_student(
-    settings: CausalStudentConfig, teacher: Teacher, init: StoredWeights | None, *, seed: int, controls: int = 0
+    settings: CausalStudentConfig,
+    teacher: Teacher,
+    init: StoredWeights | None,
+    *,
+    seed: int,
+    controls: int = 0,
+    smoothing: float = 0.0,
 ) -> CausalWan:
     """A trainable fp32 copy of the teacher's network under causal attention, or adapters on the teacher's own weights.
 
-    `controls` is K; without `init` the student then begins as the teacher, whatever its controls are.
+    `controls` is K; without `init` the student then begins as the teacher, whatever its controls are. `smoothing` is
+    that of its time (`core.tangents.smooth`), before a second time is added.
     Raises ValueError for a teacher that is no Wan, or weights that do not fit.
     """
     has_adapters = settings.lora_rank > 0
@@ -51,12 +63,43 @@ def build_student(
     if controls > 0:
         network = widened(network, controls)
     if init is not None:
-        load_transformer(network, init)
+        load_stage(network, init, settings.second_time)
+    if smoothing > 0:
+        before = 0.0 if init is None else float(init.stated("time_smoothing") or 0.0)
+        smooth_time(network, smoothing, time_scale=TIME_SCALE, already=before)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if has_adapters:
         add_adapters(network, settings, teacher.family, seed=seed)
+    if settings.second_time != "none" and second_time_of(network) is None:
+        # After adapters, which freeze what is there.
+        add_second_time(network, settings.second_time)
     return CausalWan(network)
+
+
+def load_stage(network: WanTransformer3DModel, weights: StoredWeights, second_time: SecondTime) -> None:
+    """Load the weights of a stage before; those of two times bring their layers with them.
+
+    Raises:
+        ValueError: they do not fit, or have a second time of another kind than the run.
+    """
+    names = weights.names()
+    if any(EXPORTED_LAYERS in name for name in names):
+        raise ValueError(
+            f"{weights.key} {weights.source} is an export of a network of two times: give the run directory that it "
+            "was made from"
+        )
+    if any(name.startswith(f"{SITES[WAN].layers}.second.") for name in names):
+        # Both kinds have layers of the same names and sizes, so that their weights would fit and mean another network.
+        stated = weights.stated("second_time")
+        if second_time == "none" or stated not in (None, second_time):
+            raise ValueError(
+                f"{weights.key} {weights.source} holds a network whose second time is "
+                f"{'gate or sum' if stated is None else stated!r}, and student.second_time is {second_time!r}: set it "
+                "to the same"
+            )
+        add_second_time(network, second_time)
+    load_transformer(network, weights)
 
 
 def widened(network: WanTransformer3DModel, controls: int) -> WanTransformer3DModel:

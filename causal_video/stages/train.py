@@ -15,8 +15,9 @@ from fewstep.causal_video.stages.batch import (
     gives_image,
     noisy_context,
 )
-from fewstep.causal_video.stages.config import CausalConfig, JointConfig
+from fewstep.causal_video.stages.config import CausalConfig, FlowMapStage, JointConfig, VideoStage
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
+from fewstep.causal_video.stages.flow_map import tf_flow_map_step
 from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
 from fewstep.causal_video.stages.ode import ode_step
 from fewstep.causal_video.stages.redmd import RolloutReward
@@ -26,9 +27,10 @@ from fewstep.causal_video.stages.sections import (
     OdeConfig,
     SelfForcingConfig,
     TeacherForcingConfig,
+    TfAnyflowConfig,
     TfDcmConfig,
+    TfMeanflowConfig,
     TfScmConfig,
-    VideoStage,
 )
 from fewstep.causal_video.stages.self_forcing import fake_score_backward, plan_rollout, student_backward
 from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_setup
@@ -66,8 +68,10 @@ def train_causal_video(config: CausalConfig, *, scorers: Sequence[Scorer] | None
         setup = build_setup(config, data, trainer, weigh=weigh)
         setup.teacher.free_after_setup(config.data)
         notes: list[Callable[[], str | None]] = [partial(describe_run, config, setup, trainer)]
-        if isinstance(config.consistency, TfScmConfig):
-            notes.append(partial(check_tangent, config.consistency, setup, trainer))
+        section = config.stage if isinstance(config.stage, FlowMapStage) else config.consistency
+        if section is not None and not isinstance(section, TfDcmConfig):
+            name = "joint.tf_scm" if config.joint is not None else config.method
+            notes.append(partial(check_tangent, section, setup, trainer, section=name))
         samples, guidance = config.data.sample_count, config.teacher.guidance
         watch = VideoWatch(setup, trainer, sample_count=samples, guidance=guidance, is_flow=config.is_flow)
         for _ in run.steps(watch, *notes, beside=setup.save_settings):
@@ -90,14 +94,14 @@ def video_step(config: CausalConfig, setup: CausalSetup, trainer: Trainer) -> Me
     for number, indices in enumerate(slices):
         draw = Draw(config.run.seed, indices, trainer.device)
         with trainer.sync(setup.student_role, number == len(slices) - 1):
-            step = stage_step(config, setup, draw, trainer.step)
+            step = stage_step(config, setup, draw, trainer)
             trainer.check_finite(f"{config.method} loss", step.loss)
             trainer.backward(step.loss)
         records.append({"forcing_loss": step.loss.detach(), **step.record})
     return {**mean_records(records), "student_grad_norm": trainer.update(setup.student_role)}
 
 
-def stage_step(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) -> ForcingStep:
+def stage_step(config: CausalConfig, setup: CausalSetup, draw: Draw, trainer: Trainer) -> ForcingStep:
     """The loss of the configured stage on one slice."""
     stage, networks = config.stage, setup.networks
     assert networks is not None
@@ -105,7 +109,7 @@ def stage_step(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) 
         assert setup.pairs is not None
         return ode_step(setup.pairs.batch(draw, setup.settings), networks, stage)
     assert isinstance(stage, VideoStage)
-    batch = video_batch(config, stage, setup, draw=draw, step=step)
+    batch = video_batch(config, stage, setup, draw=draw, step=trainer.step)
     match stage:
         case TeacherForcingConfig():
             return teacher_forcing_step(batch, networks, draw=draw, stage=stage)
@@ -115,6 +119,10 @@ def stage_step(config: CausalConfig, setup: CausalSetup, draw: Draw, step: int) 
             return tf_dcm_step(batch, networks, draw=draw, stage=stage)
         case TfScmConfig():
             return tf_scm_step(batch, networks, draw=draw, stage=stage)
+        case TfMeanflowConfig() | TfAnyflowConfig():
+            how = {"teacher": setup.teacher, "guidance": config.teacher.guidance}
+            mean = trainer.mean_over_ranks
+            return tf_flow_map_step(batch, networks, draw=draw, stage=stage, **how, mean_over_processes=mean)
 
 
 def video_batch(config: CausalConfig, stage: VideoStage, setup: CausalSetup, *, draw: Draw, step: int) -> VideoBatch:

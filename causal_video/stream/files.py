@@ -61,7 +61,7 @@ def save_state(state: StreamState, path: str | Path) -> Path:
     pending = state.pending
     if pending is not None:
         seen, condition = pending.result, pending.condition
-        tensors |= {"pending.x0": seen.x0, "pending.x": seen.exit.x, "pending.t": seen.exit.t}
+        tensors |= {"pending.x0": seen.x0, "pending.x": seen.exit.x, "pending.t": seen.exit.t, "pending.r": seen.exit.r}
         tensors |= {"pending.image": condition.image, "pending.extra": condition.extra}
         if seen.keys_values is not None:
             tensors |= {"pending.keys": seen.keys_values.keys, "pending.values": seen.keys_values.values}
@@ -157,7 +157,8 @@ def pending_chunk(number: int, stored: StoredTensors, condition: VideoCondition,
     tensors, extra = stored.tensors, stored.maybe("pending.extra")
     keys = stored.maybe("pending.keys")
     seen = None if keys is None else KeysValues(keys, tensors["pending.values"])
-    exit_step = ExitStep(tensors["pending.x"], tensors["pending.t"], cache.read(), extra)
+    seen_until = stored.maybe("pending.r")
+    exit_step = ExitStep(tensors["pending.x"], tensors["pending.t"], cache.read(), extra, seen_until)
     own = VideoCondition(condition.text, stored.maybe("pending.image"), extra)
     return PendingChunk(ChunkResult(tensors["pending.x0"], exit_step, seen), own, number)
 

@@ -1,6 +1,7 @@
 """A causal video student as a user opens it: an ordinary Wan pipeline directory beside which `causal_video.json` lies.
 
-Stock diffusers opens the same directory as a `WanPipeline`, whose transformer is then the bidirectional network.
+Stock diffusers opens the same directory as a `WanPipeline`, whose transformer is then the bidirectional network; a
+student of two times is stored as an `AnyFlowFARPipeline`, whose transformer is causal and has both.
 
 Legend: B batch, C channels, F latent frames, T pixel frames, h x w latent pixels; pixels in [0, 1].
 """
@@ -14,10 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import (
+    AnyFlowFARPipeline,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 
 from fewstep.causal_video.denoise import ChunkNoise
+from fewstep.causal_video.model.far import far_transformer, wan_of_far
 from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults, load_defaults
 from fewstep.causal_video.stream.session import StreamSession
@@ -26,6 +34,7 @@ from fewstep.causal_video.stream.video import PromptEncoder, VideoSession, batch
 from fewstep.causal_video.stream.world import ActionSpace
 from fewstep.causal_video.vae_stream import encode_stream
 from fewstep.core.families.wan import STOCK_TEXT_TOKENS, WanFamily
+from fewstep.core.grids import shift_of_grid
 from fewstep.core.teacher_files import check_pipeline_folder
 
 
@@ -71,6 +80,11 @@ class CausalVideoPipeline:
         self.network = CausalWan(pipeline.transformer)
         self.settings = settings
         self.defaults = StreamDefaults() if defaults is None else defaults
+        if self.network.has_two_times != (settings.second_time != "none"):
+            raise ValueError(
+                f"the settings say second_time {settings.second_time!r}, and the network has "
+                f"{2 if self.network.has_two_times else 1} time(s)"
+            )
         names = self.defaults.actions
         if names and len(names) != self.network.extra_channels:
             raise ValueError(
@@ -96,12 +110,16 @@ class CausalVideoPipeline:
         pipeline: Any = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **dict.fromkeys(absent)
         )
+        if isinstance(pipeline, AnyFlowFARPipeline):
+            assert pipeline.transformer is not None
+            pipeline = wan_pipeline(pipeline, wan_of_far(pipeline.transformer))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), settings, defaults)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the Wan pipeline as safetensors and `causal_video.json` beside it."""
-        self.stock.save_pretrained(directory, safe_serialization=True)
+        """Write the pipeline as safetensors and `causal_video.json` beside it."""
+        stored = far_pipeline(self.stock, self.settings) if self.network.has_two_times else self.stock
+        stored.save_pretrained(directory, safe_serialization=True)
         self.settings.save(directory, self.defaults)
 
     def to(self, device: torch.device | str) -> CausalVideoPipeline:
@@ -240,3 +258,39 @@ class CausalVideoPipeline:
     @property
     def _encoder(self) -> PromptEncoder:
         return PromptEncoder(self.stock, self._family)
+
+
+def far_pipeline(stock: WanPipeline, settings: CausalSettings) -> AnyFlowFARPipeline:
+    """The parts of a Wan pipeline around its transformer as diffusers' causal class, which share all but that.
+
+    Its scheduler makes the grid of any number of steps with the shift of the student's, where these are such a grid.
+
+    Raises:
+        ValueError: the transformer has no counterpart there.
+    """
+    assert stock.transformer is not None
+    longest = max(settings.schedule.times, key=len)
+    shift = shift_of_grid(longest)
+    scale = int(TIME_SCALE)
+    made = AnyFlowFARPipeline(
+        tokenizer=stock.tokenizer,
+        text_encoder=stock.text_encoder,
+        transformer=far_transformer(stock.transformer, settings.layout),
+        vae=stock.vae,
+        scheduler=FlowMapEulerDiscreteScheduler(num_train_timesteps=scale, shift=1.0 if shift is None else shift),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def wan_pipeline(far: AnyFlowFARPipeline, transformer: WanTransformer3DModel) -> WanPipeline:
+    """The parts of diffusers' causal pipeline as the Wan pipeline that a student is held in."""
+    made = WanPipeline(
+        tokenizer=far.tokenizer,
+        text_encoder=far.text_encoder,
+        transformer=transformer,
+        vae=far.vae,
+        scheduler=far.scheduler,  # pyright: ignore[reportArgumentType]
+    )
+    assert isinstance(made, WanPipeline)
+    return made

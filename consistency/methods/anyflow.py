@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
 from fewstep.consistency.methods.flow_map import derivative_along, flow_batch, flow_record
 from fewstep.consistency.sample_loss import ConsistencyLoss, finite_samples, keep_samples, reduce_sample
-from fewstep.consistency.sections import AnyflowConfig
+from fewstep.consistency.sections import AnyflowConfig, FlowMapConfig
 from fewstep.consistency.times import TimePair
 from fewstep.core.condition import Condition
 from fewstep.core.grids import step_grid
@@ -186,7 +186,7 @@ def anyflow_step(
     data: DataBatch,
     pair: TimePair,
     networks: Networks,
-    settings: AnyflowConfig,
+    settings: FlowMapConfig,
     *,
     mean_over_processes: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> ConsistencyStep:

@@ -101,10 +101,10 @@ def derivative_along(batch: FlowBatch, networks: Networks, direction: Tensor, se
     derivative = torch.zeros_like(batch.x_t)
     if len(rows) == 0:
         return derivative
-    condition = batch.condition.index(rows)
+    condition, student = batch.condition.index(rows), networks.student_on(rows)
 
     def function(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        return networks.student(x, start, condition, end)
+        return student(x, start, condition, end)
 
     times = (t[rows], r[rows])
     pace = (torch.ones_like(times[0]), torch.zeros_like(times[1]))

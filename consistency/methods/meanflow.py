@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.consistency.batch import ConsistencyStep, DataBatch, Networks
 from fewstep.consistency.methods.flow_map import FlowBatch, derivative_along, flow_batch, flow_record, folded_guide
 from fewstep.consistency.sample_loss import ConsistencyLoss, consistency_difference, reduce_sample
-from fewstep.consistency.sections import AlphaflowConfig, MeanflowConfig
+from fewstep.consistency.sections import AlphaflowConfig, MeanflowLossConfig
 from fewstep.consistency.times import TimePair
 from fewstep.core.paths import at_least_fp32, expand_time
 from fewstep.core.shapes import require_same_shape
@@ -66,7 +66,7 @@ def adaptive_weight(error: Tensor, *, power: float = 1.0, constant: float = 1e-2
     return (at_least_fp32(error) + constant).pow(-power)
 
 
-def meanflow_step(data: DataBatch, pair: TimePair, networks: Networks, settings: MeanflowConfig) -> ConsistencyStep:
+def meanflow_step(data: DataBatch, pair: TimePair, networks: Networks, settings: MeanflowLossConfig) -> ConsistencyStep:
     """MeanFlow on one batch: the derivative along v~ without graph, then one call of the student with it.
 
     Raises:
@@ -77,7 +77,7 @@ def meanflow_step(data: DataBatch, pair: TimePair, networks: Networks, settings:
 
 
 def derivative_form(
-    batch: FlowBatch, networks: Networks, settings: MeanflowConfig | AlphaflowConfig
+    batch: FlowBatch, networks: Networks, settings: MeanflowLossConfig | AlphaflowConfig
 ) -> ConsistencyStep:
     """The loss of MeanFlow, which is also that of AlphaFlow at the end of its schedule."""
     t, r = batch.pair.t, batch.pair.r

@@ -15,7 +15,9 @@ from fewstep.causal_video.stages.sections import (
     OdeConfig,
     SelfForcingConfig,
     TeacherForcingConfig,
+    TfAnyflowConfig,
     TfDcmConfig,
+    TfMeanflowConfig,
     TfScmConfig,
 )
 from fewstep.causal_video.stages.setup import CausalData, CausalSetup, build_setup
@@ -47,6 +49,8 @@ STAGES: dict[str, type[Any]] = {
     "diffusion_forcing": DiffusionForcingConfig,
     "tf_dcm": TfDcmConfig,
     "tf_scm": TfScmConfig,
+    "tf_meanflow": TfMeanflowConfig,
+    "tf_anyflow": TfAnyflowConfig,
     "ode": OdeConfig,
     "self_forcing": SelfForcingConfig,
 }
@@ -63,6 +67,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tf_dcm": ("tf_dcm", {"tf_dcm.grid_steps": 8}),
     "tf_scm": ("tf_scm", {"tf_scm.tangent_warmup": 4, "tf_scm.time_mean": 0.0, "tf_scm.check_tangent": False}),
     "tf_scm_central": ("tf_scm", {"tf_scm.tangent": "central", "tf_scm.time_mean": 0.0}),
+    "tf_meanflow": (
+        "tf_meanflow",
+        {"student.second_time": "sum", "tf_meanflow.time_mean": 0.0, "tf_meanflow.check_tangent": False},
+    ),
+    "tf_anyflow": (
+        "tf_anyflow",
+        {
+            "student.second_time": "gate",
+            "tf_anyflow.pairs": "partition",
+            "tf_anyflow.tangent": "central",
+            "tf_anyflow.velocity": "data",
+        },
+    ),
     "ode": ("ode", PAIRS),
     "ode_causal": ("ode", {**PAIRS, "ode.source": "causal"}),
     "self_forcing": ("self_forcing", {}),
@@ -73,6 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "self_forcing_sid": ("self_forcing", {"sid": SidObjective()}),
     "self_forcing_long": ("self_forcing", LONG),
     "self_forcing_long_replay": ("self_forcing", {**LONG, "self_forcing.replay": True}),
+    "self_forcing_jumps": ("self_forcing", {"student.second_time": "gate"}),
     "self_forcing_asd": ("self_forcing", {"asd": AsdConfig(weight=0.1)}),
     "self_forcing_gan": ("self_forcing", {"gan": lambda inputs: with_gan(inputs)}),
     "self_forcing_joint": ("self_forcing", {"joint": lambda inputs: with_joint(inputs)}),
@@ -122,7 +140,7 @@ def tiny_causal(
     stage, settings = CASES[name]
     told = {**settings, **(changes or {})}
     given: dict[str, Any] = {key: value(inputs) if callable(value) else value for key, value in told.items()}
-    causal_teacher = stage in ("tf_dcm", "tf_scm") or given.get("ode.source") == "causal"
+    causal_teacher = stage in ("tf_dcm", "tf_scm", "tf_meanflow") or given.get("ode.source") == "causal"
     if stage == "ode":
         reads_videos = causal_teacher and "ode.pairs" not in given
     else:

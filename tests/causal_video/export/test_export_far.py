@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import AnyFlowFARPipeline, FlowMapEulerDiscreteScheduler
 
-from fewstep.causal_video.export.far import check_far, export_far, far_transformer, far_video, streamed
+from fewstep.causal_video.export.far import check_far, export_far, far_video, streamed
 from fewstep.causal_video.layout import ChunkLayout
+from fewstep.causal_video.model.far import far_transformer
 from fewstep.causal_video.model.masks import block_causal
 from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
 from fewstep.causal_video.schedule import StepSchedule

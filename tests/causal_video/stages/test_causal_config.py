@@ -95,13 +95,20 @@ def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
         "teacher_forcing": ("forcing", "train"),
         "diffusion_forcing": ("forcing", "train"),
         "tf_dcm": ("consistency", "setup", "train"),
-        "tf_scm": ("consistency", "setup", "train"),
+        "tf_scm": ("consistency", "config", "setup", "train"),
+        "tf_meanflow": ("consistency", "config", "flow_map", "train"),
+        "tf_anyflow": ("consistency", "config", "flow_map", "train"),
         "ode": ("ode", "setup"),
         "self_forcing": ("self_forcing", "setup"),
     }
     folder = repository / "causal_video" / "stages"
+    losses = ("methods/flow_map.py", "methods/meanflow.py", "batch.py", "tangents.py")
+    consistency = [repository / "consistency" / name for name in losses]
     for stage, files in readers.items():
         text = "".join((folder / f"{file}.py").read_text(encoding="utf-8") for file in files)
+        if "flow_map" in files:
+            # Their losses are those of pictures.
+            text += "".join(path.read_text(encoding="utf-8") for path in consistency).replace("settings.", "stage.")
         # The section says itself how many frames learn.
         read = {"new_frames": "learning_frames"}
         unread = [name for name in names[stage] if not re.search(rf"\b(stage|{stage})\.{read.get(name, name)}\b", text)]

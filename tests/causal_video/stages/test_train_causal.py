@@ -290,4 +290,4 @@ def test_files_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path) ->
     with pytest.raises(ValueError, match="positions='shifted' move the sink"):
         train_causal_video(tiny_causal(inputs, tmp_path / "masked", "teacher_forcing", policy))
     assert not any(tmp_path.glob("*/config.yaml"))
-    assert len(CASES) == 19
+    assert len(CASES) == 22
