@@ -73,7 +73,7 @@ def _export_causal_video_options(about: str) -> argparse.Namespace:
     add(
         "--far",
         metavar="DIR",
-        help="also write it as diffusers' AnyFlowFARPipeline; for students of one call per chunk",
+        help="also write it as diffusers' AnyFlowFARPipeline; for students of one call per chunk, or of two times",
     )
     add("--device", default="cpu", help="cpu or cuda: where the export is compared with the rollout of the training")
     return parser.parse_args()

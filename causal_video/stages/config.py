@@ -217,6 +217,11 @@ def check_second_time(config: CausalConfig) -> None:
             f"student.second_time is {kind!r}, which {config.method} does not train: leave it out; it belongs to "
             "tf_meanflow, tf_anyflow and self_forcing"
         )
+    if kind != "none" and config.data.controls is not None:
+        raise ValueError(
+            f"data.controls with student.second_time {kind!r}: flow maps are exported as diffusers' causal class, which "
+            "takes text alone; leave one out"
+        )
     if kind != "none" and config.joint is not None:
         raise ValueError(
             f"joint with student.second_time {kind!r}: its consistency is that of networks of one time; leave one out"

@@ -15,6 +15,7 @@ from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import FILE_NAME, SecondTime, load_defaults
 from fewstep.causal_video.stages.sections import CausalStudentConfig
 from fewstep.core.denoiser import Denoiser
+from fewstep.core.export.anyflow import check_anyflow_parts
 from fewstep.core.families.wan import WanFamily
 from fewstep.core.networks.build import add_adapters
 from fewstep.core.networks.quantised import dequantise
@@ -71,10 +72,24 @@ def build_student(
         network.enable_gradient_checkpointing()
     if has_adapters:
         add_adapters(network, settings, teacher.family, seed=seed)
+    if settings.second_time != "none":
+        check_causal_map(network)
     if settings.second_time != "none" and second_time_of(network) is None:
         # After adapters, which freeze what is there.
         add_second_time(network, settings.second_time)
     return CausalWan(network)
+
+
+def check_causal_map(network: WanTransformer3DModel) -> None:
+    """Raise ValueError for a network that would have no export as a flow map: before it is trained, not after."""
+    check_anyflow_parts(network)
+    config = network.config
+    if config["in_channels"] != config["out_channels"] or tuple(config["patch_size"]) != (1, 2, 2):
+        raise ValueError(
+            f"student.second_time is for networks of latents and text alone with patches of 2 x 2, which diffusers' "
+            f"causal class takes: this one takes {config['in_channels']} channels for {config['out_channels']}, in "
+            f"patches of {tuple(config['patch_size'])}"
+        )
 
 
 def load_stage(network: WanTransformer3DModel, weights: StoredWeights, second_time: SecondTime) -> None:

@@ -74,6 +74,7 @@ def save_state(state: StreamState, path: str | Path) -> Path:
         "layout": list(state.settings.layout.lengths),
         "policy": asdict(state.settings.policy),
         "times": [list(times) for times in state.settings.schedule.times],
+        "second_time": state.settings.second_time,
         "next_chunk": state.cache.next_chunk,
         "entries": entries,
         "kept": [kept.chunk for kept in state.kept],
@@ -114,6 +115,8 @@ def build_state(header: dict[str, Any], stored: StoredTensors, network: CausalWa
         ChunkLayout(tuple(header["layout"])),
         CachePolicy(**header["policy"]),
         StepSchedule(tuple(tuple(times) for times in header["times"])),
+        # Files from before flow maps do not say it.
+        header.get("second_time", "none"),
     )
     entries = tuple(
         Entry(Segment(**entry["segment"]), content(stored, f"cache.{index}", entry["dtype"]))

@@ -63,14 +63,8 @@ def anyflow_network(network: nn.Module) -> AnyFlowTransformer3DModel:
             f"AnyFlowTransformer3DModel holds Wan transformers of two times, this is a {type(network).__name__} of one "
             "or another kind: train with second_time 'gate' or 'sum' on a Wan teacher"
         )
+    check_anyflow_parts(network)
     found: Any = network.config
-    other = {name: found[name] for name, value in FIXED.items() if found[name] != value}
-    depth, height, width = found["patch_size"]
-    if other or depth != 1 or height != width:
-        raise ValueError(
-            f"AnyFlowTransformer3DModel has {FIXED} and square patches one frame deep, this network has "
-            f"{other or found['patch_size']}: it has no export as AnyFlowPipeline"
-        )
     is_sum = layers.kind == "sum"
     # Its random weights are thrown away: the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
@@ -86,6 +80,18 @@ def anyflow_network(network: nn.Module) -> AnyFlowTransformer3DModel:
         for embedder in (stock.condition_embedder.time_embedder, stock.condition_embedder.delta_embedder):
             _double(embedder.linear_2)
     return stock.eval()
+
+
+def check_anyflow_parts(network: nn.Module) -> None:
+    """Raise ValueError for a Wan transformer that the AnyFlow classes have no counterpart of."""
+    found: Any = network.config
+    other = {name: found[name] for name, value in FIXED.items() if found[name] != value}
+    depth, height, width = found["patch_size"]
+    if other or depth != 1 or height != width:
+        raise ValueError(
+            f"AnyFlowTransformer3DModel has {FIXED} and square patches one frame deep, this network has "
+            f"{other or found['patch_size']}: it has no export as AnyFlowPipeline"
+        )
 
 
 def _stock_name(name: str) -> str:

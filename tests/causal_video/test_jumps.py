@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
 from fewstep.causal_video.rollout import replayed_backward, rollout, steps_to_exit
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings
+from fewstep.causal_video.stream.files import load_state, save_state
 from fewstep.causal_video.stream.session import StreamSession
 from fewstep.core.two_time import add_second_time, second_time_of
 from tests.causal_video.tiny_causal import FRAME_TOKENS, build_student, largest, latents, noise, text
@@ -144,6 +146,17 @@ def test_a_given_first_frame_stands_still() -> None:
     assert float(shown[:, :, 1:].std()) > 0.1
     rolled = rollout(student, VideoCondition(text(), image), noise(), settings, exits=(1, 1))
     assert largest(rolled.video[:, :, :1], image) < 1e-12
+
+
+def test_a_stream_goes_on_from_its_file(tmp_path: Path) -> None:
+    student = build_map().requires_grad_(False)
+    session = StreamSession(student, text(), noise(), SETTINGS)
+    session.step()
+    save_state(session.snapshot(), tmp_path / "state.safetensors")
+    other = StreamSession(student, text(), noise(), SETTINGS)
+    other.restore(load_state(tmp_path / "state.safetensors", student))
+    assert torch.equal(other.step().latents, session.step().latents)
+    assert other.settings.second_time == "gate"
 
 
 def test_what_does_not_go_together_is_refused() -> None:

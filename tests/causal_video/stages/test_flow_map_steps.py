@@ -181,6 +181,11 @@ def test_settings_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path)
         ("tf_dcm", {"student.second_time": "sum"}, "'sum', which tf_dcm does not train: leave it out"),
         ("tf_meanflow", {"student.policy": CachePolicy(noisy_from=1)}, "flow maps have clean context"),
         ("tf_meanflow", {"student.init": None}, "tf_meanflow distils a causal teacher, and student.init is empty"),
+        (
+            "tf_meanflow",
+            {"data.controls": str(tmp_path / "controls")},
+            "data.controls with student.second_time 'sum'",
+        ),
         ("self_forcing", joint, "joint with student.second_time 'sum'"),
         ("tf_anyflow", {"tf_anyflow.context_noise": 1.0}, "context_noise is 1.0; it must lie in"),
         ("tf_meanflow", {"tf_meanflow.time_smoothing": 0.01, "student.lora_rank": 2}, "tf_meanflow.time_smoothing"),
