@@ -36,7 +36,7 @@ from fewstep.core.teacher import Teacher
 from fewstep.dmd.config import FDistillObjective, GanConfig, ReflConfig, SidObjective
 from fewstep.dmd.train import train_step as dmd_step
 from fewstep.evaluation.scorers.settings import ScorerConfig
-from tests.causal_video.tiny_causal_run import start_causal, tiny_causal, with_joint
+from tests.causal_video.tiny_causal_run import start_causal, tiny_causal, with_joint, with_teacher
 from tests.causal_video.tiny_causal_run import write_inputs as write_causal_inputs
 from tests.consistency.tiny_consistency_run import OPTIMIZER, start_consistency, tiny_consistency
 from tests.core.families.checks import TinyModel
@@ -120,8 +120,11 @@ STAGES = (
     "diffusion_forcing",
     "tf_dcm",
     "tf_scm",
+    "tf_meanflow",
+    "tf_anyflow",
     "ode",
     "self_forcing",
+    "self_forcing_jumps",
     "self_forcing_redmd",
     "self_forcing_causal",
     "self_forcing_joint",
@@ -319,10 +322,12 @@ def test_causal_stages(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
     if stage == "self_forcing_redmd":
         changes["redmd"] = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),), saliency=True)
     if stage == "self_forcing_joint":
-        changes["joint"] = with_joint(inputs)
+        changes |= {"joint": with_joint(), "causal_teacher": with_teacher(inputs)}
     if stage == "self_forcing_causal":
         changes["self_forcing.scores"] = "causal"
     case = "self_forcing" if stage.startswith("self_forcing") else stage
+    if stage == "self_forcing_jumps":
+        changes["student.second_time"] = "gate"
     config = tiny_causal(inputs, tmp_path / "run", case, changes)
 
     def first(config: Any) -> dict[str, float]:

@@ -37,18 +37,31 @@ SCORE_SECTIONS = (*NEEDED_SCORES, "sid", "asd", "redmd", "gan", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausalTeacherConfig:
+    """The causal network of many steps whose path a consistency stage follows, where it is not the student's start."""
+
+    weights: str
+    """Its weights, such as the run of a teacher_forcing stage."""
+    path: str | None = None
+    """Model whose network it is, of the teacher's latent space, such as one of 14B for a student of 1.3B; empty is that
+    of the student."""
+    guidance: float | None = None
+    """Its guidance; empty is teacher.guidance."""
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; it must be finite, such as 3.0, or left out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class JointConfig:
     """Consistency on clean context in the student's steps of self-forcing (Causal-rCM's joint stage).
 
     One of the sections tf_scm and tf_dcm is there. How the two losses weigh is ours: what was read names the stage.
     """
 
-    causal_teacher: str
-    """Weights of the causal teacher, such as the run of a teacher_forcing stage."""
     weight: float = 1.0
     """Of the consistency loss beside that of the rollouts."""
-    guidance: float | None = None
-    """Of the causal teacher; empty is teacher.guidance."""
     tf_scm: TfScmConfig | None = None
     """Continuous-time consistency."""
     tf_dcm: TfDcmConfig | None = None
@@ -61,8 +74,6 @@ class JointConfig:
             raise ValueError(
                 f"weight is {self.weight}; it must be above 0 and finite, and without the section it is none"
             )
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance is {self.guidance}; it must be finite, such as 3.0, or left out")
         if self.tf_scm is not None and self.tf_scm.time_smoothing > 0:
             raise ValueError(
                 f"joint.tf_scm.time_smoothing is {self.tf_scm.time_smoothing}: a student of a tf_scm run has it in its "
@@ -133,7 +144,10 @@ class CausalConfig:
     """A discriminator on the fake score's features of rollouts and real videos, beside self_forcing; leave it out for
     none."""
     joint: JointConfig | None = None
-    """Consistency on data.latents in the student's steps of self-forcing; leave it out for none."""
+    """Consistency on data.latents in the student's steps of self-forcing; needs causal_teacher."""
+    causal_teacher: CausalTeacherConfig | None = None
+    """The causal teacher of joint, tf_dcm, tf_scm, tf_meanflow, tf_anyflow and ode of source 'causal'; left out, these
+    stages take the weights that the student starts from."""
 
     def __post_init__(self) -> None:
         require_one_method(self)
@@ -219,8 +233,8 @@ def check_second_time(config: CausalConfig) -> None:
         )
     if kind != "none" and config.data.controls is not None:
         raise ValueError(
-            f"data.controls with student.second_time {kind!r}: flow maps are exported as diffusers' causal class, which "
-            "takes text alone; leave one out"
+            f"data.controls with student.second_time {kind!r}: flow maps are exported as diffusers' causal class, "
+            "which takes text alone; leave one out"
         )
     if kind != "none" and config.joint is not None:
         raise ValueError(
@@ -230,6 +244,12 @@ def check_second_time(config: CausalConfig) -> None:
 
 def check_start(config: CausalConfig) -> None:
     """Raise ValueError for a stage without the weights it goes on from, or with steps that it has no use for."""
+    if config.causal_teacher is None and config.joint is not None and config.self_forcing is not None:
+        raise ValueError(
+            "joint needs the section causal_teacher: give the run of a teacher_forcing stage as its weights"
+        )
+    if config.causal_teacher is not None and config.joint is None and not config.has_causal_teacher:
+        raise ValueError(f"causal_teacher, and {config.method} follows none here: leave the section out")
     if config.time_smoothing > 0 and config.student.lora_rank > 0:
         raise ValueError(
             f"{config.method}.time_smoothing is {config.time_smoothing} with student.lora_rank "

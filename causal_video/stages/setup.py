@@ -33,7 +33,7 @@ from fewstep.core.data import (
 )
 from fewstep.core.fake_score import FakeScore
 from fewstep.core.networks.build import HEAD_WIDTH, build_fake_score, find_fake_score
-from fewstep.core.networks.other_models import check_models
+from fewstep.core.networks.other_models import check_models, check_source
 from fewstep.core.networks.quantised import dequantise
 from fewstep.core.networks.shared import averaged_twin, beside
 from fewstep.core.teacher import Teacher
@@ -94,7 +94,10 @@ class CausalData:
         prompts = read_prompts(data.prompts)
         if isinstance(stage, SelfForcingConfig) and stage.prompt_switches != "none" and len(set(prompts)) < 2:
             raise ValueError(f"self_forcing.prompt_switches needs two prompts, and {data.prompts} has one")
-        causal = None if config.joint is None else find_weights(config.joint.causal_teacher, "joint.causal_teacher")
+        causal = None
+        if config.causal_teacher is not None:
+            causal = find_weights(config.causal_teacher.weights, "causal_teacher.weights")
+            check_source(config.teacher, config.causal_teacher.path, "causal_teacher.path")
         return cls(prompts, real, pairs, init, controls, steered, fake_score, judged, causal)
 
 
@@ -209,7 +212,9 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     if data.steered_teacher is not None:
         steer_teacher(teacher, data.steered_teacher, channels)
     # A copy of a smoothed student would be smoothed, too.
-    apart = data.init if config.has_causal_teacher and config.time_smoothing > 0 else data.causal_teacher
+    apart = data.causal_teacher
+    if apart is None and config.has_causal_teacher and config.time_smoothing > 0:
+        apart = data.init
     frozen = causal_teacher(config, student, teacher, apart)
     student_role = trainer.add_role(
         "student",
@@ -287,15 +292,16 @@ def latent_shape(
 def causal_teacher(
     config: CausalConfig, student: CausalWan, teacher: Teacher, weights: StoredWeights | None
 ) -> CausalTeacher | None:
-    """A frozen copy of the student as it starts, where the stage distils a causal teacher; with `weights`, as in the
-    joint stage, one of these, in the teacher's dtype."""
+    """A frozen copy of the student as it starts, where the stage distils a causal teacher; with `weights` one of these,
+    in the teacher's dtype, of the student's model or of the section's own."""
+    said = config.causal_teacher
     if weights is not None:
-        network = teacher.base(config.student.path).copy().network.requires_grad_(False).eval()
+        path = config.student.path if said is None or said.path is None else said.path
+        network = teacher.base(path).copy().network.eval()
         assert isinstance(network, WanTransformer3DModel)
         dequantise(network)
         load_stage(network, weights, config.student.second_time)
-        guidance = None if config.joint is None else config.joint.guidance
-        guidance = config.teacher.guidance if guidance is None else guidance
+        guidance = config.teacher.guidance if said is None or said.guidance is None else said.guidance
         return CausalTeacher(CausalWan(network.requires_grad_(False)), teacher.null_condition, guidance)
     if not config.has_causal_teacher:
         return None

@@ -62,13 +62,21 @@ def check_models(teacher: TeacherConfig, **roles: TrainedConfig | None) -> None:
             )
     check_teacher(teacher)
     for name, settings in roles.items():
-        if settings is not None and settings.path is not None:
-            source = ModelSource(path=settings.path)
-            try:
-                check_teacher(source)
-            except ValueError as error:
-                raise ValueError(f"{name}.path {settings.path} cannot be used: {error}") from error
-            require_same_space(teacher, source, f"{name}.path")
+        if settings is not None:
+            check_source(teacher, settings.path, f"{name}.path")
+
+
+def check_source(teacher: TeacherConfig, path: str | None, key: str) -> None:
+    """Check from JSON files alone a model of the teacher's latent space; nothing where there is none. Raises ValueError
+    that names the setting `key`."""
+    if path is None:
+        return
+    source = ModelSource(path=path)
+    try:
+        check_teacher(source)
+    except ValueError as error:
+        raise ValueError(f"{key} {path} cannot be used: {error}") from error
+    require_same_space(teacher, source, key)
 
 
 def require_same_space(teacher: ModelSource, other: ModelSource, key: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.causal_video.policy import CachePolicy
-from fewstep.causal_video.stages.config import CausalConfig, JointConfig
+from fewstep.causal_video.stages.config import CausalConfig, CausalTeacherConfig, JointConfig
 from fewstep.causal_video.stages.sections import (
     AsdConfig,
     CausalDataConfig,
@@ -93,14 +93,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "self_forcing_jumps": ("self_forcing", {"student.second_time": "gate"}),
     "self_forcing_asd": ("self_forcing", {"asd": AsdConfig(weight=0.1)}),
     "self_forcing_gan": ("self_forcing", {"gan": lambda inputs: with_gan(inputs)}),
-    "self_forcing_joint": ("self_forcing", {"joint": lambda inputs: with_joint(inputs)}),
+    "self_forcing_joint": (
+        "self_forcing",
+        {"joint": lambda inputs: with_joint(), "causal_teacher": lambda inputs: with_teacher(inputs)},
+    ),
 }
 
 
-def with_joint(inputs: "VideoInputs", **settings: Any) -> JointConfig:
+def with_joint(**settings: Any) -> JointConfig:
     """Continuous consistency beside the rollouts, at a share at which both are felt; or other settings."""
     stage = settings or {"tf_scm": TfScmConfig(time_mean=0.0, check_tangent=False)}
-    return JointConfig(causal_teacher=str(inputs.init), weight=0.3, guidance=1.5, **stage)
+    return JointConfig(weight=0.3, **stage)
+
+
+def with_teacher(inputs: "VideoInputs") -> CausalTeacherConfig:
+    """The causal teacher of a joint stage."""
+    return CausalTeacherConfig(weights=str(inputs.init), guidance=1.5)
 
 
 def with_gan(inputs: "VideoInputs") -> GanConfig:

@@ -191,7 +191,7 @@ def test_scores_belong_to_self_forcing(inputs: VideoInputs) -> None:
         "asd": AsdConfig(weight=1.0),
         "redmd": RedmdConfig(scorers=(ScorerConfig(name="clip_light"),)),
         "gan": GanConfig(latents="x", weight=0.1),
-        "joint": JointConfig(causal_teacher="x", tf_dcm=TfDcmConfig()),
+        "joint": JointConfig(tf_dcm=TfDcmConfig()),
     }
     assert tuple(parts) == SCORE_SECTIONS
     for name, part in parts.items():

@@ -22,7 +22,7 @@ from fewstep.core.randomness import Draw
 from fewstep.core.two_time import SecondTime, add_second_time, second_time_of
 from tests.causal_video.stages.test_stages_steps import AutoregressiveGaussian, autoregressive, batch_of, networks_of
 from tests.causal_video.tiny_causal import build_student, largest, latents, text
-from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
+from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal, with_teacher
 
 A, COUNT = 0.8, 64
 MEAN = TfMeanflowConfig(time_mean=0.0, time_std=1.0, equal_share=0.25)
@@ -174,7 +174,8 @@ def test_at_its_end_the_velocity_is_that_of_before(kind: SecondTime) -> None:
 def test_settings_that_do_not_fit_are_named(inputs: VideoInputs, tmp_path: Path) -> None:
     joint = {
         "student.second_time": "sum",
-        "joint": lambda found: JointConfig(causal_teacher=str(found.init), tf_dcm=TfDcmConfig()),
+        "joint": JointConfig(tf_dcm=TfDcmConfig()),
+        "causal_teacher": with_teacher(inputs),
     }
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("tf_meanflow", {"student.second_time": "none"}, "student.second_time is 'none': set it to 'sum'"),

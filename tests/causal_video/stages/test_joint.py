@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.causal_video.stages.config import JointConfig
+from fewstep.causal_video.stages.config import CausalTeacherConfig, JointConfig
 from fewstep.causal_video.stages.sections import TfDcmConfig, TfScmConfig
 from fewstep.causal_video.stages.train import train_causal_video, train_step
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.training.run_directory import read_metrics
-from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal, with_joint
+from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal, with_joint, with_teacher
 from tests.dmd.tiny_run import assert_same_checkpoint
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def gradient_of_a_step(inputs: VideoInputs, directory: Path, case: str, changes:
 def test_a_step_has_the_gradient_of_both(inputs: VideoInputs, tmp_path: Path, name: str, replay: bool) -> None:
     """0.3 of the consistency of the stage alone, of which the causal teacher is the same, and that of the rollouts."""
     how = {"self_forcing.replay": replay}
-    joint = {**how, "joint": with_joint(inputs, **STAGES[name])}
+    joint = {**how, "joint": with_joint(**STAGES[name]), "causal_teacher": with_teacher(inputs)}
     both, metrics = gradient_of_a_step(inputs, tmp_path / "both", "self_forcing", joint)
     rollouts, _ = gradient_of_a_step(inputs, tmp_path / "rollouts", "self_forcing", {**how, "data.image_share": 0.0})
     alone = {**{f"{name}.{key}": value for key, value in vars(STAGES[name][name]).items()}, "student.steps": (3, 2)}
@@ -87,17 +87,23 @@ def test_what_a_joint_stage_cannot_be_is_named(inputs: VideoInputs, tmp_path: Pa
         ({**STAGES["tf_scm"], **STAGES["tf_dcm"]}, "one of the sections tf_scm and tf_dcm"),
         ({**STAGES["tf_dcm"], "weight": 0.0}, r"weight is 0\.0; it must be above 0"),
         ({**STAGES["tf_dcm"], "weight": float("inf")}, "weight is inf"),
-        ({**STAGES["tf_dcm"], "guidance": float("nan")}, "guidance is nan; it must be finite"),
         ({"tf_scm": TfScmConfig(time_smoothing=0.01)}, "in its weights already"),
     ]
     for values, told in wrong:
         with pytest.raises(ValueError, match=told):
-            JointConfig(causal_teacher="run", **values)
+            JointConfig(**values)
     with pytest.raises(ValueError, match="the section joint belongs to self_forcing"):
-        tiny_causal(inputs, tmp_path, "tf_dcm", {"joint": with_joint(inputs)})
-    noisy = {"joint": with_joint(inputs, tf_dcm=TfDcmConfig(noisy_context=True))}
+        tiny_causal(inputs, tmp_path, "tf_dcm", {"joint": with_joint()})
+    noisy = {"joint": with_joint(tf_dcm=TfDcmConfig(noisy_context=True)), "causal_teacher": with_teacher(inputs)}
     with pytest.raises(ValueError, match=r"tf_dcm\.noisy_context with student\.policy\.noisy_from None"):
         tiny_causal(inputs, tmp_path, "self_forcing", noisy)
-    nowhere = JointConfig(causal_teacher=str(tmp_path / "nowhere"), **STAGES["tf_dcm"])
-    with pytest.raises(ValueError, match=r"joint\.causal_teacher"):
-        start_causal(tiny_causal(inputs, tmp_path, "self_forcing", {"joint": nowhere}))
+    with pytest.raises(ValueError, match=r"guidance is nan; it must be finite"):
+        CausalTeacherConfig(weights="run", guidance=float("nan"))
+    with pytest.raises(ValueError, match="joint needs the section causal_teacher"):
+        tiny_causal(inputs, tmp_path, "self_forcing", {"joint": with_joint()})
+    nowhere = CausalTeacherConfig(weights=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"causal_teacher\.weights"):
+        start_causal(tiny_causal(inputs, tmp_path, "self_forcing_joint", {"causal_teacher": nowhere}))
+    for case in ("teacher_forcing", "self_forcing"):
+        with pytest.raises(ValueError, match=f"causal_teacher, and {case} follows none here"):
+            tiny_causal(inputs, tmp_path, case, {"causal_teacher": with_teacher(inputs)})

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from fewstep.causal_video.export.pipeline import export_causal_run
+from fewstep.causal_video.stages.config import CausalTeacherConfig
 from fewstep.causal_video.stages.setup import CausalData
 from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.core.settings import ToldFakeScoreConfig
@@ -154,3 +155,34 @@ def test_adapters_on_a_teacher_of_8_bits(inputs: VideoInputs, tmp_path: Path, st
     assert train_causal_video(tiny_causal(inputs, tmp_path / "run", stage, {**changes, "run.steps": 2})) == 0
     _, record = export_causal_run(tmp_path / "run", steps=[2] if stage == "teacher_forcing" else None)
     assert record.verification.sampler_difference < 1e-5
+
+
+@pytest.mark.parametrize("case", ["tf_dcm", "tf_scm", "tf_meanflow", "self_forcing_joint"])
+def test_a_small_student_follows_a_large_causal_teacher(
+    inputs: VideoInputs, small: Path, small_init: Path, tmp_path: Path, case: str
+) -> None:
+    """The stages in the teacher's model, the student of another size: its target is the large one's velocity."""
+    stage = case.removesuffix("_joint")
+    large = CausalTeacherConfig(weights=str(inputs.init), path=str(inputs.teacher), guidance=1.5)
+    changes = {**changes_of(stage, small, small_init), "student.init": str(small_init), "causal_teacher": large}
+    setup, trainer = start_causal(tiny_causal(inputs, tmp_path / "parts", case, changes))
+    trainer.close()
+    assert setup.networks is not None
+    assert setup.networks.teacher is not None
+    held = setup.networks.teacher
+    assert (held.network.layers, setup.student.layers, held.guidance) == (3, 2, 1.5)
+    stored = load_file(inputs.init)["patch_embedding.weight"]
+    assert torch.equal(held.network.transformer.patch_embedding.weight, stored)
+    assert not any(parameter.requires_grad for parameter in held.network.parameters())
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "run", case, changes)) == 0
+    _, record = export_causal_run(tmp_path / "run")
+    assert record.verification.sampler_difference < 1e-5
+
+
+def test_a_causal_teacher_of_another_latent_space_is_refused(inputs: VideoInputs, tmp_path: Path) -> None:
+    other = save_pipeline(build_video_pipeline(text_tokens=8), tmp_path / "other")
+    file = other / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "text_dim": 40}))
+    wrong = CausalTeacherConfig(weights=str(inputs.init), path=str(other))
+    with pytest.raises(ValueError, match=r"causal_teacher\.path .* has text_dim 40"):
+        CausalData.read(tiny_causal(inputs, tmp_path / "run", "tf_dcm", {"causal_teacher": wrong}))
