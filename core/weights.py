@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.core.run_settings import SETTINGS_FILE
 from fewstep.core.training.checkpoint import STATE_FILE, latest_checkpoint, verify_checkpoint
+from fewstep.core.two_time import DELTA_KINDS, SITES, SUM_SCALE
 
 # The embedding of the guidance by which exports of U-Nets switch guidance off: all zeros there.
 IDLE_EMBEDDING = "time_embedding.cond_proj.weight"
@@ -36,6 +37,9 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safete
 LORA_METADATA = "lora_adapter_metadata"
 # A Denoiser's, a causal student's and a fake score's parameters carry the name of their one child.
 PREFIXES = ("network.", "transformer.")
+# In the files of diffusers' AnyFlow classes: what tells them, and what only their causal one has.
+TIMES = SITES["WanTransformer3DModel"].layers
+DELTA, OLD_CHUNKS = f"{TIMES.rpartition('.')[0]}.delta_embedder.", "far_patch_embedding."
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class StoredWeights:
                     found += [self._expert(number) + _name_in(name, frozenset()) for name in list(file.keys())]
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
-        return tuple(found)
+        return tuple(_of_two_times(dict.fromkeys(found)))
 
     def _expert(self, number: int) -> str:
         """What stands before the names of a file's tensors in a pair of experts."""
@@ -97,7 +101,10 @@ class StoredWeights:
                 }
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
-        return found
+        if self.kind_of_export() == "sum":
+            ends = tuple(f"{layers}linear_2.{part}" for layers in (f"{TIMES}.", DELTA) for part in ("weight", "bias"))
+            found |= {name: found[name] / SUM_SCALE for name in ends if name in found}
+        return _of_two_times(found)
 
     def stated(self, name: str) -> Any:
         """What the run or the export that holds these weights states of its student, such as its `second_time` or its
@@ -106,7 +113,16 @@ class StoredWeights:
         folders += [parent for file in self.files for parent in file.resolve().parents[:2]]
         files = [folder / record for folder in folders for record in RECORDS]
         stated = [json.loads(file.read_text(encoding="utf-8")).get(name) for file in files if file.is_file()]
-        return next((found for found in stated if found is not None), None)
+        found = next((found for found in stated if found is not None), None)
+        return self.kind_of_export() if found is None and name == "second_time" else found
+
+    def kind_of_export(self) -> str | None:
+        """The second time of a network that diffusers' AnyFlow classes hold, as its config says it; None for others."""
+        for file in {path.parent / "config.json" for path in self.files}:
+            if file.is_file():
+                said = json.loads(file.read_text(encoding="utf-8")).get("deltatime_type")
+                return DELTA_KINDS.get(said)
+        return None
 
     def require_own_times(self) -> None:
         """Raises ValueError for an export of a flow map whose second time went into the time layers of one grid."""
@@ -123,6 +139,19 @@ class StoredWeights:
             return None
         file = self.checkpoint / f"{name}.safetensors"
         return file if file.is_file() else None
+
+
+def _of_two_times(found: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of an AnyFlow class by their names in a network of two times; others as they are."""
+    if not any(name.startswith(DELTA) for name in found):
+        return found
+    moves = ((f"{TIMES}.", f"{TIMES}.first."), (DELTA, f"{TIMES}.second."))
+    renamed: dict[str, Any] = {}
+    for name, tensor in found.items():
+        prefix, own = next(((a, b) for a, b in moves if name.startswith(a)), ("", ""))
+        if not name.startswith(OLD_CHUNKS):
+            renamed[own + name.removeprefix(prefix)] = tensor
+    return renamed
 
 
 def _name_in(name: str, own: AbstractSet[str], children: AbstractSet[str] = frozenset()) -> str:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.core.two_time import GATE, SITES, add_second_time, second_time_of
+from fewstep.core.two_time import GATE, SITES, SUM_GATE, SUM_SCALE, add_second_time, second_time_of
 
 # Patches of the branch for old chunks, which is never called.
 COMPRESSED_PATCH = (1, 4, 4)
-SUM_GATE, SUM_SCALE = 0.5, 2.0
 SITE = SITES["WanTransformer3DModel"].layers
 DELTA = f"{SITE.rpartition('.')[0]}.delta_embedder"
 OLD_CHUNKS = "far_patch_embedding."

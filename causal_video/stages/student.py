@@ -5,6 +5,8 @@ Legend: C latent channels, K control channels.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
@@ -26,8 +28,6 @@ from fewstep.core.weights import StoredWeights, load_weights
 
 PATCHES = "patch_embedding.weight"
 WAN = "WanTransformer3DModel"
-# What only networks of two times have in an export.
-EXPORTED_LAYERS = "delta_embedder."
 
 
 def build_student(
@@ -71,13 +71,35 @@ def build_student(
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if has_adapters:
-        add_adapters(network, settings, teacher.family, seed=seed)
+        add_adapters(network, of_both_times(settings, network), teacher.family, seed=seed)
+        train_second_time(network)
     if settings.second_time != "none":
         check_causal_map(network)
     if settings.second_time != "none" and second_time_of(network) is None:
         # After adapters, which freeze what is there.
         add_second_time(network, settings.second_time)
     return CausalWan(network)
+
+
+def of_both_times(settings: CausalStudentConfig, network: nn.Module) -> CausalStudentConfig:
+    """The settings with targets of adapters that mean the layers of both times, where a network has two already."""
+    if second_time_of(network) is None:
+        return settings
+    name = SITES[WAN].layers.rpartition(".")[2]
+    found: list[str] = []
+    for target in settings.lora_targets:
+        head, dot, tail = target.rpartition(f"{name}.")
+        found += [f"{head}{name}.{half}.{tail}" for half in ("first", "second")] if dot else [target]
+    return replace(settings, lora_targets=tuple(found))
+
+
+def train_second_time(network: nn.Module) -> None:
+    """Layers of a second time without adapters are trained as they are beside adapters, in fp32 at least."""
+    layers = second_time_of(network)
+    if layers is not None and not any(".lora_" in name for name, _ in layers.second.named_parameters()):
+        layers.second.requires_grad_(True)
+        if next(layers.second.parameters()).itemsize < torch.float32.itemsize:
+            layers.second.float()
 
 
 def check_causal_map(network: WanTransformer3DModel) -> None:
@@ -98,13 +120,7 @@ def load_stage(network: WanTransformer3DModel, weights: StoredWeights, second_ti
     Raises:
         ValueError: they do not fit, or have a second time of another kind than the run.
     """
-    names = weights.names()
-    if any(EXPORTED_LAYERS in name for name in names):
-        raise ValueError(
-            f"{weights.key} {weights.source} is an export of a network of two times: give the run directory that it "
-            "was made from"
-        )
-    if any(name.startswith(f"{SITES[WAN].layers}.second.") for name in names):
+    if any(name.startswith(f"{SITES[WAN].layers}.second.") for name in weights.names()):
         # Both kinds have layers of the same names and sizes, so that their weights would fit and mean another network.
         stated = weights.stated("second_time")
         if second_time == "none" or stated not in (None, second_time):

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from fewstep.core.export.sampler import SamplerSpec
 from fewstep.core.export.schedulers import GRID_TOLERANCE, SchedulerPlan
 from fewstep.core.grids import shift_of_grid, step_grid
-from fewstep.core.two_time import GATE, SITES, second_time_of
+from fewstep.core.two_time import GATE, SITES, SUM_GATE, SUM_SCALE, second_time_of
 
 NETWORK = "WanTransformer3DModel"
-# The gate that makes a sum, and what both summands are multiplied by for it.
-SUM_GATE, SUM_SCALE = 0.5, 2.0
 # What Wan's config may say beside sizes for the AnyFlow class, which has no such settings, to be the same network.
 FIXED = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None}
 SIZES = (

@@ -49,9 +49,10 @@ class Remedy:
 
 
 def remedies(policy: CachePolicy) -> dict[str, Remedy]:
-    """As trained; with sinks in place of a part of the window; with a wider window; computed again."""
+    """A window of as many frames as the student was trained to see; sinks in place of one of them; a wider window;
+    computed again. One of the first two is as trained."""
     assert policy.window_frames is not None
-    window = policy.window_frames
+    window = policy.window_frames + policy.sink_frames
     plain = replace(policy, sink="none", sink_frames=0, window_frames=window)
     narrow = {"window_frames": window - 1, "sink_frames": 1}
     return {

@@ -107,6 +107,21 @@ def test_anyflow_exports_once_for_all_steps(videos: VideoInputs, tmp_path: Path)
         student = Student(loaded.student.denoiser, step_grid(steps, shift=3.0), "flow_map")
         expected = student.sample(noise, condition)
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    # A run goes on from the export as from the run, to the last bit; another kind of second time is refused.
+    begun = []
+    for number, init in enumerate((run, path)):
+        config = tiny_video(videos, tmp_path / str(number), "anyflow", {"steps": 1})
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, init=str(init)))
+        setup, trainer = start_consistency(config)
+        trainer.close()
+        begun.append(setup.student.denoiser.network.state_dict())
+    assert all(torch.equal(tensor, begun[1][name]) for name, tensor in begun[0].items())
+    other = tiny_video(videos, tmp_path / "other", "anyflow", {"steps": 1})
+    assert other.anyflow is not None
+    told = dataclasses.replace(other.student, init=str(path))
+    other = dataclasses.replace(other, student=told, anyflow=dataclasses.replace(other.anyflow, second_time="sum"))
+    with pytest.raises(ValueError, match="whose second time is 'gate', and this method has 'sum'"):
+        start_consistency(other)
 
 
 def test_the_sample_grid_has_a_row_of_frames_for_each_video(videos: VideoInputs, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings, SecondTime, StreamDefaults
 from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.two_time import add_second_time, second_time_of
 from tests.causal_video.tiny_causal import largest
-from tests.causal_video.tiny_causal_run import VideoInputs, tiny_causal
+from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
 from tests.causal_video.tiny_streams import build_stream_pipeline
 
 # diffusers calls flex attention without compiling it.
@@ -114,10 +115,19 @@ def test_runs_are_exported_and_go_on(case: str, inputs: VideoInputs, tmp_path: P
     )
     assert train_causal_video(later) == 0
     assert export_causal_run(tmp_path / "later")[1].verification.sampler_difference < 1e-6
+    # From the export the start is the same, to the last bit.
+    begun = []
+    for number, init in enumerate((folder, output)):
+        changes = {"student.second_time": kind, "student.init": str(init)}
+        setup, trainer = start_causal(tiny_causal(inputs, tmp_path / f"from{number}", "self_forcing", changes))
+        trainer.close()
+        begun.append(setup.student.transformer.state_dict())
+    assert len(begun[0]) == len(begun[1])
+    assert all(torch.equal(tensor, begun[1][name]) for name, tensor in begun[0].items())
     for init, second, message in (
         (folder, "none", "holds a network whose second time is"),
         (folder, {"gate": "sum", "sum": "gate"}[kind], f"second time is '{kind}', and student.second_time is"),
-        (output, kind, "is an export of a network of two times"),
+        (output, "none", "holds a network whose second time is"),
     ):
         changes = {"student.second_time": second, "student.init": str(init)}
         with pytest.raises(ValueError, match=message):
@@ -127,6 +137,16 @@ def test_runs_are_exported_and_go_on(case: str, inputs: VideoInputs, tmp_path: P
 def test_adapters_of_a_flow_map_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:
     changes = {"run.steps": 2, "student.lora_rank": 2}
     assert train_causal_video(tiny_causal(inputs, tmp_path / "run", "tf_meanflow", changes)) == 0
-    _, record = export_causal_run(tmp_path / "run")
+    output, record = export_causal_run(tmp_path / "run")
     assert record.verification.sampler_difference < 1e-6
     assert record.stock_difference < 1e-5
+    # A later stage has adapters of its own on it, beside the layers of the second time, or in those of both.
+    for number, targets in enumerate(((), ("attn1.to_q", "time_embedder.linear_1"))):
+        later = {"student.lora_rank": 2, "student.second_time": "sum", "student.init": str(output)}
+        config = tiny_causal(inputs, tmp_path / f"{number}", "self_forcing", {**later, "student.lora_targets": targets})
+        assert train_causal_video(config) == 0
+        tensors = load_checkpoint(list_checkpoints(tmp_path / f"{number}")[-1]).tensors["student"]
+        second = [name for name in tensors if ".second." in name]
+        assert len(second) == (4 if number == 0 else 2)
+        assert all((".lora_" in name) == (number == 1) for name in second)
+        assert export_causal_run(tmp_path / f"{number}")[1].verification.sampler_difference < 1e-6
