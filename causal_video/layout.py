@@ -122,3 +122,20 @@ class ChunkLayout:
         if chunks < 1:
             raise ValueError(f"a layout has at least 1 chunk, got {chunks}")
         return ChunkLayout(tuple(self.length(chunk) for chunk in range(chunks)))
+
+    def require_longer(self, longest_frames: int, new_frames: int) -> None:
+        """Raise ValueError, in words of self_forcing, unless rollouts of up to that many frames are whole chunks beyond
+        the listed ones, and the new frames at their end whole chunks among the equal ones at the end of the list."""
+        chunk, extra = self.lengths[-1], longest_frames - self.frames
+        if extra < chunk or extra % chunk:
+            raise ValueError(
+                f"self_forcing.longest_frames is {longest_frames}; it must be the {self.frames} frames of "
+                f"student.layout and one or more chunks of {chunk}"
+            )
+        equal = sum(1 for _ in itertools.takewhile(lambda length: length == chunk, reversed(self.lengths)))
+        if not chunk <= new_frames < self.frames or new_frames % chunk or new_frames > equal * chunk:
+            raise ValueError(
+                f"self_forcing.new_frames is {new_frames}; it must be whole chunks of {chunk} frames, fewer than the "
+                f"{self.frames} of the teacher's window, and among the {equal} equal chunks at the end of "
+                "student.layout"
+            )

@@ -105,6 +105,8 @@ def guided_velocity(
     null_condition: Condition,
     guidance: float | Tensor,
     combine: Combine = plain_combination,
+    *,
+    control_guidance: float | None = None,
 ) -> Tensor:
     """Classifier-free guidance u + guidance (c - u), where 1 is none (arXiv:2207.12598, Eq. 6, with w = guidance - 1).
 
@@ -120,10 +122,23 @@ def guided_velocity(
         null_condition: batch 1 or B.
         guidance: any number, or [B] of them.
         combine: how the two velocities and the scale become one (`Family.combine`).
+        control_guidance: of `Condition.control` beside the guidance of the text, by a call more, in which it is zeros:
+            v(0, 0) + w (v(c, 0) - v(0, 0)) + w' (v(c, k) - v(c, 0)) for text c and controls k, exact where the two are
+            independent given x_t. None: all sides have the controls.
 
     Raises:
         ValueError: the two conditions do not fit together.
     """
+    if control_guidance is not None and condition.control is not None:
+        off = condition.with_control(torch.zeros_like(condition.control))
+        controlled = denoiser(x_t, t, condition)
+        plain = denoiser(x_t, t, off)
+        text = plain
+        if isinstance(guidance, Tensor) or guidance != 1:
+            null = null_condition.expand(condition.batch_size).of_same_samples(off)
+            scale = expand_time(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+            text = combine(denoiser(x_t, t, null), plain, scale)
+        return text + control_guidance * (controlled - plain)
     if not isinstance(guidance, Tensor) and guidance == 1:
         return denoiser(x_t, t, condition)
     null_condition = null_condition.expand(condition.batch_size).of_same_samples(condition)

@@ -86,6 +86,8 @@ class Teacher:
         self.text_encoders_freed = False
         # Guidance of the expert of little noise, where it is another than that of the other.
         self.guidance_low: float | None = None
+        # Of controls of a condition, see `guided_velocity`.
+        self.control_guidance: float | None = None
         self._bases: dict[str, Denoiser] = {}
 
     @classmethod
@@ -176,7 +178,8 @@ class Teacher:
         if self.guidance_low is not None and isinstance(network, Experts) and not isinstance(guidance, Tensor):
             # Each expert has its own.
             guidance = torch.where(network.is_high(t), guidance, self.guidance_low)
-        return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, guidance, combine)
+        scales = {"guidance": guidance, "combine": combine, "control_guidance": self.control_guidance}
+        return guided_velocity(self.denoiser, x_t, t, condition, self.null_condition, **scales)
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition, guidance: float | Tensor) -> Tensor:
         """Guided x0 = x_t - t velocity, fp32 at least."""

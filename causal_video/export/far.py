@@ -29,6 +29,8 @@ FAR_TOLERANCE = 1e-4
 def check_far(pipe: CausalVideoPipeline) -> None:
     """Raise ValueError, with the reason, for a student that `AnyFlowFARPipeline` cannot run."""
     settings, policy = pipe.settings, pipe.settings.policy
+    if pipe.network.extra_channels > 0:
+        raise ValueError("AnyFlowFAR takes latents and text alone: this student is told more of each frame")
     if policy.window_frames is not None and policy.window_frames < settings.layout.frames:
         raise ValueError("AnyFlowFAR sees all of the past: this student has a window")
     if policy.noisy_from is not None or policy.quantise != "none":

@@ -28,6 +28,7 @@ from fewstep.causal_video.export.run import (
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import packed_call
+from fewstep.causal_video.model.controls import add_features, features_of
 from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.policy import KEEP_ALL
 from fewstep.causal_video.rollout import rollout
@@ -218,9 +219,11 @@ def merged_network(network: WanTransformer3DModel) -> WanTransformer3DModel:
     with torch.random.fork_rng(devices=[]):
         plain = WanTransformer3DModel.from_config(merged.config)
     assert isinstance(plain, WanTransformer3DModel)
-    layers = second_time_of(merged)
+    layers, features = second_time_of(merged), features_of(merged)
     if layers is not None:
         add_second_time(plain, layers.kind)
+    if features is not None:
+        add_features(plain, features.channels)
     plain.load_state_dict(merged.state_dict())
     nn.Module.to(plain, merged.device)
     return plain
@@ -300,7 +303,13 @@ def stock_difference(draft: Path, student: CausalWan, latents: Tensor) -> float:
     batch, _, frames, height, width = latents.shape
     extra = torch.linspace(0, 1, student.extra_channels * frames, device=latents.device).view(-1, frames)
     extra = spread(extra[None].expand(batch, -1, -1), height, width)
-    called = stock(torch.cat([latents, extra], dim=1), TIME_SCALE * t, text, return_dict=False)[0]
+    shown = latents
+    if features_of(student.transformer) is None:
+        shown = torch.cat([latents, extra], dim=1)
+    else:
+        # Stock diffusers leaves what is told to the layers out, as zeros do.
+        extra = torch.zeros_like(extra)
+    called = stock(shown, TIME_SCALE * t, text, return_dict=False)[0]
     return relative_difference(called, student.bidirectional(latents, t, text, extra=extra))
 
 

@@ -1,6 +1,7 @@
 """Controls, numbers per latent frame that a video follows beside its text: actions, features of sound, or others.
 
-A steered network takes them as conditioning channels. Between modules they travel in `Condition.control`, which is a
+A steered network takes them as conditioning channels, or adds them to the tokens of every layer (`FrameFeatures`).
+Between modules they travel in `Condition.control`, which is a
 batch of pictures [B, C, h, w]: K channels of F frames lie there as K F pictures, all frames of a channel together. So
 both sides of guidance get the same, and joining or choosing samples takes the channels along.
 
@@ -19,7 +20,7 @@ from diffusers import WanTransformer3DModel
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.causal_video.model.calls import joined
 from fewstep.causal_video.stream.world import ActionSpace, spread
@@ -28,6 +29,8 @@ from fewstep.core.families.wan import WanFamily
 
 CONTROLS_FILE = "controls.safetensors"
 NAMES_KEY = "names"
+# Name of the module in a network, and so the beginning of the names of its weights.
+FEATURES = "frame_features"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,74 @@ def controls_of(condition: Condition, frames: int) -> Tensor | None:
     if condition.control.shape[1] % frames:
         raise ValueError(f"{condition.control.shape[1]} control pictures do not divide into {frames} latent frames")
     return rearrange(condition.control, "b (k f) h w -> b k f h w", f=frames)
+
+
+class FrameFeatures(nn.Module):
+    """What a network is told of each frame, added to the tokens of the frame before every block, as OmniAvatar and
+    LiveTalk (arXiv:2512.23576) add features of sound.
+
+    A linear layer for each block, without bias and zero at first: zeros tell nothing, and the network starts as it was.
+
+    Args:
+        channels: K.
+        width: D of the network.
+        layers: blocks.
+    """
+
+    def __init__(self, channels: int, width: int, layers: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            self.layers = nn.ModuleList(nn.Linear(channels, width, bias=False) for _ in range(layers))
+        for layer in self.layers:
+            nn.init.zeros_(layer.get_parameter("weight"))
+
+    @property
+    def channels(self) -> int:
+        """K."""
+        return self.layers[0].get_parameter("weight").shape[1]
+
+    def added(self, layer: int, told: Tensor, tokens: int) -> Tensor:
+        """[B, F tokens, D] for one block, of controls [B, F, K]."""
+        module = self.layers[layer]
+        wide = module.get_parameter("weight").dtype
+        return module(told.to(wide)).repeat_interleave(tokens, dim=1)
+
+
+def features_of(network: nn.Module) -> FrameFeatures | None:
+    """The features of frames that a network is told in its layers; None where it is told none there."""
+    found = getattr(network, FEATURES, None)
+    return found if isinstance(found, FrameFeatures) else None
+
+
+def add_features(network: WanTransformer3DModel, channels: int) -> FrameFeatures:
+    """Let a network be told K numbers of each frame in its layers, in place."""
+    config = network.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    features = FrameFeatures(channels, width, config["num_layers"])
+    weight = network.patch_embedding.weight
+    nn.Module.to(features, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    network.register_module(FEATURES, features)
+    return features
+
+
+def load_features(network: WanTransformer3DModel, folder: Path, dtype: torch.dtype) -> None:
+    """Add the features of frames that the files of a network have, which diffusers leaves out; nothing where none are.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = [name for name in list(opened.keys()) if name.startswith(f"{FEATURES}.")]
+                found |= {name.removeprefix(f"{FEATURES}."): opened.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}); export the student again") from error
+    if found:
+        features = add_features(network, next(iter(found.values())).shape[1])
+        features.load_state_dict(found)
+        nn.Module.to(features, dtype=dtype)
 
 
 class SteeredWanFamily(WanFamily):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.causal_video.model.block import BlockOutput, Prompt, Sight, block_forward, layer_norm, text_keys_values
 from fewstep.causal_video.model.calls import Call, CallOutput, chunk_call, packed_call, whole_call
+from fewstep.causal_video.model.controls import features_of
 from fewstep.causal_video.model.prefix import KeysValues, Prefix
 from fewstep.causal_video.model.rope import FrameGrid, rotary_angles
 from fewstep.core.paths import at_least_fp32
@@ -87,7 +88,10 @@ class CausalWan(nn.Module):
 
     @property
     def extra_channels(self) -> int:
-        """Conditioning channels the network takes beside the latents."""
+        """Conditioning channels the network takes beside the latents, or numbers of each frame in its layers."""
+        features = features_of(self.transformer)
+        if features is not None:
+            return features.channels
         return self.transformer.config["in_channels"] - self.transformer.config["out_channels"]
 
     @property
@@ -163,14 +167,19 @@ class CausalWan(nn.Module):
         self._check_channels(call.x)
         grid = self.frame_grid(call.x)
         dtype = self.dtype
+        features = features_of(self.transformer)
+        latent = call.x.shape[1] if features is None else self.transformer.config["in_channels"]
         # Frame-major tokens: a chunk is a range of them.
-        hidden = self.transformer.patch_embedding(call.x.to(dtype)).flatten(2).transpose(1, 2)
+        hidden = self.transformer.patch_embedding(call.x[:, :latent].to(dtype)).flatten(2).transpose(1, 2)
+        told = call.x[:, latent:, :, 0, 0].transpose(1, 2)
         time, modulation = self._embed_time(call.t, call.r)
         sight = self._sight(call, grid)
         texts = self._texts(call.text)
         recompute = self.transformer.gradient_checkpointing and torch.is_grad_enabled()
         stored: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):
+            if features is not None:
+                hidden = hidden + features.added(layer, told, grid.tokens).to(dtype)
             arguments = (block, layer, hidden, texts[layer], modulation, sight)
             output = checkpointed(*arguments) if recompute else block_forward(*arguments)
             hidden = output.hidden
@@ -184,10 +193,10 @@ class CausalWan(nn.Module):
         return CallOutput(velocity.to(torch.promote_types(call.x.dtype, torch.float32)), keys_values)
 
     def _check_channels(self, x: Tensor) -> None:
-        config = self.transformer.config
-        if x.shape[1] != config["in_channels"]:
+        latent = self.transformer.config["out_channels"]
+        if x.shape[1] != latent + self.extra_channels:
             raise ValueError(
-                f"the network takes {config['in_channels']} channels, {config['out_channels']} of latents and "
+                f"the network takes {latent + self.extra_channels} channels, {latent} of latents and "
                 f"{self.extra_channels} of conditioning (`extra`), got {x.shape[1]} in all"
             )
 

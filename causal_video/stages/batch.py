@@ -142,17 +142,20 @@ class CausalTeacher:
         network: without gradients.
         null_condition: the unconditional side, batch 1.
         guidance: w; 1 is none.
+        control_guidance: of the controls beside it, see `guided_velocity`.
     """
 
     network: CausalWan
     null_condition: Condition
     guidance: float
+    control_guidance: float | None = None
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, batch: VideoBatch, mask: AttentionMask) -> Tensor:
         """Guided velocity [B, C, F, h, w] of the noisy half at t [B]."""
         packed = PackedNetwork(self.network, batch, mask)
-        return guided_velocity(packed, x, t, batch.condition, self.null_condition, self.guidance)
+        scales = {"guidance": self.guidance, "control_guidance": self.control_guidance}
+        return guided_velocity(packed, x, t, batch.condition, self.null_condition, **scales)
 
 
 class CausalDenoiser(Denoiser):

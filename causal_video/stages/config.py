@@ -302,8 +302,15 @@ def check_controls(config: CausalConfig) -> None:
     stage, has_controls = config.stage, config.data.controls is not None
     if isinstance(stage, SelfForcingConfig) and not has_controls and stage.steered_teacher is not None:
         raise ValueError("self_forcing.steered_teacher without data.controls: leave it out")
+    place, dropped = config.student.controls_in, isinstance(stage, FlowConfig) and stage.control_drop > 0
+    if not has_controls and (place != "channels" or dropped):
+        raise ValueError(f"student.controls_in {place!r} or control_drop without data.controls: leave it out")
     if not has_controls:
         return
+    if place == "layers" and (config.asd is not None or config.gan is not None):
+        raise ValueError(
+            "student.controls_in 'layers' with asd or gan, which read features of the stock call: leave them out"
+        )
     if isinstance(stage, OdeConfig):
         raise ValueError("data.controls is no part of ode, whose trajectories have none: go on with tf_dcm or tf_scm")
     if isinstance(stage, SelfForcingConfig):
@@ -325,7 +332,7 @@ def check_controls(config: CausalConfig) -> None:
             f"fake_score.path {config.fake_score.path} with data.controls, which only the steered teacher's network "
             "knows: leave fake_score.path out"
         )
-    if config.student.lora_rank > 0 and config.student.init is None:
+    if config.student.lora_rank > 0 and config.student.init is None and place == "channels":
         raise ValueError(
             "student.lora_rank with data.controls and without student.init: adapters would leave the new input "
             "channels at zero. Train all weights in the first stage, or start from weights that know the controls"
@@ -372,7 +379,9 @@ def check_scores(config: CausalConfig) -> None:
         raise ValueError("fake_score.told_exit with rollouts of one step, which all stop there: leave it out")
     if config.asd is not None and max([student.longest_steps, *map(max, stage.rollout_schedules)]) < 2:
         raise ValueError("asd compares n with n + 1 steps, and no chunk has two: raise student.steps")
-    stage.check_layout(ChunkLayout(student.layout))
+    layout = ChunkLayout(student.layout)
+    if stage.longest_frames is not None:
+        layout.require_longer(stage.longest_frames, stage.learning_frames(layout))
 
 
 def check_gan(config: CausalConfig, gan: GanConfig, stage: SelfForcingConfig) -> None:

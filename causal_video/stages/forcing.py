@@ -102,6 +102,14 @@ def drop_captions(condition: Condition, null_condition: Condition, draw: Draw, s
     return condition.where(draw.uniform("caption_drop") >= share, null_condition)
 
 
+def drop_controls(condition: Condition, draw: Draw, share: float) -> Condition:
+    """The condition with zeros for controls in a share of the samples."""
+    if share == 0 or condition.control is None:
+        return condition
+    keep = (draw.uniform("control_drop") >= share).view(-1, 1, 1, 1)
+    return condition.with_control(torch.where(keep, condition.control, 0.0))
+
+
 def bell_weight(t: Tensor) -> Tensor:
     """exp(-2 (t - 1/2)^2) - exp(-1/2): 0 at t = 0 and 1 (teacher forcing in Causal-rCM, arXiv:2606.25473)."""
     t = at_least_fp32(t)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, Literal, TypeAlias
 
 from fewstep.causal_video.layout import ChunkLayout
@@ -50,6 +49,9 @@ class CausalDataConfig(PromptsConfig):
     controls: str | None = None
     """File of what the network gets for each frame of data.latents beside its caption, such as actions or features of
     sound (`FrameControls`, safetensors); the student gets an input channel for each."""
+    control_guidance: float | None = None
+    """Guidance on the controls beside that on the text, of a causal teacher, of real scores and of many-step samples; a
+    third call, without controls. Empty: both sides of the text's guidance have the controls."""
     image_share: float = 0.0
     """Share of steps in which the first latent frame is given, from data.latents with their captions."""
 
@@ -59,6 +61,8 @@ class CausalDataConfig(PromptsConfig):
             raise ValueError(f"image_share is {self.image_share}; it is a share from 0 to 1")
         if self.controls is not None and self.latents is None:
             raise ValueError("controls without data.latents: they are rows for the videos of that folder")
+        if self.control_guidance is not None and (self.controls is None or not math.isfinite(self.control_guidance)):
+            raise ValueError(f"control_guidance is {self.control_guidance}; it is a finite number beside data.controls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,9 @@ class CausalStudentConfig(StudentConfig):
     second_time: SecondTime = "none"
     """How the network is told where a step ends, in tf_meanflow, tf_anyflow and what goes on from them: a second time
     embedding mixed into the first ('gate', AnyFlow), or one of t - r added to it ('sum', MeanFlow)."""
+
+    controls_in: Literal["channels", "layers"] = "channels"
+    """How the network is given data.controls: as input channels, or added to the tokens of every layer (LiveTalk)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,11 +131,14 @@ class FlowConfig:
     """Weight of a time: a bell around 1/2 as in Causal-rCM's teacher forcing, or none as in its diffusion forcing."""
     condition_drop: float = 0.1
     """Share of samples without their caption, for guidance later."""
+    control_drop: float = 0.0
+    """Share of samples whose data.controls are zeros, for data.control_guidance later."""
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
             raise ValueError(f"shift is {self.shift}; it must be positive")
         require_share("condition_drop", self.condition_drop)
+        require_share("control_drop", self.control_drop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,25 +343,6 @@ class SelfForcingConfig:
     def learning_frames(self, layout: ChunkLayout) -> int:
         """Latent frames at the end of a longer rollout that learn."""
         return layout.frames - layout.lengths[0] if self.new_frames is None else self.new_frames
-
-    def check_layout(self, layout: ChunkLayout) -> None:
-        """Raise ValueError unless longer rollouts are whole chunks, and so are their new frames."""
-        if self.longest_frames is None:
-            return
-        chunk, extra = layout.lengths[-1], self.longest_frames - layout.frames
-        if extra < chunk or extra % chunk:
-            raise ValueError(
-                f"self_forcing.longest_frames is {self.longest_frames}; it must be the {layout.frames} frames of "
-                f"student.layout and one or more chunks of {chunk}"
-            )
-        equal = sum(1 for _ in takewhile(lambda length: length == chunk, reversed(layout.lengths)))
-        new = self.learning_frames(layout)
-        if not chunk <= new < layout.frames or new % chunk or new > equal * chunk:
-            raise ValueError(
-                f"self_forcing.new_frames is {new}; it must be whole chunks of {chunk} frames, fewer than the "
-                f"{layout.frames} of the teacher's window, and among the {equal} equal chunks at the end of "
-                "student.layout"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

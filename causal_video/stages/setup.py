@@ -20,7 +20,7 @@ from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, For
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
 from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig, TfDcmConfig
-from fewstep.causal_video.stages.student import build_student, check_names, load_stage, steer_teacher
+from fewstep.causal_video.stages.student import build_student, check_names, load_stage, steer_teacher, with_channels
 from fewstep.core.condition import Condition
 from fewstep.core.data import (
     INPUT_SEED,
@@ -87,6 +87,11 @@ class CausalData:
             assert real is not None
             controls = FrameControls.load(data.controls)
             controls.check(real.latents)
+            if config.student.controls_in == "layers" and controls.values.ndim != 3:
+                raise ValueError(
+                    f"data.controls holds {list(controls.values.shape)}, and student.controls_in 'layers' is told one "
+                    "number for a whole frame: give [N, K, F], or controls_in 'channels'"
+                )
             for weights in (init, steered):
                 if weights is not None:
                     check_names(weights, controls.names)
@@ -210,12 +215,9 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
     how = {"seed": config.run.seed, "controls": channels, "smoothing": config.time_smoothing}
     student = build_student(config.student, teacher, data.init, **how)
     if data.steered_teacher is not None:
-        steer_teacher(teacher, data.steered_teacher, channels)
-    # A copy of a smoothed student would be smoothed, too.
-    apart = data.causal_teacher
-    if apart is None and config.has_causal_teacher and config.time_smoothing > 0:
-        apart = data.init
-    frozen = causal_teacher(config, student, teacher, apart)
+        steer_teacher(teacher, data.steered_teacher, channels, config.student.controls_in)
+    frozen = causal_teacher(config, student, teacher, data, controls=channels)
+    teacher.control_guidance = config.data.control_guidance
     student_role = trainer.add_role(
         "student",
         student,
@@ -290,24 +292,31 @@ def latent_shape(
 
 
 def causal_teacher(
-    config: CausalConfig, student: CausalWan, teacher: Teacher, weights: StoredWeights | None
+    config: CausalConfig, student: CausalWan, teacher: Teacher, data: CausalData, *, controls: int = 0
 ) -> CausalTeacher | None:
-    """A frozen copy of the student as it starts, where the stage distils a causal teacher; with `weights` one of these,
-    in the teacher's dtype, of the student's model or of the section's own."""
-    said = config.causal_teacher
+    """A frozen copy of the student as it starts, where the stage distils a causal teacher; or that of the section
+    causal_teacher, in the teacher's dtype, of the student's model or of its own."""
+    said, weights = config.causal_teacher, data.causal_teacher
+    if weights is None and config.has_causal_teacher and config.time_smoothing > 0:
+        # A copy of a smoothed student would be smoothed, too.
+        weights = data.init
     if weights is not None:
         path = config.student.path if said is None or said.path is None else said.path
         network = teacher.base(path).copy().network.eval()
         assert isinstance(network, WanTransformer3DModel)
         dequantise(network)
+        if controls > 0:
+            network = with_channels(network, controls, config.student.controls_in).eval()
         load_stage(network, weights, config.student.second_time)
         guidance = config.teacher.guidance if said is None or said.guidance is None else said.guidance
-        return CausalTeacher(CausalWan(network.requires_grad_(False)), teacher.null_condition, guidance)
+        held = CausalWan(network.requires_grad_(False))
+        return CausalTeacher(held, teacher.null_condition, guidance, config.data.control_guidance)
     if not config.has_causal_teacher:
         return None
     # Adapters start at zero, so this is the stage before, with or without them; frozen weights are shared.
     network = beside(student.transformer).requires_grad_(False)
-    return CausalTeacher(CausalWan(network), teacher.null_condition, config.teacher.guidance)
+    scales = (config.teacher.guidance, config.data.control_guidance)
+    return CausalTeacher(CausalWan(network), teacher.null_condition, *scales)
 
 
 def forcing_networks(

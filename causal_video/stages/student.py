@@ -6,16 +6,18 @@ Legend: C latent channels, K control channels.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from fewstep.causal_video.model.controls import SteeredWanFamily
+from fewstep.causal_video.model.controls import SteeredWanFamily, add_features, controls_of, features_of
 from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import FILE_NAME, SecondTime, load_defaults
 from fewstep.causal_video.stages.sections import CausalStudentConfig
+from fewstep.core.condition import Condition
 from fewstep.core.denoiser import Denoiser
 from fewstep.core.export.anyflow import check_anyflow_parts
 from fewstep.core.families.wan import WanFamily
@@ -62,7 +64,7 @@ def build_student(
             f"{TIME_SCALE:g} t: set num_train_timesteps to {TIME_SCALE:g}"
         )
     if controls > 0:
-        network = widened(network, controls)
+        network = with_channels(network, controls, settings.controls_in)
     if init is not None:
         load_stage(network, init, settings.second_time)
     if smoothing > 0:
@@ -73,6 +75,9 @@ def build_student(
     if has_adapters:
         add_adapters(network, of_both_times(settings, network), teacher.family, seed=seed)
         train_second_time(network)
+        features = features_of(network)
+        if features is not None:
+            features.requires_grad_(True)
     if settings.second_time != "none":
         check_causal_map(network)
     if settings.second_time != "none" and second_time_of(network) is None:
@@ -131,6 +136,31 @@ def load_stage(network: WanTransformer3DModel, weights: StoredWeights, second_ti
             )
         add_second_time(network, second_time)
     load_transformer(network, weights)
+
+
+def with_channels(
+    network: WanTransformer3DModel, controls: int, place: Literal["channels", "layers"]
+) -> WanTransformer3DModel:
+    """The network with K controls of each frame, in channels of its input (a copy) or in its layers (in place).
+
+    At first it is the same function. Raises ValueError as `widened`.
+    """
+    if place == "channels":
+        return widened(network, controls)
+    add_features(network, controls).train(network.training)
+    return network
+
+
+class LayerSteeredFamily(WanFamily):
+    """A bidirectional Wan network that is told the controls of the condition in its layers."""
+
+    def velocity(self, network: WanTransformer3DModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `WanFamily.velocity`. Raises ValueError for a condition without controls."""
+        extra = controls_of(condition, x_t.shape[2])
+        if extra is None:
+            raise ValueError("a steered teacher was called without controls: give them with `with_controls`")
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        return CausalWan(network).bidirectional(x_t, t.to(dtype), condition.text, extra=extra).to(x_t.dtype)
 
 
 def widened(network: WanTransformer3DModel, controls: int) -> WanTransformer3DModel:
@@ -200,8 +230,10 @@ def stored_channels(weights: StoredWeights) -> int | None:
     return None
 
 
-def steer_teacher(teacher: Teacher, weights: StoredWeights, controls: int) -> None:
-    """Give a teacher K control channels and the weights of a bidirectional network that knows them.
+def steer_teacher(
+    teacher: Teacher, weights: StoredWeights, controls: int, place: Literal["channels", "layers"]
+) -> None:
+    """Give a teacher K controls of each frame and the weights of a bidirectional network that knows them.
 
     Its denoiser, and every copy of it such as the fake score, then needs a condition with controls. The pipeline keeps
     the network that it was loaded with. Raises ValueError for weights that do not fit.
@@ -209,8 +241,13 @@ def steer_teacher(teacher: Teacher, weights: StoredWeights, controls: int) -> No
     network, family = teacher.denoiser.network, teacher.family
     assert isinstance(network, WanTransformer3DModel)
     assert isinstance(family, WanFamily)
-    wide = widened(network, controls)
+    if place == "layers":
+        copied = teacher.denoiser.copy().network
+        assert isinstance(copied, WanTransformer3DModel)
+        network = copied
+    wide = with_channels(network, controls, place)
     load_transformer(wide, weights)
     wide.requires_grad_(False).eval()
-    teacher.family = SteeredWanFamily(family.time_scale, family.text_tokens, family.time_per_token)
+    steered = SteeredWanFamily if place == "channels" else LayerSteeredFamily
+    teacher.family = steered(family.time_scale, family.text_tokens, family.time_per_token)
     teacher.denoiser = Denoiser(wide, teacher.family)

@@ -18,7 +18,12 @@ from fewstep.causal_video.stages.batch import (
 from fewstep.causal_video.stages.config import CausalConfig, FlowMapStage, JointConfig, VideoStage
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
 from fewstep.causal_video.stages.flow_map import tf_flow_map_step
-from fewstep.causal_video.stages.forcing import diffusion_forcing_step, drop_captions, teacher_forcing_step
+from fewstep.causal_video.stages.forcing import (
+    diffusion_forcing_step,
+    drop_captions,
+    drop_controls,
+    teacher_forcing_step,
+)
 from fewstep.causal_video.stages.ode import ode_step
 from fewstep.causal_video.stages.redmd import RolloutReward
 from fewstep.causal_video.stages.sections import (
@@ -130,6 +135,7 @@ def video_batch(config: CausalConfig, stage: VideoStage, setup: CausalSetup, *, 
     x0, condition = setup.videos(draw.indices, draw.device)
     if isinstance(stage, FlowConfig):
         condition = drop_captions(condition, setup.teacher.null_condition, draw, stage.condition_drop)
+        condition = drop_controls(condition, draw, stage.control_drop)
     # Under diffusion forcing context is the noisy video itself.
     largest = 0.0 if isinstance(stage, DiffusionForcingConfig) else stage.context_noise
     is_noisy = isinstance(stage, TfDcmConfig | TfScmConfig) and stage.noisy_context

@@ -136,6 +136,7 @@ def student_videos(setup: CausalSetup, rows: list[int], *, flow_guidance: float 
             times=setup.teacher.family.teacher_grid(setup.teacher.pipeline, FLOW_STEPS),
             guidance=flow_guidance,
             null_text=setup.teacher.null_condition.tokens,
+            control_guidance=setup.teacher.control_guidance,
         )
     schedule, chunks = setup.settings.schedule, setup.settings.layout.chunks
     exits = schedule.exits(schedule.longest - 1, chunks)

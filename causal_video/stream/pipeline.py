@@ -25,6 +25,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fewstep.causal_video.denoise import ChunkNoise
+from fewstep.causal_video.model.controls import load_features
 from fewstep.causal_video.model.far import far_transformer, wan_of_far
 from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults, load_defaults
@@ -110,6 +111,8 @@ class CausalVideoPipeline:
         pipeline: Any = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **dict.fromkeys(absent)
         )
+        if not isinstance(pipeline, AnyFlowFARPipeline):
+            load_features(pipeline.transformer, folder / "transformer", dtype)
         if isinstance(pipeline, AnyFlowFARPipeline):
             assert pipeline.transformer is not None
             pipeline = wan_pipeline(pipeline, wan_of_far(pipeline.transformer))

@@ -50,7 +50,7 @@ class Remedy:
 
 def remedies(policy: CachePolicy) -> dict[str, Remedy]:
     """A window of as many frames as the student was trained to see; sinks in place of one of them; a wider window;
-    computed again. One of the first two is as trained."""
+    computed again. One of the first two is as trained. And both with a frame less."""
     assert policy.window_frames is not None
     window = policy.window_frames + policy.sink_frames
     plain = replace(policy, sink="none", sink_frames=0, window_frames=window)
@@ -61,6 +61,10 @@ def remedies(policy: CachePolicy) -> dict[str, Remedy]:
         "EMA sink": Remedy(replace(plain, sink="ema", **narrow)),
         "window of 7": Remedy(replace(plain, window_frames=7)),
         "recache every 4": Remedy(plain, 4),
+        "window, one frame less": Remedy(replace(plain, window_frames=window - 1)),
+        "static sink, one frame less": Remedy(
+            replace(plain, sink="static", window_frames=window - 2, sink_frames=1),
+        ),
     }
 
 

@@ -85,7 +85,7 @@ def test_a_field_of_another_stage_is_refused(repository: Path, name: str) -> Non
 
 def test_sections_hold_what_their_stage_reads(repository: Path) -> None:
     names = {stage: [field.name for field in dataclasses.fields(section)] for stage, section in STAGES.items()}
-    flow = ["frames", "shift", "weight", "condition_drop"]
+    flow = ["frames", "shift", "weight", "condition_drop", "control_drop"]
     assert names["teacher_forcing"] == [*flow, "times", "context_noise"]
     assert names["diffusion_forcing"] == [*flow, "times"]
     dcm = ["frames", "context_noise", "grid_steps", "grid_shift", "target", "skip", "noisy_context"]
