@@ -17,6 +17,8 @@ REWARD = RedmdConfig(scorers=(ScorerConfig(name="stroke_weight"),), saliency=Tru
 SCRIPT = Path(__file__).parents[3] / "scripts" / "train_causal_video.py"
 ROLES = {
     "tf_scm": ("student", "student_ema"),
+    "tf_anyflow": ("student", "student_ema"),
+    "self_forcing_jumps": ("student", "student_ema", "fake_score"),
     "self_forcing_asd": ("student", "student_ema", "fake_score", "discriminator"),
     "self_forcing_gan": ("student", "student_ema", "fake_score"),
     "self_forcing_joint": ("student", "student_ema", "fake_score"),
