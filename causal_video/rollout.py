@@ -72,6 +72,8 @@ def rollout(
     cache = RollingCache.empty(settings.layout, settings.policy) if cache is None else cache
     if cache.plan.layout != settings.layout or cache.plan.policy != settings.policy:
         raise ValueError("the cache was filled under another layout or policy than these settings have")
+    if network.has_two_times and settings.policy.noisy_from is not None:
+        raise ValueError("noisy_from with a network of two times, which has clean context: leave it out")
     if len(exits) == 0:
         raise ValueError("exits is empty: give the exit step of each chunk that is to be generated")
     if condition.image is not None and cache.next_chunk != 0:

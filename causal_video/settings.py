@@ -84,8 +84,13 @@ class CausalSettings:
         times = "; ".join(", ".join(f"{t:.6g}" for t in each) for each in self.schedule.times)
         return f"chunks of {list(self.layout.lengths)} latent frames at t = {times} (the last one repeats)"
 
-    def save(self, directory: str | Path, defaults: StreamDefaults | None = None) -> Path:
-        """Write `causal_video.json` beside the weights, with what streams are opened with if given; gives its path."""
+    def save(
+        self, directory: str | Path, defaults: StreamDefaults | None = None, *, time_smoothing: float = 0.0
+    ) -> Path:
+        """Write `causal_video.json` beside the weights, with what streams are opened with if given; gives its path.
+
+        `time_smoothing` is what is in the weights (`core.tangents.smooth`), for a stage that goes on from them.
+        """
         content: dict[str, Any] = {
             "format": FORMAT,
             "layout": list(self.layout.lengths),
@@ -94,6 +99,8 @@ class CausalSettings:
         }
         if self.second_time != "none":
             content["second_time"] = self.second_time
+        if time_smoothing > 0:
+            content["time_smoothing"] = time_smoothing
         if defaults is not None:
             content["stream"] = asdict(defaults)
         path = Path(directory) / FILE_NAME
@@ -130,7 +137,8 @@ def read_file(path: Path) -> dict[str, Any]:
     policy_fields = {f.name for f in fields(CachePolicy)}
     stream_fields = {f.name for f in fields(StreamDefaults)}
     is_known = (
-        set(content) - {"stream", "second_time"} == known and set(content.get("stream", stream_fields)) == stream_fields
+        set(content) - {"stream", "second_time", "time_smoothing"} == known
+        and set(content.get("stream", stream_fields)) == stream_fields
     )
     if not is_known or content["format"] != FORMAT or set(content["policy"]) != policy_fields:
         raise ValueError(

@@ -294,17 +294,16 @@ def build_student(config: ConsistencyConfig, teacher: Teacher, init: StoredWeigh
             "same, or start from the teacher"
         )
     denoiser = build_denoiser(settings, teacher, init if two_times is None else None, seed=seed)
-    smoothed(denoiser, config, init if two_times is None else None)
     add_second_time(denoiser.network, method.second_time)
     if two_times is None:
-        return denoiser
+        return smoothed(denoiser, config, init)
     if not two_times.holds_adapters:
         load_weights(denoiser.network, two_times)
     elif settings.lora_rank > 0:
         load_adapters(denoiser.network, two_times, alpha=settings.lora_alpha)
     else:
         merge_stored_adapters(denoiser.network, two_times)
-    return denoiser
+    return smoothed(denoiser, config, two_times)
 
 
 def smoothed(denoiser: Denoiser, config: ConsistencyConfig, init: StoredWeights | None) -> Denoiser:

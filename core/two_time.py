@@ -42,7 +42,7 @@ class TimeSite:
 # How diffusers' AnyFlow classes hold two times, (1 - g) E(t) + g E_r(d): "gate" has d = r and g = GATE; "sum" has
 # d = t - r, g = 1/2, and the last layers of both embeddings doubled, which loses no bit.
 SUM_GATE, SUM_SCALE = 0.5, 2.0
-DELTA_KINDS: dict[str, SecondTime] = {"r": "gate", "t-r": "sum"}
+DELTA_KINDS = {(GATE, "r"): "gate", (SUM_GATE, "t-r"): "sum", (0.0, "r"): "none"}
 # By the name of the network's class. The layers are two linear ones with an activation between them.
 SITES = {
     "SD3Transformer2DModel": TimeSite("time_text_embed.time_proj", "time_text_embed.timestep_embedder"),

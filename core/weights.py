@@ -67,7 +67,7 @@ class StoredWeights:
                     found += [self._expert(number) + _name_in(name, frozenset()) for name in list(file.keys())]
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.key} {path} cannot be read ({error}); give a .safetensors file") from error
-        return tuple(_of_two_times(dict.fromkeys(found)))
+        return tuple(self._of_two_times(dict.fromkeys(found)))
 
     def _expert(self, number: int) -> str:
         """What stands before the names of a file's tensors in a pair of experts."""
@@ -104,7 +104,31 @@ class StoredWeights:
         if self.kind_of_export() == "sum":
             ends = tuple(f"{layers}linear_2.{part}" for layers in (f"{TIMES}.", DELTA) for part in ("weight", "bias"))
             found |= {name: found[name] / SUM_SCALE for name in ends if name in found}
-        return _of_two_times(found)
+        return self._of_two_times(found)
+
+    def _of_two_times(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Tensors of an AnyFlow class by their names in a network of one or two times; others as they are.
+
+        Raises:
+            ValueError: no config.json beside the file says how the two times are joined, or in a way unknown here.
+        """
+        if not any(name.startswith(DELTA) for name in found):
+            return found
+        kind = self.kind_of_export()
+        if kind is None:
+            raise ValueError(
+                f"{self.key} {self.source} holds two embeddings of time of diffusers' AnyFlow classes, and no "
+                "config.json beside it says how they are joined, or one with another gate than students here have: "
+                "give the export or its transformer folder"
+            )
+        moves = () if kind == "none" else ((f"{TIMES}.", f"{TIMES}.first."), (DELTA, f"{TIMES}.second."))
+        unused = (OLD_CHUNKS, DELTA) if kind == "none" else (OLD_CHUNKS,)
+        renamed: dict[str, Any] = {}
+        for name, tensor in found.items():
+            prefix, own = next(((a, b) for a, b in moves if name.startswith(a)), ("", ""))
+            if not name.startswith(unused):
+                renamed[own + name.removeprefix(prefix)] = tensor
+        return renamed
 
     def stated(self, name: str) -> Any:
         """What the run or the export that holds these weights states of its student, such as its `second_time` or its
@@ -117,11 +141,12 @@ class StoredWeights:
         return self.kind_of_export() if found is None and name == "second_time" else found
 
     def kind_of_export(self) -> str | None:
-        """The second time of a network that diffusers' AnyFlow classes hold, as its config says it; None for others."""
+        """The second time of a network that diffusers' AnyFlow classes hold, as its config says it; "none" where its
+        gate is 0, None for all others."""
         for file in {path.parent / "config.json" for path in self.files}:
             if file.is_file():
-                said = json.loads(file.read_text(encoding="utf-8")).get("deltatime_type")
-                return DELTA_KINDS.get(said)
+                said = json.loads(file.read_text(encoding="utf-8"))
+                return DELTA_KINDS.get((said.get("gate_value"), said.get("deltatime_type")))
         return None
 
     def require_own_times(self) -> None:
@@ -139,19 +164,6 @@ class StoredWeights:
             return None
         file = self.checkpoint / f"{name}.safetensors"
         return file if file.is_file() else None
-
-
-def _of_two_times(found: dict[str, Any]) -> dict[str, Any]:
-    """Tensors of an AnyFlow class by their names in a network of two times; others as they are."""
-    if not any(name.startswith(DELTA) for name in found):
-        return found
-    moves = ((f"{TIMES}.", f"{TIMES}.first."), (DELTA, f"{TIMES}.second."))
-    renamed: dict[str, Any] = {}
-    for name, tensor in found.items():
-        prefix, own = next(((a, b) for a, b in moves if name.startswith(a)), ("", ""))
-        if not name.startswith(OLD_CHUNKS):
-            renamed[own + name.removeprefix(prefix)] = tensor
-    return renamed
 
 
 def _name_in(name: str, own: AbstractSet[str], children: AbstractSet[str] = frozenset()) -> str:

@@ -24,6 +24,9 @@ from fewstep.causal_video.export.run import (
     settings_of_run,
     stream_defaults,
     trained_controls,
+    trained_guidance,
+    trained_smoothing,
+    trained_times,
 )
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model import masks
@@ -33,7 +36,6 @@ from fewstep.causal_video.model.network import TIME_SCALE, CausalWan
 from fewstep.causal_video.policy import KEEP_ALL
 from fewstep.causal_video.rollout import rollout
 from fewstep.causal_video.settings import CausalSettings, StreamDefaults
-from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline, far_pipeline
 from fewstep.causal_video.stream.world import spread
 from fewstep.core.export.check import PROBE_SEED, ExportMismatchError, relative_difference
@@ -50,6 +52,8 @@ from fewstep.core.two_time import add_second_time, second_time_of
 
 # Stock diffusers and the student do the same fp32 arithmetic in another order.
 STOCK_TOLERANCE = 1e-4
+# Latents of the corner on which diffusers' causal class is compared: a multiple of its coarser patches.
+COMPARED_SIDE = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class CausalReport:
     ema: bool
     trained_times: tuple[tuple[float, ...], ...]
     name: str
+    shift: float | None = None
+    time_smoothing: float = 0.0
 
 
 def export_causal_run(
@@ -114,11 +120,13 @@ def export_causal_run(
         report = CausalReport(
             method=config.method,
             base_model=base.path,
-            guidance=config.teacher.guidance,
+            guidance=trained_guidance(config),
             step=step,
             ema=weights == "ema",
-            trained_times=causal_settings(config.student).schedule.times,
+            trained_times=trained_times(config, settings),
             name=run.resolve().name,
+            shift=config.student.shift if config.student.times is None else None,
+            time_smoothing=trained_smoothing(run),
         )
         defaults = replace(stream_defaults(config, teacher), actions=actions)
         record = export_causal_student(
@@ -158,8 +166,8 @@ def export_causal_student(
         stored = copy.deepcopy(trained)
         nn.Module.to(stored, dtype)
         check_finite(stored.state_dict(), dtype)
-        write_pipeline(teacher.pipeline, stored, settings, draft, dtype)
-        settings.save(draft, defaults)
+        write_pipeline(teacher.pipeline, stored, settings, draft, dtype, shift=report.shift)
+        settings.save(draft, defaults, time_smoothing=report.time_smoothing)
         remove_machine_names(draft, public_name(report.base_model))
         rounded = probe_rollout(teacher.pipeline, stored, settings, defaults)
         verification, stock = verify_draft(draft, CausalWan(stored), rounded=rounded, reference=reference, dtype=dtype)
@@ -230,7 +238,13 @@ def merged_network(network: WanTransformer3DModel) -> WanTransformer3DModel:
 
 
 def write_pipeline(
-    pipeline: Any, stored: WanTransformer3DModel, settings: CausalSettings, draft: Path, dtype: torch.dtype
+    pipeline: Any,
+    stored: WanTransformer3DModel,
+    settings: CausalSettings,
+    draft: Path,
+    dtype: torch.dtype,
+    *,
+    shift: float | None = None,
 ) -> None:
     """Save the teacher's pipeline with the student in it, as diffusers' causal class where it has two times. All its
     modules end in fp32, rounded to the files' dtype."""
@@ -238,7 +252,7 @@ def write_pipeline(
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     for module in modules:
         module.to(dtype)
-    files = pipeline if second_time_of(stored) is None else far_pipeline(pipeline, settings)
+    files = pipeline if second_time_of(stored) is None else far_pipeline(pipeline, settings, shift=shift)
     files.save_pretrained(draft, safe_serialization=True)
     for module in modules:
         module.float()
@@ -320,7 +334,8 @@ def far_difference(draft: Path, student: CausalWan, latents: Tensor) -> float:
     stock = AnyFlowFARTransformer3DModel.from_pretrained(draft / "transformer", dtype=torch.float32)
     nn.Module.to(stock, latents.device).eval()
     layout = ChunkLayout(tuple(stock.config["chunk_partition"]))
-    clean = latents[:, :, : layout.frames]
+    # A corner of the frames says all of the weights; diffusers' attention of the whole would be one matrix.
+    clean = latents[:, :, : layout.frames, :COMPARED_SIDE, :COMPARED_SIDE]
     t = torch.linspace(0.2, 0.8, len(clean), device=clean.device)[:, None].expand(-1, layout.frames)
     noisy, width = clean.flip(0, 2), stock.config["text_dim"]
     text = torch.linspace(-1, 1, 8 * width, device=clean.device).view(1, 8, width).expand(len(clean), -1, -1)

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.schedule import StepSchedule
-from fewstep.causal_video.settings import STOCK_RATE, CausalSettings, StreamDefaults, load_defaults
+from fewstep.causal_video.settings import (
+    FILE_NAME,
+    STOCK_RATE,
+    CausalSettings,
+    StreamDefaults,
+    load_defaults,
+    read_file,
+)
 from fewstep.causal_video.stages.batch import causal_settings
-from fewstep.causal_video.stages.config import CausalConfig
+from fewstep.causal_video.stages.config import CausalConfig, FlowMapStage
 from fewstep.causal_video.stages.ode import OdePairs
 from fewstep.causal_video.stages.student import build_student
 from fewstep.core.config import load_config
@@ -73,6 +80,24 @@ def trained_controls(run: Path, config: RunOfStudent) -> tuple[str, ...]:
             "the file of the training back"
         )
     return names
+
+
+def trained_guidance(config: RunOfStudent) -> float:
+    """The guidance of what a run distilled: of its causal teacher, where that has its own."""
+    said = config.causal_teacher if isinstance(config, CausalConfig) else None
+    return config.teacher.guidance if said is None or said.guidance is None else said.guidance
+
+
+def trained_times(config: RunOfStudent, settings: CausalSettings) -> tuple[tuple[float, ...], ...]:
+    """Times of each chunk in the training; those of the export for flow maps on clean context, trained at all times."""
+    is_map = isinstance(config, CausalConfig) and isinstance(config.stage, FlowMapStage)
+    return settings.schedule.times if is_map else causal_settings(config.student).schedule.times
+
+
+def trained_smoothing(run: Path) -> float:
+    """How far the time of a run's student is smoothed; 0 where the run says nothing."""
+    file = run / FILE_NAME
+    return float(read_file(file).get("time_smoothing", 0.0)) if file.is_file() else 0.0
 
 
 def settings_of_run(config: RunOfStudent, steps: Sequence[int] | None) -> CausalSettings:

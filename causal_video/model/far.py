@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.causal_video.layout import ChunkLayout
-from fewstep.core.two_time import GATE, SITES, SUM_GATE, SUM_SCALE, add_second_time, second_time_of
+from fewstep.core.two_time import DELTA_KINDS, GATE, SITES, SUM_GATE, SUM_SCALE, add_second_time, second_time_of
 
 # Patches of the branch for old chunks, which is never called.
 COMPRESSED_PATCH = (1, 4, 4)
@@ -82,16 +82,15 @@ def wan_of_far(network: AnyFlowFARTransformer3DModel) -> WanTransformer3DModel:
         ValueError: its gate is none of those.
     """
     config: Any = network.config
-    kinds = {(0.0, "r"): None, (GATE, "r"): "gate", (SUM_GATE, "t-r"): "sum"}
     found = (config["gate_value"], config["deltatime_type"])
-    if found not in kinds:
+    if found not in DELTA_KINDS:
         raise ValueError(
-            f"a gate of {found[0]} on {found[1]!r} is none of {list(kinds)}: this is no student of fewstep"
+            f"a gate of {found[0]} on {found[1]!r} is none of {list(DELTA_KINDS)}: this is no student of fewstep"
         )
-    kind = kinds[found]
+    kind: Any = DELTA_KINDS[found]
     with torch.random.fork_rng(devices=[]):
         wan = WanTransformer3DModel(patch_size=tuple(config["patch_size"]), **{name: config[name] for name in SIZES})
-    if kind is not None:
+    if kind != "none":
         add_second_time(wan, kind)
     names = {_far_name(name): name for name in wan.state_dict()}
     stored: dict[str, Tensor] = {names[name]: x for name, x in network.state_dict().items() if name in names}

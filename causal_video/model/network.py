@@ -8,7 +8,7 @@ Legend: B batch, C channels, F latent frames, P tokens per frame, D width, L lay
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -93,6 +93,12 @@ class CausalWan(nn.Module):
         if features is not None:
             return features.channels
         return self.transformer.config["in_channels"] - self.transformer.config["out_channels"]
+
+    @property
+    def second_time(self) -> Literal["none", "gate", "sum"]:
+        """How it is told where a step ends, see `core.two_time`."""
+        layers = second_time_of(self.transformer)
+        return "none" if layers is None else "sum" if layers.kind == "sum" else "gate"
 
     @property
     def has_two_times(self) -> bool:

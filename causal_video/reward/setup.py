@@ -12,7 +12,7 @@ from fewstep.causal_video.model.network import CausalWan
 from fewstep.causal_video.reward.config import CausalRewardConfig
 from fewstep.causal_video.stages.batch import causal_settings
 from fewstep.causal_video.stages.setup import CausalSetup, latent_shape
-from fewstep.causal_video.stages.student import build_student
+from fewstep.causal_video.stages.student import build_student, holds_two_times, smoothing_of
 from fewstep.causal_video.vae_stream import check_vae
 from fewstep.core.data import PromptConditions, read_prompts
 from fewstep.core.networks.other_models import check_models
@@ -40,7 +40,13 @@ class CausalRewardData:
         """Read the files that the settings name. Raises ValueError that names a missing or broken one."""
         check_models(config.teacher, student=config.student)
         assert config.student.init is not None
-        return cls(read_prompts(config.data.prompts), find_weights(config.student.init))
+        init = find_weights(config.student.init)
+        if config.student.second_time != "none" and not holds_two_times(init):
+            raise ValueError(
+                f"student.init {init.source} holds a network of one time, and student.second_time is "
+                f"{config.student.second_time!r}: a student is rewarded in the steps that it takes; leave it out"
+            )
+        return cls(read_prompts(config.data.prompts), init)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def build_setup(
         settings=settings,
         prompts=PromptConditions(teacher, data.prompts, cache=config.data.cache_prompts),
         latent_shape=shape,
+        time_smoothing=smoothing_of(data.init),
     )
     return CausalRewardSetup(
         causal=causal,

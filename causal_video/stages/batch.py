@@ -129,7 +129,7 @@ class PackedNetwork(nn.Module):
         call = packed_call(context, x, t, condition.text, mask=self.mask, clean_time=time, extra=extra, r=r)
         output = self.network(call)
         assert isinstance(output, CallOutput)
-        if image is None or r is None:
+        if image is None:
             return output.velocity
         return torch.cat([torch.zeros_like(output.velocity[:, :, :1]), output.velocity[:, :, 1:]], dim=2)
 

@@ -22,16 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.causal_video.stages.batch import ForcingNetworks, ForcingStep, VideoBatch
-from fewstep.causal_video.stages.config import FlowMapStage
+from fewstep.causal_video.stages.config import CausalConfig, FlowMapStage
 from fewstep.causal_video.stages.consistency import teacher_velocity
-from fewstep.causal_video.stages.sections import TfMeanflowConfig
+from fewstep.causal_video.stages.sections import TfAnyflowConfig, TfMeanflowConfig
 from fewstep.consistency.batch import DataBatch, Networks
 from fewstep.consistency.methods.anyflow import anyflow_step
 from fewstep.consistency.methods.flow_map import draw_pair
 from fewstep.consistency.methods.meanflow import meanflow_step
+from fewstep.consistency.sections import require_unset
 from fewstep.core.condition import Condition
 from fewstep.core.randomness import Draw
 from fewstep.core.teacher import Teacher
+
+# Of three samples in a row one has r = t (`consistency.times.anyflow_times`).
+LEAST_SLICE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,23 @@ class ContextNetworks(Networks):
     def teacher_velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The causal teacher's guided velocity under the captions of the batch, which are those of `condition`."""
         return teacher_velocity(self.forcing, x_t, t, self.batch)
+
+
+def check_flow_map(config: CausalConfig) -> None:
+    """Raise ValueError for guidance that the velocity of the data has not, and for slices without a sample of r = t."""
+    stage, guidance, run = config.stage, config.teacher.guidance, config.run
+    if not isinstance(stage, FlowMapStage):
+        return
+    if stage.velocity == "data" and guidance <= 0:
+        raise ValueError(f"teacher.guidance is {guidance} with {config.method}.velocity 'data': it must be above 0")
+    if stage.velocity == "data" and guidance == 1:
+        require_unset(stage, stage.DATA_GUIDANCE, "velocity 'data' with a teacher.guidance other than 1")
+    slices = run.batch_size // run.gradient_accumulation
+    if isinstance(stage, TfAnyflowConfig) and slices < LEAST_SLICE:
+        raise ValueError(
+            f"tf_anyflow with slices of {slices} samples (run.batch_size / gradient_accumulation): at least "
+            f"{LEAST_SLICE} have one with r = t, whose error sets the scale of the others"
+        )
 
 
 def tf_flow_map_step(

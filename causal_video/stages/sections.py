@@ -260,6 +260,8 @@ class TfMeanflowConfig(MeanflowLossConfig):
 class TfAnyflowConfig(FlowMapConfig):
     """AnyFlow's first stage on clean context: one student for any number of steps (arXiv:2605.13724)."""
 
+    pairs: Literal["partition"] = "partition"
+    """Times (t, r): two shifted uniform ones, half of the samples with r = t and a quarter with r = 0 (AnyFlow)."""
     context_noise: float = 0.0
     """Largest time to which the clean context is noised; the network is given that time."""
 

@@ -20,7 +20,14 @@ from fewstep.causal_video.stages.batch import CausalDenoiser, CausalTeacher, For
 from fewstep.causal_video.stages.config import CausalConfig
 from fewstep.causal_video.stages.ode import OdePairs, OdeSource, PairSources, pairs_of_run
 from fewstep.causal_video.stages.sections import OdeConfig, SelfForcingConfig, TfDcmConfig
-from fewstep.causal_video.stages.student import build_student, check_names, load_stage, steer_teacher, with_channels
+from fewstep.causal_video.stages.student import (
+    build_student,
+    check_names,
+    load_stage,
+    smoothing_of,
+    steer_teacher,
+    with_channels,
+)
 from fewstep.core.condition import Condition
 from fewstep.core.data import (
     INPUT_SEED,
@@ -167,6 +174,7 @@ class CausalSetup:
         scores: in self_forcing.
         judged: real videos with captions, for a discriminator.
         weigh: how rollouts of self_forcing weigh, of (teacher, latents, frames that learn, prompts).
+        time_smoothing: what is in the student's weights.
     """
 
     teacher: Teacher
@@ -182,11 +190,13 @@ class CausalSetup:
     scores: ScoreNetworks | None = None
     judged: LatentSource | None = None
     weigh: Weigh | None = None
+    time_smoothing: float = 0.0
 
     def save_settings(self, directory: Path) -> None:
         """Write what must be known beside the weights, with the names of the controls if there are any."""
         names = () if self.controls is None else self.controls.names
-        self.settings.save(directory, StreamDefaults(actions=names) if names else None)
+        stream = StreamDefaults(actions=names) if names else None
+        self.settings.save(directory, stream, time_smoothing=self.time_smoothing)
 
     def videos(self, samples: Sequence[int], device: torch.device) -> tuple[Tensor, Condition]:
         """Latents [B, C, F, h, w] in fp32 and captions of these sample numbers, with the controls if there are any."""
@@ -259,6 +269,7 @@ def build_setup(config: CausalConfig, data: CausalData, trainer: Trainer, *, wei
         scores=scores,
         judged=judged,
         weigh=weigh,
+        time_smoothing=max(config.time_smoothing, smoothing_of(data.init)),
     )
 
 
@@ -297,6 +308,9 @@ def causal_teacher(
     """A frozen copy of the student as it starts, where the stage distils a causal teacher; or that of the section
     causal_teacher, in the teacher's dtype, of the student's model or of its own."""
     said, weights = config.causal_teacher, data.causal_teacher
+    if data.pairs is not None:
+        # Its trajectories are made.
+        return None
     if weights is None and config.has_causal_teacher and config.time_smoothing > 0:
         # A copy of a smoothed student would be smoothed, too.
         weights = data.init

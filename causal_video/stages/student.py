@@ -44,7 +44,7 @@ def build_student(
     """A trainable fp32 copy of the teacher's network under causal attention, or adapters on the teacher's own weights.
 
     `controls` is K; without `init` the student then begins as the teacher, whatever its controls are. `smoothing` is
-    that of its time (`core.tangents.smooth`), before a second time is added.
+    that of its time (`core.tangents.smooth`), of both where it has two; what `init` has of it counts.
     Raises ValueError for a teacher that is no Wan, or weights that do not fit.
     """
     has_adapters = settings.lora_rank > 0
@@ -67,9 +67,6 @@ def build_student(
         network = with_channels(network, controls, settings.controls_in)
     if init is not None:
         load_stage(network, init, settings.second_time)
-    if smoothing > 0:
-        before = 0.0 if init is None else float(init.stated("time_smoothing") or 0.0)
-        smooth_time(network, smoothing, time_scale=TIME_SCALE, already=before)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if has_adapters:
@@ -83,7 +80,13 @@ def build_student(
     if settings.second_time != "none" and second_time_of(network) is None:
         # After adapters, which freeze what is there.
         add_second_time(network, settings.second_time)
+    smooth_time(network, smoothing, time_scale=TIME_SCALE, already=smoothing_of(init))
     return CausalWan(network)
+
+
+def smoothing_of(weights: StoredWeights | None) -> float:
+    """How far the time of stored weights was smoothed, as their run or export states it; 0 where nothing is."""
+    return 0.0 if weights is None else float(weights.stated("time_smoothing") or 0.0)
 
 
 def of_both_times(settings: CausalStudentConfig, network: nn.Module) -> CausalStudentConfig:
@@ -119,20 +122,25 @@ def check_causal_map(network: WanTransformer3DModel) -> None:
         )
 
 
+def holds_two_times(weights: StoredWeights) -> bool:
+    """Whether these are weights of a Wan of two times. Raises ValueError when they cannot be read."""
+    return any(name.startswith(f"{SITES[WAN].layers}.second.") for name in weights.names())
+
+
 def load_stage(network: WanTransformer3DModel, weights: StoredWeights, second_time: SecondTime) -> None:
     """Load the weights of a stage before; those of two times bring their layers with them.
 
     Raises:
         ValueError: they do not fit, or have a second time of another kind than the run.
     """
-    if any(name.startswith(f"{SITES[WAN].layers}.second.") for name in weights.names()):
+    if holds_two_times(weights):
         # Both kinds have layers of the same names and sizes, so that their weights would fit and mean another network.
         stated = weights.stated("second_time")
         if second_time == "none" or stated not in (None, second_time):
             raise ValueError(
                 f"{weights.key} {weights.source} holds a network whose second time is "
                 f"{'gate or sum' if stated is None else stated!r}, and student.second_time is {second_time!r}: set it "
-                "to the same"
+                "to the same (tf_meanflow, tf_anyflow, self_forcing), or give weights of one time"
             )
         add_second_time(network, second_time)
     load_transformer(network, weights)

@@ -17,7 +17,7 @@ from fewstep.causal_video.stages.batch import (
 )
 from fewstep.causal_video.stages.config import CausalConfig, FlowMapStage, JointConfig, VideoStage
 from fewstep.causal_video.stages.consistency import check_tangent, tf_dcm_step, tf_scm_step
-from fewstep.causal_video.stages.flow_map import tf_flow_map_step
+from fewstep.causal_video.stages.flow_map import check_flow_map, tf_flow_map_step
 from fewstep.causal_video.stages.forcing import (
     diffusion_forcing_step,
     drop_captions,
@@ -62,6 +62,7 @@ def train_causal_video(config: CausalConfig, *, scorers: Sequence[Scorer] | None
         ValueError: a setting, file or model does not fit. NonFiniteError: a loss or gradient is not finite.
         RewardError: a scorer failed; the step's start is saved first.
     """
+    check_flow_map(config)
     data = CausalData.read(config)
     with open_run(config) as run:
         config, trainer = run.config, run.trainer

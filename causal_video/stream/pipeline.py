@@ -263,17 +263,20 @@ class CausalVideoPipeline:
         return PromptEncoder(self.stock, self._family)
 
 
-def far_pipeline(stock: WanPipeline, settings: CausalSettings) -> AnyFlowFARPipeline:
+def far_pipeline(stock: WanPipeline, settings: CausalSettings, *, shift: float | None = None) -> AnyFlowFARPipeline:
     """The parts of a Wan pipeline around its transformer as diffusers' causal class, which share all but that.
 
     Its scheduler makes the grid of any number of steps with the shift of the student's, where these are such a grid.
+    One step has every shift, and then it is `shift`, or that of a scheduler of this kind before.
 
     Raises:
         ValueError: the transformer has no counterpart there.
     """
     assert stock.transformer is not None
     longest = max(settings.schedule.times, key=len)
-    shift = shift_of_grid(longest)
+    before = stock.scheduler.config["shift"] if isinstance(stock.scheduler, FlowMapEulerDiscreteScheduler) else None
+    single = before if shift is None else shift
+    shift = single if len(longest) == 1 else shift_of_grid(longest)
     scale = int(TIME_SCALE)
     made = AnyFlowFARPipeline(
         tokenizer=stock.tokenizer,

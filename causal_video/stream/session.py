@@ -77,7 +77,8 @@ class StreamSession:
         caption: what the text was encoded from, for people.
 
     Raises:
-        ValueError: the text is not [B, N, width] of this network, or the image no latent of the noise's size.
+        ValueError: the text is not [B, N, width] of this network, the image no latent of the noise's size, or the
+            settings are for another second time than the network has.
     """
 
     def __init__(
@@ -93,6 +94,12 @@ class StreamSession:
     ) -> None:
         self.network = network
         self.vae = vae
+        if settings.second_time not in ("none", network.second_time):
+            raise ValueError(
+                f"the settings say second_time {settings.second_time!r}, and the network has {network.second_time!r}"
+            )
+        # Settings that do not say it mean the network's; not all policies are for networks of two times.
+        settings = replace(settings, second_time=network.second_time)
         check_text(network, text, len(noise.indices))
         channels, height, width = noise.size
         if image is not None and tuple(image.shape) != (len(noise.indices), channels, 1, height, width):

@@ -19,6 +19,8 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
+from fewstep.core.two_time import TwoTimeLayers
+
 # Names that diffusers has for the sinusoids of a time and for the layers after them; one guidance embedder more may
 # stand beside these.
 SINUSOIDS, LAYERS = ("time_proj", "timesteps_proj"), ("timestep_embedder", "time_embedder", "time_embedding")
@@ -41,8 +43,15 @@ def time_sites(network: nn.Module) -> list[tuple[Timesteps, TimestepEmbedding]]:
     for module in network.modules():
         # Wan has a linear layer by one of these names beside its sinusoids.
         sinusoids = [one for name in SINUSOIDS if isinstance(one := getattr(module, name, None), Timesteps)]
-        layers = [one for name in LAYERS if isinstance(one := getattr(module, name, None), TimestepEmbedding)]
-        if sinusoids and layers:
+        named = [getattr(module, name, None) for name in LAYERS]
+        # A second time has layers of its own after the same sinusoids.
+        pairs = [(one.first, getattr(one, "second", None)) for one in named if isinstance(one, TwoTimeLayers)]
+        layers = [
+            one for one in (*named, *(half for pair in pairs for half in pair)) if isinstance(one, TimestepEmbedding)
+        ]
+        if sinusoids and pairs:
+            found += [(sinusoids[0], each) for each in layers]
+        elif sinusoids and layers:
             found.append((sinusoids[0], layers[0]))
     return found
 
@@ -54,7 +63,7 @@ def smooth_time(network: nn.Module, sigma: float, *, time_scale: float, already:
     Trained weights of columns that are faded to less than a half get no gradient from now on.
 
     Args:
-        network: a diffusers network, before adapters or a second time are added.
+        network: a diffusers network, before adapters are added; of a second time all layers are smoothed.
         sigma: in canonical time; 0.01 fades 118 radians to a half. 0 changes nothing.
         time_scale: the family's, see `radians_per_time`.
         already: the sigma that is in the weights; variances add up.

@@ -48,11 +48,11 @@ class Remedy:
     recache_every: int = 0
 
 
-def remedies(policy: CachePolicy) -> dict[str, Remedy]:
-    """A window of as many frames as the student was trained to see; sinks in place of one of them; a wider window;
-    computed again. One of the first two is as trained. And both with a frame less."""
+def remedies(policy: CachePolicy, less: int = 0) -> dict[str, Remedy]:
+    """A window of as many frames as the student was trained to see, or so many less; sinks in place of one of them; a
+    wider window; computed again. With none less one of the first two is as trained."""
     assert policy.window_frames is not None
-    window = policy.window_frames + policy.sink_frames
+    window = policy.window_frames + policy.sink_frames - less
     plain = replace(policy, sink="none", sink_frames=0, window_frames=window)
     narrow = {"window_frames": window - 1, "sink_frames": 1}
     return {
@@ -61,10 +61,6 @@ def remedies(policy: CachePolicy) -> dict[str, Remedy]:
         "EMA sink": Remedy(replace(plain, sink="ema", **narrow)),
         "window of 7": Remedy(replace(plain, window_frames=7)),
         "recache every 4": Remedy(plain, 4),
-        "window, one frame less": Remedy(replace(plain, window_frames=window - 1)),
-        "static sink, one frame less": Remedy(
-            replace(plain, sink="static", window_frames=window - 2, sink_frames=1),
-        ),
     }
 
 
@@ -135,6 +131,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="run directory of a causal student")
     parser.add_argument("--chunks", type=int, default=2000, help="of each stream")
     parser.add_argument("--videos", type=int, default=8, help="streams at once, of different prompts")
+    parser.add_argument("--frames_less", type=int, default=0, help="than the student was trained to see")
     parser.add_argument("--parts", type=int, default=20, help="in which frames are judged")
     parser.add_argument("--output", required=True, help="folder of the records")
     options = parser.parse_args()
@@ -144,7 +141,7 @@ def main() -> None:
     student, judges = load_student(Path(options.run)), load_judges(JUDGES)
     reference, prompts = real_reference(judges, "test", 500), study_prompts(options.videos)
     rows = []
-    for name, remedy in remedies(student.settings.policy).items():
+    for name, remedy in remedies(student.settings.policy, options.frames_less).items():
         judge = PartsJudge(judges, reference, prompts, 4 * options.chunks - 3, options.parts)
         memory = follow(student, remedy, prompts, chunks=options.chunks, judge=judge)
         policy = asdict(remedy.policy)

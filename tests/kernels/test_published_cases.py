@@ -8,7 +8,7 @@ and biases for each key, which its users have for text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def by_dual_numbers(attend: Attend, primals: list[Tensor], tangents: list[Tensor
     with forward_ad.dual_level():
         leaves = [x.clone().requires_grad_() for x in primals]
         out = attend(*(forward_ad.make_dual(x, dx) for x, dx in zip(leaves, tangents, strict=True)))
-        primal, tangent = forward_ad.unpack_dual(out)[:2]
+        dual: Any = forward_ad.unpack_dual(out)
+        primal, tangent = dual.primal, dual.tangent
         assert tangent is not None
         loss = (primal - target).square().mean()
         loss.backward()
@@ -71,7 +72,8 @@ def by_dual_numbers(attend: Attend, primals: list[Tensor], tangents: list[Tensor
 def by_func(attend: Attend, primals: list[Tensor], tangents: list[Tensor], target: Tensor) -> Results:
     """The same by torch.func.jvp."""
     leaves = [x.clone().requires_grad_() for x in primals]
-    primal, tangent = torch.func.jvp(attend, tuple(leaves), tuple(tangents))
+    found: Any = torch.func.jvp(attend, tuple(leaves), tuple(tangents))
+    primal, tangent = found
     loss = (primal - target).square().mean()
     loss.backward()
     return collected(primal, tangent, loss, leaves)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ def test_an_export_that_streams_something_else_does_not_appear(
 ) -> None:
     write = export_module.write_pipeline
 
-    def damage(pipeline: object, stored: object, settings: object, draft: Path, dtype: torch.dtype) -> None:
-        write(pipeline, stored, settings, draft, dtype)  # pyright: ignore[reportArgumentType]
+    def damage(pipeline: Any, stored: Any, settings: Any, draft: Path, dtype: torch.dtype, **how: Any) -> None:
+        write(pipeline, stored, settings, draft, dtype, **how)
         path = draft / "transformer" / "diffusion_pytorch_model.safetensors"
         weights = load_file(path)
         weights["proj_out.weight"] *= 1.01

@@ -1,6 +1,8 @@
 """Exports of students of two times: a directory that our streams and diffusers' causal class both open."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,15 @@ from fewstep.causal_video.export.far import check_far, export_far, far_video, st
 from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model.far import far_transformer, wan_of_far
-from fewstep.causal_video.policy import KEEP_ALL
+from fewstep.causal_video.policy import KEEP_ALL, CachePolicy
 from fewstep.causal_video.schedule import StepSchedule
 from fewstep.causal_video.settings import CausalSettings, SecondTime, StreamDefaults
+from fewstep.causal_video.stages.config import CausalTeacherConfig
 from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.causal_video.stream.pipeline import CausalVideoPipeline
 from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.two_time import add_second_time, second_time_of
+from fewstep.core.weights import find_weights
 from tests.causal_video.tiny_causal import largest
 from tests.causal_video.tiny_causal_run import VideoInputs, start_causal, tiny_causal
 from tests.causal_video.tiny_streams import build_stream_pipeline
@@ -132,6 +136,47 @@ def test_runs_are_exported_and_go_on(case: str, inputs: VideoInputs, tmp_path: P
         changes = {"student.second_time": second, "student.init": str(init)}
         with pytest.raises(ValueError, match=message):
             train_causal_video(tiny_causal(inputs, tmp_path / "refused", "self_forcing", changes))
+
+
+def test_files_of_other_gates_are_not_taken_for_ours(tmp_path: Path) -> None:
+    """A file without its config, one with another gate, and one of a network of one time, whose gate is 0."""
+    pipe = student("sum", StepSchedule.steps([2]))
+    pipe.save_pretrained(tmp_path / "export")
+    network = tmp_path / "export" / "transformer"
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(network / name, tmp_path / name)
+    with pytest.raises(ValueError, match=r"student\.init .* no config\.json beside it says how"):
+        find_weights(str(tmp_path / name)).names()
+    config = json.loads((network / "config.json").read_text())
+    (network / "config.json").write_text(json.dumps({**config, "gate_value": 0.7}))
+    with pytest.raises(ValueError, match="or one with another gate than students here have"):
+        find_weights(str(tmp_path / "export")).tensors()
+    plain = build_stream_pipeline(settings=CausalSettings(LAYOUT, KEEP_ALL, StepSchedule.steps([1])))
+    plain = CausalVideoPipeline(plain.stock, plain.settings, StreamDefaults(64, 64))
+    export_far(plain, tmp_path / "far")
+    assert plain.stock.transformer is not None
+    own, stored = plain.stock.transformer.state_dict(), find_weights(str(tmp_path / "far")).tensors()
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in own.items())
+
+
+def test_the_card_says_what_was_trained(inputs: VideoInputs, tmp_path: Path) -> None:
+    taught = CausalTeacherConfig(weights=str(inputs.init), guidance=1.5)
+    changes = {"run.steps": 1, "causal_teacher": taught, "student.shift": 5.0}
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "run", "tf_meanflow", changes)) == 0
+    output, record = export_causal_run(tmp_path / "run", steps=[1])
+    assert record.training_guidance == 1.5
+    assert "It was trained at other times" not in (output / "README.md").read_text()
+    pipe = CausalVideoPipeline.from_pretrained(output)
+    pipe.save_pretrained(tmp_path / "again")
+    for folder in (output, tmp_path / "again"):
+        assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"] == 5.0
+    # Settings that do not say it are for the network's own second time.
+    noisy = CausalSettings(pipe.settings.layout, CachePolicy(noisy_from=0), pipe.settings.schedule)
+    with pytest.raises(ValueError, match="leave noisy_from out"):
+        pipe.open("a", settings=noisy)
+    plain = CausalSettings(pipe.settings.layout, pipe.settings.policy, pipe.settings.schedule)
+    assert pipe.open("a", settings=plain).settings == pipe.settings
 
 
 def test_adapters_of_a_flow_map_are_merged(inputs: VideoInputs, tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def test_what_does_not_fit_is_named_before_anything_is_trained(inputs: VideoInpu
     for changes, message in (
         ({"student.init": str(tmp_path / "none")}, "is no .safetensors file, no run directory or checkpoint"),
         ({"data.prompts": str(tmp_path / "none.txt")}, "does not exist"),
+        ({"student.second_time": "gate"}, "holds a network of one time, and student.second_time is 'gate'"),
     ):
         with pytest.raises(ValueError, match=message):
             train_causal_reward(reward_settings(inputs, tmp_path / "run", changes))

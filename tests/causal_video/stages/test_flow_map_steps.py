@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.causal_video.export.pipeline import export_causal_run
 from fewstep.causal_video.layout import ChunkLayout
 from fewstep.causal_video.model import masks
 from fewstep.causal_video.model.calls import CallOutput
@@ -16,9 +17,11 @@ from fewstep.causal_video.stages.batch import CausalTeacher, ForcingNetworks, Vi
 from fewstep.causal_video.stages.config import FlowMapStage, JointConfig
 from fewstep.causal_video.stages.flow_map import tf_flow_map_step
 from fewstep.causal_video.stages.sections import TfAnyflowConfig, TfDcmConfig, TfMeanflowConfig
+from fewstep.causal_video.stages.train import train_causal_video
 from fewstep.core.condition import Condition
 from fewstep.core.paths import add_noise, expand_time
 from fewstep.core.randomness import Draw
+from fewstep.core.training.checkpoint import list_checkpoints, load_checkpoint
 from fewstep.core.two_time import SecondTime, add_second_time, second_time_of
 from tests.causal_video.stages.test_stages_steps import AutoregressiveGaussian, autoregressive, batch_of, networks_of
 from tests.causal_video.tiny_causal import build_student, largest, latents, text
@@ -133,6 +136,36 @@ def test_a_given_frame_does_not_count_and_gradients_reach_all(stage: FlowMapStag
     assert float(given.detach()) != pytest.approx(float(loss(batch_of()).detach()))
 
 
+class Unconditional:
+    """What a step reads of a teacher."""
+
+    null_condition = Condition(text(1, seed=8))
+
+
+def test_a_given_frame_has_no_velocity_under_guidance_of_the_data() -> None:
+    """The target of a given frame is zero whatever guides it: what is asked of the network there changes nothing."""
+    _, networks = two_time_networks()
+    stage = dataclasses.replace(SQUARE, velocity="data")
+    draw, teacher = Draw(3, [0, 2], torch.device("cpu")), Unconditional()
+    batch = batch_of(image=True)
+
+    class Louder(nn.Module):
+        """The student, with another velocity of the given frame."""
+
+        def forward(self, call: Any) -> CallOutput:
+            output = networks.student(call)
+            velocity = output.velocity.clone()
+            velocity[:, :, :1] += 7.0
+            return CallOutput(velocity, output.keys_values)
+
+    found = []
+    for student in (networks.student, Louder()):
+        called = dataclasses.replace(networks, student=student, wrapped=student)
+        step = tf_flow_map_step(batch, called, draw=draw, stage=stage, teacher=teacher, guidance=2.5)  # pyright: ignore
+        found.append(float(step.loss.detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 def test_samples_that_need_no_derivative_are_not_asked_for_one() -> None:
     """The derivative of a part of the batch is taken on the context of that part."""
     student, networks = two_time_networks()
@@ -218,3 +251,43 @@ def test_the_tangent_is_checked_with_its_second_time(inputs: VideoInputs, tmp_pa
         )
         > 1e-4
     )
+
+
+def test_a_smoothed_time_stays_so_in_both_layers_and_is_not_smoothed_again(inputs: VideoInputs, tmp_path: Path) -> None:
+    """Columns that are faded do not move; a later stage, from the run or its export, begins with them as they are."""
+    smooth = {"tf_meanflow.time_smoothing": 0.01}
+    assert train_causal_video(tiny_causal(inputs, tmp_path / "run", "tf_meanflow", {**smooth, "run.steps": 3})) == 0
+    before, trainer = start_causal(tiny_causal(inputs, tmp_path / "start", "tf_meanflow", smooth))
+    trainer.close()
+    tensors = load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).tensors
+    names = [f"condition_embedder.time_embedder.{half}.linear_1.weight" for half in ("first", "second")]
+    for name in names:
+        began = before.student.transformer.state_dict()[name]
+        moved = (tensors["student"][f"transformer.{name}"] - began).abs().amax(dim=0)
+        assert float(moved[[0, 1]].max()) == 0
+        assert float(moved[[8, 9]].min()) > 0
+    output, _ = export_causal_run(tmp_path / "run")
+    for number, (stage, init) in enumerate((("tf_meanflow", tmp_path / "run"), ("self_forcing", output))):
+        changes = {"student.second_time": "sum", "student.init": str(init), **(smooth if number == 0 else {})}
+        setup, trainer = start_causal(tiny_causal(inputs, tmp_path / str(number), stage, changes))
+        trainer.close()
+        assert setup.time_smoothing == 0.01
+        for name in names:
+            stored = tensors["student_ema"][f"transformer.{name}"]
+            assert largest(setup.student.transformer.state_dict()[name], stored) < 1e-7
+
+
+def test_a_run_that_would_stop_on_its_way_is_refused_before_it(inputs: VideoInputs, tmp_path: Path) -> None:
+    data = {"tf_meanflow.velocity": "data", "tf_meanflow.tangent": "central"}
+    data |= {"tf_meanflow.check_tangent": True}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("tf_anyflow", {"run.batch_size": 2}, "tf_anyflow with slices of 2 samples"),
+        ("tf_anyflow", {"run.gradient_accumulation": 2}, "tf_anyflow with slices of 2 samples"),
+        ("tf_anyflow", {"teacher.guidance": 0.0}, r"teacher\.guidance is 0\.0 with tf_anyflow\.velocity 'data'"),
+        ("tf_anyflow", {"teacher.guidance": 1.0, "tf_anyflow.condition_drop": 0.9}, r"condition_drop: given 0\.9"),
+        ("tf_meanflow", {**data, "teacher.guidance": 1.0, "tf_meanflow.kappa": 0.9}, r"kappa: given 0\.9"),
+    ]
+    for case, changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train_causal_video(tiny_causal(inputs, tmp_path / "run", case, changes))
+    assert not (tmp_path / "run").exists()
