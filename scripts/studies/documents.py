@@ -148,9 +148,9 @@ def _difference(row: Mapping[str, Any]) -> str:
     return _with_interval(found, ".2f")
 
 
-def _with_interval(found: Mapping[str, Any], digits: str) -> str:
-    """A difference of a measure that is to be small, its interval, and what that says."""
-    word = VERDICTS[found["value"] < 0] if found["decided"] else "same"
+def _with_interval(found: Mapping[str, Any], digits: str, *, large: bool = False) -> str:
+    """A difference of a measure that is to be small, or large, its interval, and what that says."""
+    word = VERDICTS[(found["value"] > 0) == large] if found["decided"] else "same"
     value, low, high = (format(found[name], f"+{digits}") for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}] {word}"
 
@@ -255,6 +255,29 @@ def _judged(root: Path, choice: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _maps(root: Path, choice: Mapping[str, Any]) -> str:
+    """Students of streams by steps of a chunk: medians over seeds, and differences to the baseline in two measures."""
+    lines = [
+        "| student | steps | calls | distance to the ODE's end | digit % | minus tf_dcm's "
+        "| frame distance | minus tf_dcm's |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    columns = (("distance", 1, ".3f", False), ("digit_accuracy", 100, ".1f", True), ("frame_distance", 1, ".1f", True))
+    for row in _record(root / choice["file"])["summary"]:
+        cells = [row["system"], f"{row['steps']}", f"{row['calls']}"]
+        for name, scale, digits, compared in columns:
+            found = row.get(name)
+            shown = [format(scale * found[key], digits) for key in ("median", "least", "most")] if found else []
+            cells.append("{} [{}, {}]".format(*shown) if shown else "")
+            if compared:
+                less = (found or {}).get("minus_tf_dcm")
+                scaled = less and {**less, **{key: scale * less[key] for key in ("value", "low", "high")}}
+                large = name == "digit_accuracy"
+                cells.append(_with_interval(scaled, digits, large=large) if scaled else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _drift(root: Path, choice: Mapping[str, Any]) -> str:
     """Long streams: first, middle and last part, and memory between the first tenth and the end."""
     lines = [
@@ -303,6 +326,7 @@ TABLES: dict[str, Callable[[Path, Mapping[str, Any]], str]] = {
     "curves": _curves,
     "judged": _judged,
     "drift": _drift,
+    "maps": _maps,
     "compared": _compared,
     "anchor": _anchor,
 }
