@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.causal_video.layout import ChunkLayout
+from fewstep.core.export.anyflow import SIZES
 from fewstep.core.two_time import DELTA_KINDS, GATE, SITES, SUM_GATE, SUM_SCALE, add_second_time, second_time_of
 
 # Patches of the branch for old chunks, which is never called.
@@ -24,19 +25,6 @@ COMPRESSED_PATCH = (1, 4, 4)
 SITE = SITES["WanTransformer3DModel"].layers
 DELTA = f"{SITE.rpartition('.')[0]}.delta_embedder"
 OLD_CHUNKS = "far_patch_embedding."
-SIZES = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "cross_attn_norm",
-    "eps",
-    "rope_max_seq_len",
-)
 
 
 def far_transformer(transformer: WanTransformer3DModel, layout: ChunkLayout) -> AnyFlowFARTransformer3DModel:
@@ -89,7 +77,9 @@ def wan_of_far(network: AnyFlowFARTransformer3DModel) -> WanTransformer3DModel:
         )
     kind: Any = DELTA_KINDS[found]
     with torch.random.fork_rng(devices=[]):
-        wan = WanTransformer3DModel(patch_size=tuple(config["patch_size"]), **{name: config[name] for name in SIZES})
+        sizes: dict[str, Any] = {name: config[name] for name in SIZES}
+        sizes["patch_size"] = tuple(config["patch_size"])
+        wan = WanTransformer3DModel(**sizes)
     if kind != "none":
         add_second_time(wan, kind)
     names = {_far_name(name): name for name in wan.state_dict()}
