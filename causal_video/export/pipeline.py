@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep.causal_video.denoise import ChunkNoise, VideoCondition
 from fewstep.causal_video.export.card import CausalRecord, write_causal_card, write_causal_record
 from fewstep.causal_video.export.run import (
+    RunOfStudent,
     load_run_network,
     read_causal_run,
     settings_of_run,
@@ -117,22 +118,29 @@ def export_causal_run(
         teacher = load_base(base, config.teacher.dtype, bits, has_adapters=adapters, device=device)
         actions = trained_controls(run, config)
         network, step = load_run_network(config, teacher, find_checkpoint(run, checkpoint), weights, len(actions))
-        report = CausalReport(
-            method=config.method,
-            base_model=base.path,
-            guidance=trained_guidance(config),
-            step=step,
-            ema=weights == "ema",
-            trained_times=trained_times(config, settings),
-            name=run.resolve().name,
-            shift=config.student.shift if config.student.times is None else None,
-            time_smoothing=trained_smoothing(run),
-        )
+        report = report_of(run, config, settings, base_model=base.path, step=step, ema=weights == "ema")
         defaults = replace(stream_defaults(config, teacher), actions=actions)
         record = export_causal_student(
             teacher, network, settings, defaults, output=output, report=report, dtype=dtypes[dtype]
         )
     return output, record
+
+
+def report_of(
+    run: Path, config: RunOfStudent, settings: CausalSettings, *, base_model: str, step: int, ema: bool
+) -> CausalReport:
+    """What a run says of its student."""
+    return CausalReport(
+        method=config.method,
+        base_model=base_model,
+        guidance=trained_guidance(config),
+        step=step,
+        ema=ema,
+        trained_times=trained_times(config, settings),
+        name=run.resolve().name,
+        shift=config.student.shift if config.student.times is None else None,
+        time_smoothing=trained_smoothing(run),
+    )
 
 
 def export_causal_student(
