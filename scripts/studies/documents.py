@@ -256,24 +256,22 @@ def _judged(root: Path, choice: Mapping[str, Any]) -> str:
 
 
 def _maps(root: Path, choice: Mapping[str, Any]) -> str:
-    """Students of streams by steps of a chunk: medians over seeds, and differences to the baseline in two measures."""
+    """Students of streams by steps of a chunk: medians over seeds, and differences to the baseline."""
     lines = [
-        "| student | steps | calls | distance to the ODE's end | digit % | minus tf_dcm's "
+        "| student | steps | calls | distance to the ODE's end | minus tf_dcm's | digit % | minus tf_dcm's "
         "| frame distance | minus tf_dcm's |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    columns = (("distance", 1, ".3f", False), ("digit_accuracy", 100, ".1f", True), ("frame_distance", 1, ".1f", True))
+    columns = (("distance", 1, ".3f"), ("digit_accuracy", 100, ".1f"), ("frame_distance", 1, ".1f"))
     for row in _record(root / choice["file"])["summary"]:
         cells = [row["system"], f"{row['steps']}", f"{row['calls']}"]
-        for name, scale, digits, compared in columns:
+        for name, scale, digits in columns:
             found = row.get(name)
             shown = [format(scale * found[key], digits) for key in ("median", "least", "most")] if found else []
             cells.append("{} [{}, {}]".format(*shown) if shown else "")
-            if compared:
-                less = (found or {}).get("minus_tf_dcm")
-                scaled = less and {**less, **{key: scale * less[key] for key in ("value", "low", "high")}}
-                large = name == "digit_accuracy"
-                cells.append(_with_interval(scaled, digits, large=large) if scaled else "")
+            less = (found or {}).get("minus_tf_dcm")
+            scaled = less and {**less, **{key: scale * less[key] for key in ("value", "low", "high")}}
+            cells.append(_with_interval(scaled, digits, large=name == "digit_accuracy") if scaled else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
