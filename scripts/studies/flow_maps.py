@@ -145,7 +145,7 @@ def judged(
     return found
 
 
-def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary_of(rows: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
     """Medians over seeds for each system and number of steps, and differences to tf_dcm by seed where both have one."""
     systems = list(dict.fromkeys(row["system"] for row in rows))
     of = {(row["system"], row["seed"], row["steps"]): row for row in rows}
@@ -155,13 +155,13 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             mine = [of[system, seed, steps] for seed in seeds]
             line: dict[str, Any] = {"system": system, "steps": steps, "calls": mine[0]["calls"]}
             for name in ("distance", *MEASURES):
-                values = [row[name] for row in mine]
+                values, least = [row[name] for row in mine], 1 / samples if name.endswith("accuracy") else 0.0
                 if None in values:
                     continue
                 line[name] = {"median": median(values), "least": min(values), "most": max(values)}
                 theirs = [of["tf_dcm", seed, steps][name] for seed in seeds]
                 if system != "tf_dcm" and None not in theirs:
-                    difference = paired([a - b for a, b in zip(values, theirs, strict=True)])
+                    difference = paired([a - b for a, b in zip(values, theirs, strict=True)], resolution=least)
                     line[name]["minus_tf_dcm"] = {**asdict(difference), "decided": difference.decided}
             found.append(line)
     return found
@@ -204,7 +204,7 @@ def main() -> None:
     record = {
         "provenance": asdict(collect_provenance(sys.argv[0], arguments=sys.argv[1:])),
         "settings": {"calls": options.calls, "costs": COSTS, "clips": options.clips, "samples": options.samples},
-        "summary": summary_of(rows),
+        "summary": summary_of(rows, options.samples),
         "rows": rows,
     }
     (output / "flow_maps.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -147,14 +147,19 @@ def calls_to_reach(curve: Sequence[dict[str, Any]], time: str, goal: float) -> f
     return before["calls"] + share * (after["calls"] - before["calls"])
 
 
-def paired(values: Sequence[float]) -> Difference:
+def paired(values: Sequence[float], *, resolution: float = 0.0) -> Difference:
     """Mean of differences over seeds with the 95 % interval of Student's t: both students of a seed have one teacher.
 
-    The clips are the same in all, and their choice is no part of the interval.
+    The clips are the same in all, and their choice is no part of the interval. The deviation is not taken below
+    `resolution`, what one clip more or less makes of a share: equal differences of few seeds are no certainty.
     """
     mean, half = statistics.mean(values), math.inf
     if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        half = (
+            float(stats.t.ppf(0.975, len(values) - 1))
+            * max(statistics.stdev(values), resolution)
+            / math.sqrt(len(values))
+        )
     return Difference(mean, mean - half, mean + half)
 
 
